@@ -1,0 +1,280 @@
+// A context: its cells, one decode at a time, and the checks that keep libllama from aborting.
+#include "internal.hpp"
+
+#include <algorithm>
+
+namespace mtpbatch {
+
+namespace {
+
+std::string row_text(int32_t i, const char * what, int32_t value) {
+    return "row " + std::to_string(i) + ": " + what + " " + std::to_string(value);
+}
+
+[[noreturn]] void refuse(const std::string & message) {
+    throw Error(MTPBATCH_INVALID_ARGUMENT, message);
+}
+
+void check_params(const Model & model, const mtpbatch_context_params & p) {
+    if (p.n_seq < 1 || p.n_seq > static_cast<int32_t>(llama_max_parallel_sequences())) {
+        refuse("n_seq must be from 1 to " + std::to_string(llama_max_parallel_sequences()) + ", got " +
+               std::to_string(p.n_seq));
+    }
+    if (p.n_ctx < 1 || static_cast<int64_t>(p.n_ctx) * p.n_seq > INT32_MAX) {
+        refuse("n_ctx must be at least 1, and n_ctx * n_seq below 2^31");
+    }
+    if (p.n_batch < 1 || p.n_ubatch < 1 || p.n_threads < 1 || p.n_rs_seq < 0) {
+        refuse("n_batch, n_ubatch and n_threads must be at least 1, n_rs_seq at least 0");
+    }
+    if (p.n_outputs_max < p.n_seq) {
+        refuse("n_outputs_max must be at least n_seq");
+    }
+    if (p.kv_type < 0 || p.kv_type >= GGML_TYPE_COUNT) {
+        refuse("kv_type is not a ggml type");
+    }
+    if (model.keeps_recurrent_state() && std::min(p.n_ubatch, p.n_batch) <= p.n_rs_seq + 1) {
+        refuse("n_ubatch and n_batch must exceed n_rs_seq + 1 = " + std::to_string(p.n_rs_seq + 1) +
+               " on a model with recurrent layers");
+    }
+}
+
+}  // namespace
+
+Context::Context(std::shared_ptr<const Model> model, const mtpbatch_context_params & params)
+    : model_(std::move(model)), params_(params) {
+    check_params(*model_, params_);
+    create(nullptr);
+}
+
+Context::Context(std::shared_ptr<Context> target)
+    : model_(target->model_), target_(std::move(target)), params_(target_->params_) {
+    if (target_->is_mtp()) {
+        refuse("the target must be a default context, not an MTP one");
+    }
+    if (llama_model_n_layer_nextn(model_->raw) == 0) {
+        throw Error(MTPBATCH_CONTEXT_FAILED, "the model has no MTP heads");
+    }
+    params_.n_rs_seq      = 0;
+    params_.n_outputs_max = params_.n_seq;
+    create(target_);
+}
+
+void Context::create(const std::shared_ptr<Context> & target) {
+    auto p            = llama_context_default_params();
+    p.n_ctx           = static_cast<uint32_t>(params_.n_ctx) * params_.n_seq;
+    p.n_batch         = params_.n_batch;
+    p.n_ubatch        = params_.n_ubatch;
+    p.n_seq_max       = params_.n_seq;
+    p.n_rs_seq        = params_.n_rs_seq;
+    p.n_outputs_max   = params_.n_outputs_max;
+    p.n_threads       = params_.n_threads;
+    p.n_threads_batch = params_.n_threads;
+    p.type_k          = static_cast<ggml_type>(params_.kv_type);
+    p.type_v          = static_cast<ggml_type>(params_.kv_type);
+    p.kv_unified      = params_.kv_unified;
+    if (target) {
+        p.ctx_type  = LLAMA_CONTEXT_TYPE_MTP;
+        p.ctx_other = target->raw_;
+    }
+    raw_ = llama_init_from_model(model_->raw, p);
+    if (!raw_) {
+        throw Error(MTPBATCH_CONTEXT_FAILED, with_reason("llama.cpp could not create the context"));
+    }
+    // A model whose architecture cannot take states back says so by clamping n_rs_seq.
+    params_.n_rs_seq = static_cast<int32_t>(llama_n_rs_seq(raw_));
+    params_.n_batch  = static_cast<int32_t>(llama_n_batch(raw_));
+    params_.n_ubatch = static_cast<int32_t>(llama_n_ubatch(raw_));
+    batch_           = llama_batch_ext_init(raw_);
+    sequences_.resize(params_.n_seq);
+    if (target) {
+        keep_hidden();
+    }
+}
+
+Context::~Context() {
+    llama_batch_ext_free(batch_);
+    llama_free(raw_);
+}
+
+void Context::keep_hidden() {
+    llama_set_embeddings_nextn(raw_, true, /*masked*/ false);
+}
+
+void Context::check(const std::vector<Row> & rows) const {
+    const int32_t n_rows = static_cast<int32_t>(rows.size());
+    if (n_rows < 1 || n_rows > params_.n_batch) {
+        refuse("a batch has 1 to n_batch=" + std::to_string(params_.n_batch) + " rows, got " + std::to_string(n_rows));
+    }
+    int32_t              n_outputs = 0;
+    std::vector<int32_t> next(params_.n_seq, -1);  // position that a sequence met before must go on with
+    for (int32_t i = 0; i < n_rows; ++i) {
+        const Row & row = rows[i];
+        if (!model_->has_token(row.token)) {
+            refuse(row_text(i, "no such token:", row.token));
+        }
+        if (!has_sequence(row.seq_id)) {
+            refuse(row_text(i, "no such sequence:", row.seq_id));
+        }
+        const bool continues = i > 0 && rows[i - 1].seq_id == row.seq_id;
+        if (!continues && next[row.seq_id] >= 0) {
+            refuse(row_text(i, "rows of one sequence must stand together; again sequence", row.seq_id));
+        }
+        const int32_t expected = continues ? next[row.seq_id] : length(row.seq_id);
+        if (row.position != expected) {
+            refuse(row_text(i, "sequence", row.seq_id) + " goes on at position " + std::to_string(expected) + ", not " +
+                   std::to_string(row.position));
+        }
+        if (row.position >= params_.n_ctx) {
+            refuse(row_text(i, "sequence", row.seq_id) + " is full: n_ctx=" + std::to_string(params_.n_ctx));
+        }
+        next[row.seq_id] = row.position + 1;
+        n_outputs += row.output;
+    }
+    if (n_outputs > params_.n_outputs_max) {
+        refuse("a batch has at most n_outputs_max=" + std::to_string(params_.n_outputs_max) +
+               " rows with outputs, got " + std::to_string(n_outputs));
+    }
+}
+
+void Context::decode(const std::vector<Row> & rows) {
+    check(rows);
+    llama_batch_ext_clear(batch_);
+    for (const Row & row : rows) {
+        const int32_t i  = llama_batch_ext_add_token(batch_, row.seq_id, row.token);
+        bool          ok = i >= 0 && llama_batch_ext_set_pos(batch_, i, &row.position) &&
+                           llama_batch_ext_set_output_logits(batch_, i, row.output);
+        if (ok && row.hidden) {
+            ok = llama_batch_ext_set_embd_token(
+                batch_, i, { row.hidden, 1, static_cast<size_t>(llama_model_n_embd_out(model_->raw)) });
+        }
+        if (!ok) {
+            throw Error(MTPBATCH_INTERNAL, with_reason("llama.cpp refused a batch row"));
+        }
+    }
+    last_batch_.clear();
+    const int32_t rc = llama_process(raw_, LLAMA_PROCESS_TYPE_DECODE, batch_);
+    if (rc == 1) {
+        throw Error(MTPBATCH_NO_KV_SLOT, "no free KV cells for a batch of " + std::to_string(rows.size()) + " rows");
+    }
+    if (rc != 0) {
+        resynchronize(rows);
+        throw Error(MTPBATCH_DECODE_FAILED, with_reason("decode failed with code " + std::to_string(rc)));
+    }
+    llama_synchronize(raw_);
+    for (size_t i = 0; i < rows.size(); ++i) {
+        auto &     s     = sequences_[rows[i].seq_id];
+        const bool first = i == 0 || rows[i - 1].seq_id != rows[i].seq_id;
+        s.length         = rows[i].position + 1;
+        // Taking back the whole decode would "succeed" with a stale recurrent state.
+        s.retractable = first ? 0 : std::min(s.retractable + 1, params_.n_rs_seq);
+    }
+    last_batch_ = rows;
+}
+
+// After a failed decode some of its passes may have left their positions behind.
+void Context::resynchronize(const std::vector<Row> & rows) {
+    for (const Row & row : rows) {
+        auto & s      = sequences_[row.seq_id];
+        s.length      = llama_memory_seq_pos_max(llama_get_memory(raw_), row.seq_id) + 1;
+        s.retractable = 0;
+    }
+}
+
+const float * Context::logits(int32_t row) const {
+    if (row < 0 || row >= static_cast<int32_t>(last_batch_.size()) || !last_batch_[row].output) {
+        return nullptr;
+    }
+    return llama_get_logits_ith(raw_, row);
+}
+
+const float * Context::hidden(int32_t row) const {
+    const float * values = llama_get_embeddings_nextn_ith(raw_, row);
+    if (!values) {
+        throw Error(MTPBATCH_INTERNAL, with_reason("no hidden row " + std::to_string(row)));
+    }
+    return values;
+}
+
+bool Context::truncate(llama_seq_id seq_id, int32_t length) {
+    auto & s = sequences_[seq_id];
+    if (length >= s.length) {
+        return true;
+    }
+    if (length > 0 && model_->keeps_recurrent_state() && !is_mtp() && s.length - length > s.retractable) {
+        return false;
+    }
+    if (!llama_memory_seq_rm(llama_get_memory(raw_), seq_id, length, -1)) {
+        return false;
+    }
+    s.length      = length;
+    s.retractable = 0;
+    return true;
+}
+
+}  // namespace mtpbatch
+
+using namespace mtpbatch;
+
+mtpbatch_status mtpbatch_context_create(const mtpbatch_model * model, const mtpbatch_context_params * params,
+                                        const mtpbatch_context * target, mtpbatch_context ** context,
+                                        mtpbatch_error * error) {
+    return guard(error, [&] {
+        auto impl = target ? std::make_shared<Context>(target->impl) : std::make_shared<Context>(model->impl, *params);
+        *context  = new mtpbatch_context{ std::move(impl) };
+    });
+}
+
+void mtpbatch_context_free(mtpbatch_context * context) {
+    delete context;
+}
+
+void mtpbatch_context_get_params(const mtpbatch_context * context, mtpbatch_context_params * params) {
+    *params = context->impl->params();
+}
+
+bool mtpbatch_context_is_mtp(const mtpbatch_context * context) {
+    return context->impl->is_mtp();
+}
+
+mtpbatch_status mtpbatch_context_decode(mtpbatch_context * context, const mtpbatch_batch * batch,
+                                        mtpbatch_error * error) {
+    return guard(error, [&] {
+        if (context->impl->is_mtp()) {
+            refuse("an MTP context is decoded by its session, which knows the hidden rows");
+        }
+        std::vector<Row> rows;
+        rows.reserve(std::max(batch->n_tokens, 0));
+        for (int32_t i = 0; i < batch->n_tokens; ++i) {
+            rows.push_back({ batch->tokens[i], batch->positions[i], batch->seq_ids[i], batch->outputs[i] });
+        }
+        context->impl->decode(rows);
+    });
+}
+
+const float * mtpbatch_context_logits(mtpbatch_context * context, int32_t row) {
+    return context->impl->logits(row);
+}
+
+int32_t mtpbatch_context_length(const mtpbatch_context * context, int32_t seq_id) {
+    return context->impl->has_sequence(seq_id) ? context->impl->length(seq_id) : -1;
+}
+
+mtpbatch_status mtpbatch_context_truncate(mtpbatch_context * context, int32_t seq_id, int32_t length,
+                                          mtpbatch_error * error) {
+    return guard(error, [&] {
+        if (!context->impl->has_sequence(seq_id)) {
+            refuse("no such sequence: " + std::to_string(seq_id));
+        }
+        if (length < 0) {
+            refuse("length must be at least 0, got " + std::to_string(length));
+        }
+        if (!context->impl->truncate(seq_id, length)) {
+            throw Error(MTPBATCH_CONTEXT_FAILED,
+                        "sequence " + std::to_string(seq_id) + " cannot go back from " +
+                            std::to_string(context->impl->length(seq_id)) + " to " + std::to_string(length) +
+                            " positions: its recurrent state is kept for the last decode only, for at most n_rs_seq=" +
+                            std::to_string(context->impl->params().n_rs_seq) +
+                            " tokens, once, and not for the whole of it");
+        }
+    });
+}

@@ -1,0 +1,217 @@
+// What the parts of the native layer share: errors, timing, and the handles' insides.
+#pragma once
+
+#include "llama_private.h"
+#include "mtpbatch.h"
+
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+namespace mtpbatch {
+
+// Carries a status across C++ frames to the C border, where guard() takes it apart.
+class Error : public std::runtime_error {
+  public:
+    Error(mtpbatch_status status, const std::string & message) : std::runtime_error(message), status(status) {}
+    const mtpbatch_status status;
+};
+
+// What llama.cpp has logged as an error on this thread since the current call began.
+std::string captured_log();
+void        clear_captured_log();
+// `message`, with llama.cpp's own words behind it if it said anything.
+std::string with_reason(const std::string & message);
+
+void set_message(mtpbatch_error * error, const char * message) noexcept;
+
+// Runs the body of a C function: exceptions become a status and a message.
+template <typename Body>
+mtpbatch_status guard(mtpbatch_error * error, Body && body) noexcept {
+    try {
+        clear_captured_log();
+        body();
+        return MTPBATCH_OK;
+    } catch (const Error & e) {
+        set_message(error, e.what());
+        return e.status;
+    } catch (const std::bad_alloc &) {
+        set_message(error, "out of memory");
+        return MTPBATCH_OUT_OF_MEMORY;
+    } catch (const std::exception & e) {
+        set_message(error, e.what());
+        return MTPBATCH_INTERNAL;
+    } catch (...) {
+        set_message(error, "unknown C++ exception");
+        return MTPBATCH_INTERNAL;
+    }
+}
+
+// Microseconds since it was made or last read.
+class Stopwatch {
+  public:
+    int64_t lap() {
+        const auto now     = Clock::now();
+        const auto elapsed = std::chrono::duration_cast<std::chrono::microseconds>(now - since_).count();
+        since_             = now;
+        return elapsed;
+    }
+
+  private:
+    using Clock              = std::chrono::steady_clock;
+    Clock::time_point since_ = Clock::now();
+};
+
+struct Model {
+    explicit Model(llama_model * raw) : raw(raw), vocab(llama_model_get_vocab(raw)) {}
+    ~Model() { llama_model_free(raw); }
+    Model(const Model &)             = delete;
+    Model & operator=(const Model &) = delete;
+
+    int32_t n_vocab() const { return llama_vocab_n_tokens(vocab); }
+    bool    has_token(int32_t token) const { return token >= 0 && token < n_vocab(); }
+    bool    keeps_recurrent_state() const { return llama_model_is_hybrid(raw) || llama_model_is_recurrent(raw); }
+
+    llama_model * const       raw;
+    const llama_vocab * const vocab;
+};
+
+// One row of a decode. `hidden` is set on every row of an MTP context and on none of a default one.
+struct Row {
+    llama_token   token;
+    llama_pos     position;
+    llama_seq_id  seq_id;
+    bool          output;
+    const float * hidden = nullptr;
+};
+
+// A llama_context that knows what it has decoded, and refuses what libllama would abort on.
+class Context {
+  public:
+    // A default context.
+    Context(std::shared_ptr<const Model> model, const mtpbatch_context_params & params);
+    // An MTP context that drafts for `target`.
+    explicit Context(std::shared_ptr<Context> target);
+    ~Context();
+    Context(const Context &)             = delete;
+    Context & operator=(const Context &) = delete;
+
+    void          decode(const std::vector<Row> & rows);
+    const float * logits(int32_t row) const;  // nullptr: the row has none
+    const float * hidden(int32_t row) const;  // of any row, once keep_hidden() was called
+    void          keep_hidden();
+    // Takes back positions from `length` on; false if recurrent state does not allow it.
+    bool truncate(llama_seq_id seq_id, int32_t length);
+
+    bool            has_sequence(llama_seq_id seq_id) const { return seq_id >= 0 && seq_id < params_.n_seq; }
+    int32_t         length(llama_seq_id seq_id) const { return sequences_[seq_id].length; }
+    bool            is_mtp() const { return target_ != nullptr; }
+    const Context * target() const { return target_.get(); }
+    const Model &   model() const { return *model_; }
+    const mtpbatch_context_params & params() const { return params_; }
+    const std::vector<Row> &        last_batch() const { return last_batch_; }
+
+  private:
+    struct SequenceState {
+        int32_t length      = 0;  // positions decoded
+        int32_t retractable = 0;  // of the last decode, how many can still be taken back (recurrent models)
+    };
+
+    void create(const std::shared_ptr<Context> & target);
+    void check(const std::vector<Row> & rows) const;
+    void resynchronize(const std::vector<Row> & rows);
+
+    const std::shared_ptr<const Model> model_;
+    const std::shared_ptr<Context>     target_;
+    mtpbatch_context_params            params_;
+    llama_context *                    raw_   = nullptr;
+    llama_batch_ext *                  batch_ = nullptr;
+    std::vector<SequenceState>         sequences_;
+    std::vector<Row>                   last_batch_;
+};
+
+// Drafts with the model's MTP head for all sequences of a target context at once.
+//
+// The draft context's entry at position q pairs token x_q with the target's hidden row h_{q-1}.
+// It is caught up lazily: pairs of accepted tokens wait here until the sequence drafts (then they
+// go in one batch with the newly sampled token) or until too many wait. Rejected tokens are never
+// decoded there.
+class Session {
+  public:
+    struct Request {
+        llama_seq_id seq_id;
+        int32_t      n_past;
+        llama_token  last_token;
+        int32_t      depth;
+    };
+
+    Session(std::shared_ptr<Context> target, std::shared_ptr<Context> draft, const mtpbatch_session_config & config);
+
+    void begin(llama_seq_id seq_id, const llama_token * prompt, int32_t n_prompt);
+    // Takes in the batch that the target decoded last.
+    void process();
+    void draft(const std::vector<Request> & requests, std::vector<std::vector<llama_token>> & drafts);
+    void accept(llama_seq_id seq_id, int32_t n_accepted);
+    // Forgets a sequence, also in the draft context.
+    void reset(llama_seq_id seq_id);
+
+    const Context &                 target() const { return *target_; }
+    const mtpbatch_session_config & config() const { return config_; }
+
+    mtpbatch_session_statistics statistics{};
+
+  private:
+    struct SequenceState {
+        int32_t                  n_past = 0;         // target positions taken in
+        std::vector<llama_token> waiting;            // tokens from the draft context's length on, up to n_past
+        std::vector<float>       waiting_hidden;     // the hidden row each of them pairs with
+        std::vector<float>       hidden;             // the row that the token at n_past pairs with
+        llama_token              drafted_from = -1;  // the token at n_past if a draft has decoded it already
+        int32_t                  n_drafted    = 0;   // of a draft that waits for accept
+        int32_t                  n_verified   = 0;   // its rows in the processed batch; 0: not processed yet
+    };
+
+    SequenceState & sequence(llama_seq_id seq_id);
+    void            catch_up(const std::vector<llama_seq_id> & seq_ids);
+    void            decode(const std::vector<Row> & rows);
+
+    const std::shared_ptr<Context> target_;
+    const std::shared_ptr<Context> draft_;
+    const mtpbatch_session_config  config_;
+    const int32_t                  n_embd_;
+    std::vector<SequenceState>     sequences_;
+};
+
+// How one request picks tokens from logits.
+class Sampler {
+  public:
+    explicit Sampler(const mtpbatch_admission & params);
+    // The logits of one row give one token; each call advances the random state by one draw.
+    llama_token sample(const float * logits, int32_t n_vocab);
+
+  private:
+    struct Free {
+        void operator()(llama_sampler * chain) const { llama_sampler_free(chain); }
+    };
+    std::unique_ptr<llama_sampler, Free> chain_;  // null: greedy
+    std::vector<llama_token_data>        candidates_;
+};
+
+int32_t argmax(const float * values, int32_t n);
+// Probability of the best of n logits under their softmax.
+float probability_of(int32_t best, const float * logits, int32_t n);
+
+}  // namespace mtpbatch
+
+struct mtpbatch_model {
+    std::shared_ptr<mtpbatch::Model> impl;
+};
+struct mtpbatch_context {
+    std::shared_ptr<mtpbatch::Context> impl;
+};
+struct mtpbatch_session {
+    std::shared_ptr<mtpbatch::Session> impl;
+};

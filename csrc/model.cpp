@@ -1,0 +1,181 @@
+// Loading a model, and everything that can be asked of it without a context.
+#include "internal.hpp"
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+#include <mutex>
+
+namespace mtpbatch {
+
+namespace {
+
+thread_local std::string log_text;
+constexpr size_t         LOG_LIMIT = 800;  // bytes kept of one call's errors
+
+ggml_log_callback previous_callback  = nullptr;
+void *            previous_user_data = nullptr;
+
+void collect_log(ggml_log_level level, const char * text, void *) {
+    if (level == GGML_LOG_LEVEL_ERROR && log_text.size() < LOG_LIMIT) {
+        log_text.append(text, std::min(std::strlen(text), LOG_LIMIT - log_text.size()));
+    }
+    if (previous_callback) {
+        previous_callback(level, text, previous_user_data);
+    }
+}
+
+std::string trimmed(const std::string & text) {
+    const auto end = text.find_last_not_of(" \n");
+    return end == std::string::npos ? "" : text.substr(0, end + 1);
+}
+
+}  // namespace
+
+std::string captured_log() {
+    return trimmed(log_text);
+}
+
+void clear_captured_log() {
+    log_text.clear();
+}
+
+std::string with_reason(const std::string & message) {
+    const std::string reason = captured_log();
+    return reason.empty() ? message : message + ": " + reason;
+}
+
+void set_message(mtpbatch_error * error, const char * message) noexcept {
+    if (error) {
+        std::snprintf(error->message, sizeof error->message, "%s", message);
+    }
+}
+
+}  // namespace mtpbatch
+
+using namespace mtpbatch;
+
+void mtpbatch_capture_logs(bool forward) {
+    static std::once_flag once;
+    std::call_once(once, [forward] {
+        if (forward) {
+            llama_log_get(&previous_callback, &previous_user_data);
+        }
+        llama_log_set(collect_log, nullptr);
+        llama_backend_init();
+    });
+}
+
+mtpbatch_status mtpbatch_model_load(const char * path, int32_t n_gpu_layers, mtpbatch_progress progress, void * user,
+                                    mtpbatch_model ** model, mtpbatch_error * error) {
+    return guard(error, [&] {
+        struct Progress {
+            mtpbatch_progress report;
+            void *            user;
+            bool              stopped;
+        } state{ progress, user, false };
+
+        auto params         = llama_model_default_params();
+        params.n_gpu_layers = n_gpu_layers;
+        params.load_mtp     = true;  // without the heads an MTP context aborts on its first decode
+        if (progress) {
+            params.progress_callback_user_data = &state;
+            params.progress_callback           = [](float fraction, void * data) {
+                auto * s   = static_cast<Progress *>(data);
+                s->stopped = !s->report(fraction, s->user);
+                return !s->stopped;
+            };
+        }
+        llama_model * raw = llama_model_load_from_file(path, params);
+        if (!raw) {
+            throw state.stopped ? Error(MTPBATCH_LOAD_CANCELLED, "loading was stopped by the progress callback")
+                                : Error(MTPBATCH_LOAD_FAILED, with_reason("llama.cpp could not load the model"));
+        }
+        auto impl = std::make_shared<Model>(raw);
+        if (llama_vocab_type(impl->vocab) == LLAMA_VOCAB_TYPE_NONE) {
+            throw Error(MTPBATCH_LOAD_FAILED, "the model has no vocabulary");
+        }
+        if (llama_model_has_encoder(raw) || !llama_model_has_decoder(raw) || llama_model_is_diffusion(raw)) {
+            throw Error(MTPBATCH_LOAD_FAILED, "only decoder models that generate token by token are supported");
+        }
+        *model = new mtpbatch_model{ std::move(impl) };
+    });
+}
+
+void mtpbatch_model_free(mtpbatch_model * model) {
+    delete model;
+}
+
+void mtpbatch_model_get_facts(const mtpbatch_model * model, mtpbatch_model_facts * facts) {
+    const auto & m     = *model->impl;
+    facts->n_vocab     = m.n_vocab();
+    facts->n_embd      = llama_model_n_embd_out(m.raw);
+    facts->n_layer     = llama_model_n_layer(m.raw);
+    facts->n_mtp_heads = llama_model_n_layer_nextn(m.raw);
+    facts->n_ctx_train = llama_model_n_ctx_train(m.raw);
+    facts->bos         = llama_vocab_bos(m.vocab);
+    facts->eos         = llama_vocab_eos(m.vocab);
+    facts->eot         = llama_vocab_eot(m.vocab);
+    facts->add_bos     = llama_vocab_get_add_bos(m.vocab);
+    facts->hybrid      = llama_model_is_hybrid(m.raw);
+    facts->recurrent   = llama_model_is_recurrent(m.raw);
+    facts->n_params    = llama_model_n_params(m.raw);
+    facts->n_bytes     = llama_model_size(m.raw);
+}
+
+const char * mtpbatch_model_chat_template(const mtpbatch_model * model) {
+    return llama_model_chat_template(model->impl->raw, nullptr);
+}
+
+int32_t mtpbatch_model_describe(const mtpbatch_model * model, char * text, size_t size) {
+    return llama_model_desc(model->impl->raw, text, size);
+}
+
+int32_t mtpbatch_model_metadata(const mtpbatch_model * model, const char * key, char * text, size_t size) {
+    return llama_model_meta_val_str(model->impl->raw, key, text, size);
+}
+
+bool mtpbatch_model_is_eog(const mtpbatch_model * model, int32_t token) {
+    return model->impl->has_token(token) && llama_vocab_is_eog(model->impl->vocab, token);
+}
+
+bool mtpbatch_model_is_control(const mtpbatch_model * model, int32_t token) {
+    return model->impl->has_token(token) && llama_vocab_is_control(model->impl->vocab, token);
+}
+
+int32_t mtpbatch_model_token_bytes(const mtpbatch_model * model, int32_t token, bool special, char * bytes,
+                                   int32_t size) {
+    if (!model->impl->has_token(token)) {
+        return 0;
+    }
+    return llama_token_to_piece(model->impl->vocab, token, bytes, size, 0, special);
+}
+
+mtpbatch_status mtpbatch_model_tokenize(const mtpbatch_model * model, const char * text, int32_t n_text,
+                                        bool add_special, bool parse_special, int32_t * tokens, int32_t size,
+                                        int32_t * n, mtpbatch_error * error) {
+    return guard(error, [&] {
+        const int32_t written =
+            llama_tokenize(model->impl->vocab, text, n_text, tokens, size, add_special, parse_special);
+        if (written == INT32_MIN) {
+            throw Error(MTPBATCH_INVALID_ARGUMENT, "the text has more tokens than can be counted");
+        }
+        *n = written < 0 ? -written : written;
+    });
+}
+
+mtpbatch_status mtpbatch_model_detokenize(const mtpbatch_model * model, const int32_t * tokens, int32_t n_tokens,
+                                          bool special, char * text, int32_t size, int32_t * n,
+                                          mtpbatch_error * error) {
+    return guard(error, [&] {
+        for (int32_t i = 0; i < n_tokens; ++i) {
+            if (!model->impl->has_token(tokens[i])) {
+                throw Error(MTPBATCH_INVALID_ARGUMENT, "token " + std::to_string(tokens[i]) + " at index " +
+                                                           std::to_string(i) + " is not in the vocabulary");
+            }
+        }
+        const int32_t written =
+            llama_detokenize(model->impl->vocab, tokens, n_tokens, text, size, /*remove_special*/ false, special);
+        *n = written < 0 ? -written : written;
+    });
+}

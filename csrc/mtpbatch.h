@@ -1,0 +1,256 @@
+// The whole native interface of mtpbatch. Python sees exactly what stands between the cffi marks.
+//
+// Vocabulary: *_create/_load gives a handle that *_free takes back (NULL is harmless). Handles own
+// what they are built on: a model outlives its contexts, contexts outlive their session and
+// executor, whatever order they are freed in.
+//
+// Threads: any thread may call, one at a time for handles that share a target context. A model's
+// const functions may be called from several threads at once.
+//
+// Errors: functions that can fail return a status and fill `error` with the reason in words. Unless
+// a status says otherwise, a call that fails has changed nothing.
+#ifndef MTPBATCH_H
+#define MTPBATCH_H
+
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+/* cffi: begin */
+
+typedef enum mtpbatch_status {
+    MTPBATCH_OK = 0,
+    MTPBATCH_INVALID_ARGUMENT,  // a rule of this header was broken
+    MTPBATCH_OUT_OF_MEMORY,
+    MTPBATCH_LOAD_FAILED,     // the model file
+    MTPBATCH_LOAD_CANCELLED,  // the progress callback said stop
+    MTPBATCH_CONTEXT_FAILED,
+    MTPBATCH_NO_KV_SLOT,     // decode: no free cells; memory is as before the call
+    MTPBATCH_DECODE_FAILED,  // decode: the sequences in the batch have lost their state
+    MTPBATCH_SESSION_INIT,   // from here on: MTP session
+    MTPBATCH_SESSION_CONFIG,
+    MTPBATCH_SESSION_CONTEXTS,
+    MTPBATCH_SESSION_SEQUENCE,
+    MTPBATCH_SESSION_PROCESS,
+    MTPBATCH_SESSION_DRAFT,
+    MTPBATCH_SESSION_ACCEPT,
+    MTPBATCH_INTERNAL,
+} mtpbatch_status;
+
+typedef struct mtpbatch_error {
+    char message[1024];
+} mtpbatch_error;
+
+// --- model ---------------------------------------------------------------------------------------
+
+typedef struct mtpbatch_model mtpbatch_model;
+
+// Called now and then while a model loads, with a fraction from 0 to 1; false stops the loading.
+typedef bool (*mtpbatch_progress)(float fraction, void * user);
+
+typedef struct mtpbatch_model_facts {
+    int32_t  n_vocab;
+    int32_t  n_embd;  // width of a hidden row
+    int32_t  n_layer;
+    int32_t  n_mtp_heads;  // 0: the model cannot draft
+    int32_t  n_ctx_train;
+    int32_t  bos, eos, eot;  // -1: the model has none
+    bool     add_bos;
+    bool     hybrid;     // attention and recurrent layers
+    bool     recurrent;  // recurrent layers only
+    uint64_t n_params;
+    uint64_t n_bytes;
+} mtpbatch_model_facts;
+
+// Quiets llama.cpp's own output, which otherwise goes to stderr: errors are collected for the
+// messages of this interface. With `forward` they are also passed on to whoever listened before.
+void mtpbatch_capture_logs(bool forward);
+
+mtpbatch_status mtpbatch_model_load(const char * path, int32_t n_gpu_layers, mtpbatch_progress progress, void * user,
+                                    mtpbatch_model ** model, mtpbatch_error * error);
+void            mtpbatch_model_free(mtpbatch_model * model);
+void            mtpbatch_model_get_facts(const mtpbatch_model * model, mtpbatch_model_facts * facts);
+// NULL: the model file carries no chat template. The text lives as long as the model.
+const char * mtpbatch_model_chat_template(const mtpbatch_model * model);
+// These write up to `size` bytes and return how many there are, or -1: no such key.
+int32_t mtpbatch_model_describe(const mtpbatch_model * model, char * text, size_t size);
+int32_t mtpbatch_model_metadata(const mtpbatch_model * model, const char * key, char * text, size_t size);
+
+bool mtpbatch_model_is_eog(const mtpbatch_model * model, int32_t token);
+bool mtpbatch_model_is_control(const mtpbatch_model * model, int32_t token);
+// Bytes of one token; control tokens have bytes only if `special`. Returns how many there are, or
+// minus that if `size` is too small.
+int32_t mtpbatch_model_token_bytes(const mtpbatch_model * model, int32_t token, bool special, char * bytes,
+                                   int32_t size);
+// `n` returns how many tokens (bytes) there are; if that is more than `size`, nothing was written.
+mtpbatch_status mtpbatch_model_tokenize(const mtpbatch_model * model, const char * text, int32_t n_text,
+                                        bool add_special, bool parse_special, int32_t * tokens, int32_t size,
+                                        int32_t * n, mtpbatch_error * error);
+mtpbatch_status mtpbatch_model_detokenize(const mtpbatch_model * model, const int32_t * tokens, int32_t n_tokens,
+                                          bool special, char * text, int32_t size, int32_t * n, mtpbatch_error * error);
+
+// --- context -------------------------------------------------------------------------------------
+
+typedef struct mtpbatch_context mtpbatch_context;
+
+typedef struct mtpbatch_context_params {
+    int32_t n_ctx;          // tokens per sequence
+    int32_t n_seq;          // 1 to 256
+    int32_t n_batch;        // most tokens in one decode
+    int32_t n_ubatch;       // most tokens in one forward pass
+    int32_t n_rs_seq;       // recurrent states kept per sequence, so that this many tokens can be taken back
+    int32_t n_outputs_max;  // most rows with logits in one decode
+    int32_t n_threads;
+    int32_t kv_type;  // a ggml_type
+    bool    kv_unified;
+} mtpbatch_context_params;
+
+// Rows of one decode. Rows of one sequence stand together and continue its positions.
+typedef struct mtpbatch_batch {
+    int32_t         n_tokens;
+    const int32_t * tokens;
+    const int32_t * positions;
+    const int32_t * seq_ids;
+    const bool *    outputs;  // rows whose logits are wanted
+} mtpbatch_batch;
+
+// `target` NULL makes a default context; otherwise an MTP context that drafts for `target`, with
+// the target's own n_ctx, n_seq, n_batch, n_ubatch, n_threads, kv_type and kv_unified (`params` is
+// not read and may be NULL).
+mtpbatch_status mtpbatch_context_create(const mtpbatch_model * model, const mtpbatch_context_params * params,
+                                        const mtpbatch_context * target, mtpbatch_context ** context,
+                                        mtpbatch_error * error);
+void            mtpbatch_context_free(mtpbatch_context * context);
+// What the context really has, which can differ from what was asked (llama.cpp pads n_ctx).
+void            mtpbatch_context_get_params(const mtpbatch_context * context, mtpbatch_context_params * params);
+bool            mtpbatch_context_is_mtp(const mtpbatch_context * context);
+mtpbatch_status mtpbatch_context_decode(mtpbatch_context * context, const mtpbatch_batch * batch,
+                                        mtpbatch_error * error);
+// Logits of a row of the last batch that asked for them: n_vocab floats, valid until the next
+// decode. NULL: no such row.
+const float * mtpbatch_context_logits(mtpbatch_context * context, int32_t row);
+// The number of positions a sequence has decoded; -1: no such sequence.
+int32_t mtpbatch_context_length(const mtpbatch_context * context, int32_t seq_id);
+// Takes back a sequence's positions from `length` on (0: all of it). With recurrent layers only the
+// last decode can be taken back, once, by at most n_rs_seq tokens and not as a whole.
+mtpbatch_status mtpbatch_context_truncate(mtpbatch_context * context, int32_t seq_id, int32_t length,
+                                          mtpbatch_error * error);
+
+// --- MTP session ---------------------------------------------------------------------------------
+
+typedef struct mtpbatch_session mtpbatch_session;
+
+#define MTPBATCH_MAX_DRAFT 32
+
+typedef struct mtpbatch_session_config {
+    int32_t n_seq;
+    int32_t n_draft_max;  // 1 to MTPBATCH_MAX_DRAFT
+    int32_t n_min;        // shorter drafts are dropped
+    float   p_min;        // a draft ends before a token the head gives less probability
+} mtpbatch_session_config;
+
+typedef struct mtpbatch_session_statistics {
+    int64_t n_drafts;   // non-empty ones
+    int64_t n_drafted;  // tokens
+    int64_t n_accepted;
+    int64_t n_decodes;  // of the draft context
+    int64_t n_rows;     // decoded there
+    int64_t draft_us, process_us, accept_us;
+    int64_t drafted_by_depth[MTPBATCH_MAX_DRAFT];
+    int64_t accepted_by_depth[MTPBATCH_MAX_DRAFT];
+} mtpbatch_session_statistics;
+
+mtpbatch_status mtpbatch_session_create(const mtpbatch_context * target, const mtpbatch_context * draft,
+                                        const mtpbatch_session_config * config, mtpbatch_session ** session,
+                                        mtpbatch_error * error);
+void            mtpbatch_session_free(mtpbatch_session * session);
+mtpbatch_status mtpbatch_session_begin(mtpbatch_session * session, int32_t seq_id, const int32_t * prompt,
+                                       int32_t n_prompt, mtpbatch_error * error);
+mtpbatch_status mtpbatch_session_process(mtpbatch_session * session, const mtpbatch_batch * batch,
+                                         mtpbatch_error * error);
+// Drafts for n sequences at once, one decode per depth. `depths` gives each its own limit, at most
+// n_draft_max. Draft i is written to drafts[i*n_draft_max], its length to lengths[i].
+mtpbatch_status mtpbatch_session_draft(mtpbatch_session * session, int32_t n, const int32_t * seq_ids,
+                                       const int32_t * n_past, const int32_t * last_tokens, const int32_t * depths,
+                                       int32_t * drafts, int32_t * lengths, mtpbatch_error * error);
+mtpbatch_status mtpbatch_session_accept(mtpbatch_session * session, int32_t seq_id, int32_t n_accepted,
+                                        mtpbatch_error * error);
+void mtpbatch_session_get_statistics(const mtpbatch_session * session, mtpbatch_session_statistics * statistics);
+
+// --- executor ------------------------------------------------------------------------------------
+
+typedef struct mtpbatch_executor mtpbatch_executor;
+
+// A sequence id taken by a new request.
+typedef struct mtpbatch_admission {
+    int32_t         seq_id;
+    float           temperature;  // 0: greedy
+    int32_t         top_k;        // 0: all
+    float           top_p;
+    float           min_p;
+    uint32_t        seed;
+    int32_t         max_tokens;
+    int32_t         n_stop;
+    const int32_t * stop_tokens;
+} mtpbatch_admission;
+
+typedef struct mtpbatch_entry {
+    int32_t         seq_id;
+    int32_t         n_tokens;  // next tokens of the prompt; 0: go on from the token sampled last
+    const int32_t * tokens;
+    bool            sample;  // false: more of the prompt is to come
+    int32_t         n_draft;
+} mtpbatch_entry;
+
+typedef struct mtpbatch_plan {
+    int32_t                    n_release;
+    const int32_t *            release;
+    int32_t                    n_admit;
+    const mtpbatch_admission * admit;
+    int32_t                    n_entries;
+    const mtpbatch_entry *     entries;
+} mtpbatch_plan;
+
+typedef enum mtpbatch_finish {
+    MTPBATCH_GOES_ON = 0,
+    MTPBATCH_STOP_TOKEN,
+    MTPBATCH_TOKEN_LIMIT,
+} mtpbatch_finish;
+
+typedef struct mtpbatch_outcome {
+    int32_t         n_tokens;  // accepted drafts, then the sampled token
+    int32_t         tokens[MTPBATCH_MAX_DRAFT + 1];
+    int32_t         n_drafted;
+    int32_t         n_accepted;
+    mtpbatch_finish finish;
+} mtpbatch_outcome;
+
+typedef struct mtpbatch_step_report {
+    int32_t n_target_tokens;
+    int32_t n_draft_decodes;
+    int64_t draft_us, target_us, sample_us;
+} mtpbatch_step_report;
+
+// `session` NULL: never drafts.
+mtpbatch_status mtpbatch_executor_create(const mtpbatch_context * target, const mtpbatch_session * session,
+                                         mtpbatch_executor ** executor, mtpbatch_error * error);
+void            mtpbatch_executor_free(mtpbatch_executor * executor);
+// One step: free what the plan releases, take in what it admits, draft, decode everything in one
+// batch, sample and verify, take back what was rejected. `outcomes` is parallel to plan->entries.
+// After MTPBATCH_INVALID_ARGUMENT nothing has changed; after any other failure releases and
+// admissions stand and the sequences of plan->entries are lost: release them.
+mtpbatch_status mtpbatch_executor_step(mtpbatch_executor * executor, const mtpbatch_plan * plan,
+                                       mtpbatch_outcome * outcomes, mtpbatch_step_report * report,
+                                       mtpbatch_error * error);
+
+/* cffi: end */
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,146 @@
+"""Everything mtpbatch raises, in one tree, sorted by who can do something about it.
+
+::
+
+    MtpBatchError
+    ├── InvalidRequestError (ValueError)    the caller's: mend the arguments and call again
+    │   ├── InvalidParameterError           one parameter is missing, mistyped or out of range
+    │   └── PromptTooLongError              the prompt does not fit into a sequence's context
+    ├── EngineError                         this engine cannot serve the call
+    │   ├── EngineClosedError               it was closed, or never opened
+    │   └── EngineDeadError                 its thread ended because of an error, which is the cause
+    ├── WrongProcessError                   a forked child used what its parent opened
+    ├── NativeError                         llama.cpp refused or failed
+    │   ├── ModelLoadError                  no such file, not a GGUF, truncated, unsupported
+    │   ├── ContextError                    a context could not be made or was used wrongly
+    │   ├── DecodeError                     a decode failed; the sequences in it are lost
+    │   └── MtpSessionError                 speculative drafting
+    │       ├── MtpInitError                the session could not be made
+    │       ├── MtpInvalidConfigError       a value of its config is out of range
+    │       ├── MtpIncompatibleContextsError  these two contexts cannot work together
+    │       ├── MtpBadSequenceError         no such sequence, or not at that position
+    │       ├── MtpProcessError             a decoded batch could not be taken in
+    │       ├── MtpDraftError               drafting failed or was asked for out of turn
+    │       └── MtpAcceptError              accept without a draft, or of more than was drafted
+    ├── LibraryMismatchError (ImportError)  another llama-cpp-python than the one compiled against
+    └── InternalError                       a bug in mtpbatch: please report it
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mtpbatch.types import Completion
+
+
+class MtpBatchError(Exception):
+    """Base of every error that mtpbatch raises on purpose.
+
+    ``completion`` holds what a request had produced when the error ended it, if it had started.
+    """
+
+    completion: Completion | None = None
+
+
+class InvalidRequestError(MtpBatchError, ValueError):
+    """The arguments of a call are wrong; nothing was started and no other request is affected."""
+
+
+class InvalidParameterError(InvalidRequestError):
+    """One parameter is unknown, has the wrong type or is out of range.
+
+    ``parameter`` is its name as the caller wrote it.
+    """
+
+    def __init__(self, parameter: str, reason: str) -> None:
+        super().__init__(f"{parameter}: {reason}")
+        self.parameter = parameter
+
+
+class PromptTooLongError(InvalidParameterError):
+    """The prompt leaves no room in a sequence's context for even one generated token."""
+
+    def __init__(self, n_tokens: int, n_ctx: int) -> None:
+        super().__init__(
+            "prompt",
+            f"has {n_tokens} tokens, but a sequence holds n_ctx={n_ctx} and needs one free for the "
+            f"answer; shorten the prompt or open the engine with a larger n_ctx",
+        )
+        self.n_tokens = n_tokens
+        self.n_ctx = n_ctx
+
+
+class EngineError(MtpBatchError):
+    """The engine cannot take or finish the call."""
+
+
+class EngineClosedError(EngineError):
+    """The engine was closed, or its ``async with`` block was never entered."""
+
+
+class EngineDeadError(EngineError):
+    """The engine's thread ended because of an error (see ``__cause__``); open a new engine."""
+
+
+class WrongProcessError(MtpBatchError):
+    """A forked child used an object that its parent opened: native threads do not survive a fork.
+
+    Open the engine in the process that uses it, or start workers with the ``spawn`` method.
+    """
+
+
+class NativeError(MtpBatchError):
+    """A call into llama.cpp was refused or failed; the message carries its reason."""
+
+
+class ModelLoadError(NativeError):
+    """The model file could not be loaded."""
+
+
+class ContextError(NativeError):
+    """A context could not be created, or was asked for something it cannot do."""
+
+
+class DecodeError(NativeError):
+    """A decode failed; the sequences that took part in it have lost their state."""
+
+
+class MtpSessionError(NativeError):
+    """Base of the errors of :class:`mtpbatch.native.MtpSession`."""
+
+
+class MtpInitError(MtpSessionError):
+    """The session could not be created (the model has no MTP heads, or memory ran out)."""
+
+
+class MtpInvalidConfigError(MtpSessionError):
+    """A value of :class:`mtpbatch.native.MtpSessionConfig` is out of range."""
+
+
+class MtpIncompatibleContextsError(MtpSessionError):
+    """The target and draft contexts do not fit together, or do not fit the config."""
+
+
+class MtpBadSequenceError(MtpSessionError):
+    """The sequence id is out of range, or the sequence is not at the position the call assumes."""
+
+
+class MtpProcessError(MtpSessionError):
+    """A decoded batch does not continue what the session has seen of its sequences."""
+
+
+class MtpDraftError(MtpSessionError):
+    """The draft decode failed, or drafting was asked for before the last draft was settled."""
+
+
+class MtpAcceptError(MtpSessionError):
+    """``accept`` without a draft to accept from, or of more tokens than were drafted."""
+
+
+class LibraryMismatchError(MtpBatchError, ImportError):
+    """The installed llama-cpp-python is not the version that mtpbatch was compiled against."""
+
+
+class InternalError(MtpBatchError):
+    """mtpbatch broke one of its own rules. Nothing a caller does should ever raise this."""

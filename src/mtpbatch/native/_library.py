@@ -1,0 +1,129 @@
+"""The border to the compiled part: loads it, and turns its status codes into exceptions.
+
+libllama's ABI changes between versions, so an installed llama-cpp-python other than the one
+compiled against is refused here, before anything of it is loaded.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from mtpbatch._process import HomeProcess
+from mtpbatch.exceptions import (
+    ContextError,
+    DecodeError,
+    InternalError,
+    LibraryMismatchError,
+    ModelLoadError,
+    MtpAcceptError,
+    MtpBadSequenceError,
+    MtpBatchError,
+    MtpDraftError,
+    MtpIncompatibleContextsError,
+    MtpInitError,
+    MtpInvalidConfigError,
+    MtpProcessError,
+    NativeError,
+)
+from mtpbatch.native._built_with import LLAMA_CPP_PYTHON
+
+
+def installed_llama_cpp() -> Path:
+    """The directory of the libraries to use, once their version is found to be the right one."""
+    mend = f'run: pip install "llama-cpp-python=={LLAMA_CPP_PYTHON}"'
+    try:
+        distribution = importlib.metadata.distribution("llama-cpp-python")
+    except importlib.metadata.PackageNotFoundError:
+        raise LibraryMismatchError(
+            f"mtpbatch was compiled against llama-cpp-python {LLAMA_CPP_PYTHON}, "
+            f"but none is installed; {mend}"
+        ) from None
+    if distribution.version != LLAMA_CPP_PYTHON:
+        raise LibraryMismatchError(
+            f"mtpbatch was compiled against llama-cpp-python {LLAMA_CPP_PYTHON}, "
+            f"but {distribution.version} is installed; {mend}"
+        )
+    return Path(str(distribution.locate_file("llama_cpp/lib")))
+
+
+def _preload(directory: Path) -> None:
+    """Load libllama by path, so that the compiled module finds it wherever site-packages is.
+
+    llama_cpp loads the same file: whichever comes first, the process holds one libllama.
+    """
+    suffix = "dylib" if sys.platform == "darwin" else "so"
+    path = directory / f"libllama.{suffix}"
+    try:
+        ctypes.CDLL(str(path))
+    except OSError as error:
+        raise LibraryMismatchError(f"llama-cpp-python's {path} cannot be loaded: {error}") from None
+
+
+_preload(installed_llama_cpp())
+
+from mtpbatch.native._ffi import ffi, lib  # noqa: E402  (needs the library loaded above)
+
+_ERRORS: dict[int, type[MtpBatchError]] = {
+    lib.MTPBATCH_OUT_OF_MEMORY: NativeError,
+    lib.MTPBATCH_LOAD_FAILED: ModelLoadError,
+    lib.MTPBATCH_LOAD_CANCELLED: ModelLoadError,
+    lib.MTPBATCH_CONTEXT_FAILED: ContextError,
+    lib.MTPBATCH_NO_KV_SLOT: DecodeError,
+    lib.MTPBATCH_DECODE_FAILED: DecodeError,
+    lib.MTPBATCH_SESSION_INIT: MtpInitError,
+    lib.MTPBATCH_SESSION_CONFIG: MtpInvalidConfigError,
+    lib.MTPBATCH_SESSION_CONTEXTS: MtpIncompatibleContextsError,
+    lib.MTPBATCH_SESSION_SEQUENCE: MtpBadSequenceError,
+    lib.MTPBATCH_SESSION_PROCESS: MtpProcessError,
+    lib.MTPBATCH_SESSION_DRAFT: MtpDraftError,
+    lib.MTPBATCH_SESSION_ACCEPT: MtpAcceptError,
+    lib.MTPBATCH_INTERNAL: InternalError,
+}
+
+
+def call(
+    function: Callable[..., int],
+    *arguments: Any,
+    invalid: Callable[[str], MtpBatchError] = ContextError,
+) -> None:
+    """Call a function that ends in an error parameter; raise what its status stands for.
+
+    ``invalid`` makes the error for arguments that break a rule of the interface.
+    """
+    error = ffi.new("mtpbatch_error *")
+    status = function(*arguments, error)
+    if status != lib.MTPBATCH_OK:
+        message = ffi.string(error.message).decode("utf-8", "replace")
+        raise _ERRORS.get(status, invalid)(message)
+
+
+class Handle:
+    """Owns one native handle: freed by ``close()``, or with its last reference.
+
+    A call in another thread keeps the native object alive until it returns. In a forked child,
+    where llama.cpp's threads do not exist, every use raises :class:`WrongProcessError`.
+    """
+
+    def __init__(self, pointer: Any, free: Callable[[Any], None]) -> None:
+        self._home = HomeProcess()
+        self._owned: Any = ffi.gc(pointer, free)
+
+    @property
+    def _native(self) -> Any:
+        if self._owned is None:
+            raise ContextError(f"this {type(self).__name__} is closed")
+        self._home.check(type(self).__name__)
+        return self._owned
+
+    @property
+    def closed(self) -> bool:
+        return self._owned is None
+
+    def close(self) -> None:
+        """Free the native object, unless something built on it still needs it. Idempotent."""
+        self._owned = None

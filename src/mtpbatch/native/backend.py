@@ -1,0 +1,117 @@
+"""What an engine drives: model, contexts, session and executor, opened from one config."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from mtpbatch.exceptions import InvalidParameterError
+from mtpbatch.machine import available_cpus
+from mtpbatch.native.context import Context
+from mtpbatch.native.executor import Executor
+from mtpbatch.native.model import Model
+from mtpbatch.native.session import MtpSession
+from mtpbatch.types import EngineConfig, ModelFacts, Plan, StepResult
+
+_DEFAULT_N_CTX = 4096  # models allow far more, but cells for all sequences are taken at once
+
+
+class NativeBackend:
+    """A model ready to run plans. Made and driven by the engine's thread."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        config: EngineConfig,
+        progress: Callable[[float], bool | None] | None = None,
+    ) -> None:
+        self._model = model = Model(path, n_gpu_layers=config.n_gpu_layers, progress=progress)
+        config = _resolve(config, model)
+        assert config.n_ctx and config.n_batch  # filled in above
+        per_step = config.n_seq * (1 + config.n_draft_max)
+        target = Context(
+            model,
+            n_ctx=config.n_ctx,
+            n_seq=config.n_seq,
+            n_batch=config.n_batch,
+            n_ubatch=config.n_ubatch,
+            n_rs_seq=config.n_draft_max,
+            n_outputs_max=per_step,
+            n_threads=config.n_threads,
+            kv_type=config.kv_type,
+            kv_unified=config.kv_unified,
+        )
+        if model.keeps_recurrent_state and target.n_rs_seq < config.n_draft_max:
+            # This architecture's state cannot be taken back: no draft could be rejected.
+            config = _without_drafts(config, f"{model.architecture} models cannot take back tokens")
+        session = None
+        if config.n_draft_max:
+            session = MtpSession(target, Context.mtp(target), config.n_seq, config.n_draft_max)
+        self._executor = Executor(target, session)
+        self.config = config
+        self.facts = ModelFacts(
+            n_ctx=config.n_ctx,
+            n_seq=config.n_seq,
+            n_batch=target.n_batch,
+            n_draft_max=config.n_draft_max,
+            n_vocab=model.n_vocab,
+            eog_token_ids=model.eog_tokens,
+        )
+        self.token_bytes: Sequence[bytes] = model.vocabulary
+        self.description = f"{model.path.name}: {model.description}"
+
+    def tokenize(self, text: str) -> list[int]:
+        return self._model.tokenize(text)
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        return self._model.detokenize(token_ids)
+
+    def execute(self, plan: Plan) -> StepResult:
+        return self._executor.execute(plan)
+
+    def close(self) -> None:
+        self._executor.close()
+        self._model.close()
+
+
+def _resolve(config: EngineConfig, model: Model) -> EngineConfig:
+    """Fill in what the config leaves to the model and the machine; refuse what cannot work."""
+    if not model.n_mtp_heads:
+        config = _without_drafts(config, "the model has no MTP heads")
+    depth = config.n_draft_max
+    n_ctx = config.n_ctx or min(model.n_ctx_train, _DEFAULT_N_CTX)
+    if n_ctx < depth + 2:
+        raise InvalidParameterError(
+            "n_ctx", f"must be at least n_draft_max + 2 = {depth + 2}, got {n_ctx}"
+        )
+    per_step = config.n_seq * (1 + depth)
+    n_batch = config.n_batch or max(2048, per_step)
+    if n_batch < per_step:
+        raise InvalidParameterError(
+            "n_batch",
+            f"must be at least n_seq * (1 + n_draft_max) = {per_step}, so that every sequence "
+            f"takes part in every step; got {n_batch}",
+        )
+    n_batch = min(n_batch, n_ctx * config.n_seq)
+    n_ubatch = min(config.n_ubatch or 512, n_batch)
+    if n_ubatch < depth + 2:
+        raise InvalidParameterError(
+            "n_ubatch", f"must be at least n_draft_max + 2 = {depth + 2}, got {n_ubatch}"
+        )
+    return msgspec.structs.replace(
+        config,
+        n_ctx=n_ctx,
+        n_batch=n_batch,
+        n_ubatch=n_ubatch,
+        n_threads=config.n_threads or available_cpus(),
+    )
+
+
+def _without_drafts(config: EngineConfig, reason: str) -> EngineConfig:
+    if isinstance(config.speculation, int) and config.speculation > 0:
+        raise InvalidParameterError(
+            "speculation", f"cannot be {config.speculation}: {reason}; leave it at 'auto' or use 0"
+        )
+    return msgspec.structs.replace(config, n_draft_max=0)

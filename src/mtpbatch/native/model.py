@@ -1,0 +1,252 @@
+"""A model file in memory: its vocabulary and what can be known of it without a context."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import cached_property, partial
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from mtpbatch.exceptions import InvalidParameterError, ModelLoadError
+from mtpbatch.native._library import Handle, call, ffi, lib
+
+
+class _Progress:
+    """Carries an exception of the caller's callback across the C++ loader."""
+
+    def __init__(self, report: Callable[[float], bool | None]) -> None:
+        self.report = report
+        self.error: BaseException | None = None
+
+
+@ffi.def_extern()  # type: ignore[untyped-decorator]
+def mtpbatch_report_progress(fraction: float, user: Any) -> bool:
+    progress: _Progress = ffi.from_handle(user)
+    try:
+        return progress.report(fraction) is not False
+    except BaseException as error:
+        progress.error = error
+        return False
+
+
+def _check_file(path: Path) -> None:
+    """What the loader would only call "failed to load", in words."""
+    if not path.exists():
+        raise ModelLoadError(f"{path}: no such file")
+    if not path.is_file():
+        raise ModelLoadError(f"{path}: not a file")
+    try:
+        with path.open("rb") as file:
+            magic = file.read(4)
+    except OSError as error:
+        raise ModelLoadError(f"{path}: cannot be read: {error.strerror}") from None
+    if magic != b"GGUF":
+        raise ModelLoadError(f"{path}: not a GGUF file (it starts with {magic!r})")
+
+
+class Model(Handle):
+    """A GGUF model, with its MTP heads if it has any.
+
+    Args:
+        path: the file; of a split model the first part.
+        n_gpu_layers: layers kept on a GPU, -1 for all; without effect in a CPU build.
+        progress: called now and then with the fraction loaded (0 to 1). Loading stops when it
+            returns False or raises.
+
+    Raises:
+        ModelLoadError: there is no such file, or llama.cpp cannot load it.
+
+    Safe to use from several threads at once.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        n_gpu_layers: int = -1,
+        progress: Callable[[float], bool | None] | None = None,
+    ) -> None:
+        self.path = Path(path)
+        _check_file(self.path)
+        lib.mtpbatch_capture_logs("llama_cpp" in sys.modules)
+        out = ffi.new("mtpbatch_model **")
+        state = _Progress(progress) if progress else None
+        handle = ffi.new_handle(state) if state else ffi.NULL
+        try:
+            call(
+                lib.mtpbatch_model_load,
+                os.fsencode(self.path),
+                n_gpu_layers,
+                lib.mtpbatch_report_progress if state else ffi.NULL,
+                handle,
+                out,
+            )
+        except ModelLoadError as error:
+            if state and state.error:
+                raise state.error from None
+            raise ModelLoadError(f"{self.path}: {error}") from None
+        super().__init__(out[0], lib.mtpbatch_model_free)
+
+        facts = ffi.new("mtpbatch_model_facts *")
+        lib.mtpbatch_model_get_facts(self._native, facts)
+        self.n_vocab: int = facts.n_vocab
+        """Tokens in the vocabulary."""
+        self.n_embd: int = facts.n_embd
+        """Width of a hidden row."""
+        self.n_layer: int = facts.n_layer
+        """Layers, as llama.cpp counts them."""
+        self.n_mtp_heads: int = facts.n_mtp_heads
+        """Trained MTP heads; 0: the model cannot draft."""
+        self.n_ctx_train: int = facts.n_ctx_train
+        """Longest context the model was trained for, in tokens."""
+        self.hybrid: bool = facts.hybrid
+        """Some layers keep recurrent state, others attend."""
+        self.recurrent: bool = facts.recurrent
+        """All layers keep recurrent state."""
+        self.n_params: int = facts.n_params
+        self.n_bytes: int = facts.n_bytes
+        """Size of the weights."""
+        self.bos: int | None = None if facts.bos < 0 else facts.bos
+        """Beginning-of-sequence token."""
+        self.eos: int | None = None if facts.eos < 0 else facts.eos
+        """End-of-sequence token."""
+        self.eot: int | None = None if facts.eot < 0 else facts.eot
+        """End-of-turn token."""
+        self.add_bos: bool = facts.add_bos
+        """Whether :meth:`tokenize` puts the beginning-of-sequence token first."""
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        state = "closed" if self.closed else self.description
+        return f"<Model {self.path.name}: {state}, {self.n_mtp_heads} MTP head(s)>"
+
+    @property
+    def keeps_recurrent_state(self) -> bool:
+        """Whether a sequence's past cannot simply be cut at any position."""
+        return self.hybrid or self.recurrent
+
+    @cached_property
+    def architecture(self) -> str:
+        """The model file's name for it, such as ``qwen35``."""
+        return self.metadata("general.architecture") or ""
+
+    @cached_property
+    def description(self) -> str:
+        """llama.cpp's short description: architecture, size, file type."""
+        return self._text(lib.mtpbatch_model_describe) or ""
+
+    @cached_property
+    def chat_template(self) -> str | None:
+        """The Jinja text of the model's chat template, if the file carries one."""
+        text = lib.mtpbatch_model_chat_template(self._native)
+        return None if text == ffi.NULL else ffi.string(text).decode()
+
+    @cached_property
+    def eog_tokens(self) -> frozenset[int]:
+        """Tokens that end a generation (end of sequence, of turn, …)."""
+        native = self._native
+        return frozenset(t for t in range(self.n_vocab) if lib.mtpbatch_model_is_eog(native, t))
+
+    @cached_property
+    def vocabulary(self) -> tuple[bytes, ...]:
+        """The bytes of each token, by id; of control tokens none."""
+        return tuple(self.token_bytes(token) for token in range(self.n_vocab))
+
+    def is_control(self, token: int) -> bool:
+        """Whether a token is markup, such as ``<|im_end|>``, rather than text."""
+        return bool(lib.mtpbatch_model_is_control(self._native, token))
+
+    def token_bytes(self, token: int, *, special: bool = False) -> bytes:
+        """The bytes of one token; those of a control token only if ``special``."""
+        native = self._native
+        size = 64
+        while True:
+            buffer = ffi.new("char[]", size)
+            n = lib.mtpbatch_model_token_bytes(native, token, special, buffer, size)
+            if n >= 0:
+                return bytes(ffi.buffer(buffer, n))
+            size = -n
+
+    def metadata(self, key: str) -> str | None:
+        """A scalar value of the model file, as text; None if there is no such key."""
+        return self._text(lib.mtpbatch_model_metadata, key.encode())
+
+    def tokenize(
+        self, text: str, *, add_special: bool = True, parse_special: bool = True
+    ) -> list[int]:
+        """Token ids of a text.
+
+        ``add_special`` adds the tokens the model wants around a text; ``parse_special`` reads
+        markup such as ``<|im_end|>`` as the control token it names.
+        """
+        try:
+            data = text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidParameterError(
+                "text", f"has a lone surrogate at index {error.start}, which is no character"
+            ) from None
+        size = len(data) + 2  # a byte-level token has at least one byte; two special ones
+        n = ffi.new("int32_t *")
+        while True:
+            tokens = ffi.new("int32_t[]", size)
+            call(
+                lib.mtpbatch_model_tokenize,
+                self._native,
+                data,
+                len(data),
+                add_special,
+                parse_special,
+                tokens,
+                size,
+                n,
+                invalid=partial(InvalidParameterError, "text"),
+            )
+            if n[0] <= size:
+                return list(ffi.unpack(tokens, n[0])) if n[0] else []
+            size = n[0]
+
+    def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> str:
+        """Text of token ids; bytes that are not UTF-8 become U+FFFD."""
+        size = 8 * len(tokens) + 8
+        n = ffi.new("int32_t *")
+        while True:
+            text = ffi.new("char[]", size)
+            call(
+                lib.mtpbatch_model_detokenize,
+                self._native,
+                list(tokens),
+                len(tokens),
+                special,
+                text,
+                size,
+                n,
+                invalid=partial(InvalidParameterError, "tokens"),
+            )
+            if n[0] <= size:
+                return bytes(ffi.buffer(text, n[0])).decode("utf-8", "replace")
+            size = n[0]
+
+    def _text(self, read: Callable[..., int], *key: bytes) -> str | None:
+        size = 256
+        while True:
+            buffer = ffi.new("char[]", size)
+            n = read(self._native, *key, buffer, size)
+            if n < 0:
+                return None
+            if n < size:
+                return bytes(ffi.buffer(buffer, n)).decode("utf-8", "replace")
+            size = n + 1
+

@@ -1,0 +1,280 @@
+"""Drafting with a model's Multi-Token-Prediction head."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TextIO
+
+from msgspec import Struct
+
+from mtpbatch.exceptions import MtpDraftError, MtpIncompatibleContextsError
+from mtpbatch.native._library import Handle, call, ffi, lib
+from mtpbatch.native.context import Batch, Context
+
+
+class MtpSessionConfig(Struct, frozen=True):
+    """How a session drafts."""
+
+    n_seq: int
+    """Sequences, as many as the contexts have."""
+    n_draft_max: int
+    """Most tokens drafted at once, 1 to 32."""
+    n_min: int = 0
+    """Drafts shorter than this are dropped."""
+    p_min: float = 0.0
+    """A draft ends before a token to which the head gives less probability (of all tokens)."""
+
+
+class DraftRequest(Struct, frozen=True):
+    """One sequence's part in :meth:`MtpSession.draft_many`."""
+
+    seq_id: int
+    n_past: int
+    """Tokens of the sequence that the target has decoded and kept."""
+    id_last: int
+    """The token sampled last, not yet decoded."""
+    n_draft: int | None = None
+    """Most tokens to draft; None: n_draft_max."""
+
+
+class MtpSessionStatistics(Struct, frozen=True):
+    """Counts and seconds since the session was made."""
+
+    drafts: int
+    """Drafts that were not empty."""
+    drafted: int
+    """Tokens in them."""
+    accepted: int
+    decodes: int
+    """Decodes of the draft context."""
+    rows: int
+    """Rows in those decodes."""
+    draft_time: float
+    process_time: float
+    accept_time: float
+    drafted_by_depth: tuple[int, ...]
+    accepted_by_depth: tuple[int, ...]
+
+
+class MtpSession(Handle):
+    """Drafts for all sequences of a target context with the model's MTP head.
+
+    The loop of one who drives it::
+
+        target.decode(batch); session.process(batch)        # the prompt
+        while ...:
+            drafts = session.draft(seq_id, n_past, id_last)
+            # decode [id_last, *drafts] with all outputs, session.process(batch), sample row by row
+            session.accept(seq_id, n_accepted)              # only after a non-empty draft
+            target.truncate(seq_id, n_past + 1 + n_accepted)
+
+    What the session needs stays alive with it: contexts that are closed earlier are freed when the
+    session is. Any thread may call; calls wait for each other. Decoding a sequence's position 0
+    anew starts a new generation on it.
+
+    Args:
+        target: a default context; on a model with recurrent layers with n_rs_seq >= n_draft_max.
+        draft: ``Context.mtp(target)``.
+        n_seq: sequences, as many as the contexts have.
+        n_draft_max: most tokens drafted at once, 1 to 32.
+
+    Raises:
+        MtpInvalidConfigError: a value is out of range.
+        MtpIncompatibleContextsError: the contexts do not fit together or do not fit the config.
+        MtpInitError: the model's MTP heads cannot be used.
+    """
+
+    def __init__(self, target: Context, draft: Context, n_seq: int, n_draft_max: int) -> None:
+        self._create(target, draft, MtpSessionConfig(n_seq, n_draft_max))
+
+    @classmethod
+    def with_config(cls, target: Context, draft: Context, config: MtpSessionConfig) -> MtpSession:
+        """A session with every parameter chosen; raises as the constructor does."""
+        session = cls.__new__(cls)
+        session._create(target, draft, config)
+        return session
+
+    def _create(self, target: Context, draft: Context, config: MtpSessionConfig) -> None:
+        if target.model is not draft.model:
+            raise MtpIncompatibleContextsError("the contexts are of two different models")
+        self._lock = target._lock
+        out = ffi.new("mtpbatch_session **")
+        native = ffi.new(
+            "mtpbatch_session_config *",
+            [config.n_seq, config.n_draft_max, config.n_min, config.p_min],
+        )
+        with self._lock:
+            call(lib.mtpbatch_session_create, target._native, draft._native, native, out)
+        super().__init__(out[0], lib.mtpbatch_session_free)
+        self._config = config
+        self._n_ctx = target.n_ctx
+
+    def __enter__(self) -> MtpSession:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        if self.closed:
+            return "<MtpSession: closed>"
+        c, s = self._config, self.statistics()
+        return (
+            f"<MtpSession: n_seq={c.n_seq} n_draft_max={c.n_draft_max} n_min={c.n_min} "
+            f"p_min={c.p_min:g}, {s.accepted} of {s.drafted} drafted tokens accepted>"
+        )
+
+    def close(self) -> None:
+        with self._lock:
+            super().close()
+
+    @property
+    def config(self) -> MtpSessionConfig:
+        """As given at construction."""
+        return self._config
+
+    @property
+    def n_seq(self) -> int:
+        return self._config.n_seq
+
+    @property
+    def n_draft_max(self) -> int:
+        return self._config.n_draft_max
+
+    @property
+    def n_min(self) -> int:
+        return self._config.n_min
+
+    @property
+    def p_min(self) -> float:
+        return self._config.p_min
+
+    @property
+    def need_embd(self) -> bool:
+        """Whether the target must output post-norm embeddings: False for MTP."""
+        return False
+
+    @property
+    def need_embd_pre_norm(self) -> bool:
+        """Whether hidden rows are read from the target: True; the session sees to it itself."""
+        return True
+
+    def begin(self, seq_id: int, prompt: Sequence[int]) -> None:
+        """Optional: check that the prompt just decoded was processed completely.
+
+        Raises:
+            MtpBadSequenceError: the session has taken in another number of tokens.
+        """
+        with self._lock:
+            call(lib.mtpbatch_session_begin, self._native, seq_id, list(prompt), len(prompt))
+
+    def process(self, batch: Batch) -> None:
+        """Take in a batch that the target has just decoded. Call it after every decode.
+
+        Raises:
+            MtpProcessError: it is not that batch, or does not continue what the session has seen.
+        """
+        native, columns = batch.native()
+        with self._lock:
+            call(lib.mtpbatch_session_process, self._native, native)
+        del columns
+
+    def draft(self, seq_id: int, n_past: int, id_last: int) -> list[int]:
+        """Draft up to n_draft_max tokens for one sequence; see :class:`DraftRequest`."""
+        return self.draft_many([DraftRequest(seq_id, n_past, id_last)])[0]
+
+    def draft_many(self, requests: Sequence[DraftRequest]) -> list[list[int]]:
+        """Draft for several sequences, one decode per depth for all of them.
+
+        Each stops at its own n_draft, at the end of its context and under p_min, at no cost to it
+        from the others' depth. The result is parallel to ``requests``; drafts can be empty.
+
+        Raises:
+            MtpBadSequenceError: no such sequence, or it has not taken in n_past tokens.
+            MtpDraftError: an earlier draft waits for accept, or a value is out of range.
+            DecodeError: the draft decode failed; the sequences can draft again.
+        """
+        depths = [
+            self.n_draft_max if request.n_draft is None else request.n_draft
+            for request in requests
+        ]
+        for depth in depths:
+            if depth < 0:
+                raise MtpDraftError(f"n_draft must be at least 0, got {depth}")
+        depths = [
+            min(depth, self._n_ctx - request.n_past)
+            for request, depth in zip(requests, depths, strict=True)
+        ]
+        active = [i for i, depth in enumerate(depths) if depth > 0]
+        results: list[list[int]] = [[] for _ in requests]
+        if not active:
+            return results
+        drafts = ffi.new("int32_t[]", len(active) * self.n_draft_max)
+        lengths = ffi.new("int32_t[]", len(active))
+        with self._lock:
+            call(
+                lib.mtpbatch_session_draft,
+                self._native,
+                len(active),
+                [requests[i].seq_id for i in active],
+                [requests[i].n_past for i in active],
+                [requests[i].id_last for i in active],
+                [depths[i] for i in active],
+                drafts,
+                lengths,
+            )
+        for n, i in enumerate(active):
+            start = n * self.n_draft_max
+            results[i] = [drafts[start + k] for k in range(lengths[n])]
+        return results
+
+    def accept(self, seq_id: int, n_accepted: int) -> None:
+        """Settle a non-empty draft: the target agreed with its first ``n_accepted`` tokens.
+
+        Raises:
+            MtpAcceptError: nothing was drafted, the draft was not processed, or fewer were.
+        """
+        with self._lock:
+            call(lib.mtpbatch_session_accept, self._native, seq_id, n_accepted)
+
+    def statistics(self) -> MtpSessionStatistics:
+        """Counts and times so far."""
+        s = ffi.new("mtpbatch_session_statistics *")
+        with self._lock:
+            lib.mtpbatch_session_get_statistics(self._native, s)
+        n = self.n_draft_max
+        return MtpSessionStatistics(
+            drafts=s.n_drafts,
+            drafted=s.n_drafted,
+            accepted=s.n_accepted,
+            decodes=s.n_decodes,
+            rows=s.n_rows,
+            draft_time=s.draft_us / 1e6,
+            process_time=s.process_us / 1e6,
+            accept_time=s.accept_us / 1e6,
+            drafted_by_depth=tuple(s.drafted_by_depth[k] for k in range(n)),
+            accepted_by_depth=tuple(s.accepted_by_depth[k] for k in range(n)),
+        )
+
+    def print_stats(self, file: TextIO | None = None) -> None:
+        """Print :meth:`statistics` for a human to read, to ``file`` or stdout."""
+        s = self.statistics()
+        share = f"{s.accepted / s.drafted:.1%}" if s.drafted else "none yet"
+        by_depth = ", ".join(
+            f"{a}/{d}"
+            for a, d in zip(s.accepted_by_depth, s.drafted_by_depth, strict=True)
+        )
+        print(
+            f"MTP: {s.drafts} drafts, {s.drafted} tokens drafted, {s.accepted} accepted ({share})\n"
+            f"     accepted/drafted by depth: {by_depth}\n"
+            f"     {s.decodes} draft decodes of {s.rows} rows; seconds: draft {s.draft_time:.3f}, "
+            f"process {s.process_time:.3f}, accept {s.accept_time:.3f}",
+            file=file or sys.stdout,
+        )

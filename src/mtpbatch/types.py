@@ -1,0 +1,292 @@
+"""The values that cross a border: frozen, validated where they are made, and safe to share.
+
+From the app: :class:`EngineConfig`, :class:`SamplingParams`. Between the scheduler and the
+executor: :class:`Plan`, :class:`StepResult`. Back to the app: :class:`Delta`,
+:class:`Completion`, :class:`EngineStats`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar, get_args
+
+import msgspec
+from msgspec import Meta, Struct
+
+from mtpbatch.exceptions import InvalidParameterError
+
+FinishReason = Literal["stop", "length", "abort", "error"]
+KvType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
+Speculation = Literal["auto"] | Annotated[int, Meta(ge=0, le=32)]
+
+MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ: more aborts the process inside libllama
+
+_S = TypeVar("_S", bound=Struct)
+
+
+# ---------------------------------------------------------------------------- from the app
+
+
+class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How an engine is opened. ``None`` means: taken from the model and the machine."""
+
+    n_seq: Annotated[int, Meta(ge=1, le=MAX_SEQUENCES)] = 8
+    """Sequences that run at once; further requests wait."""
+    n_ctx: Annotated[int, Meta(ge=2)] | None = None
+    """Tokens per sequence, prompt and answer together. None: the model's, at most 4096."""
+    n_draft_max: Annotated[int, Meta(ge=0, le=32)] = 3
+    """Most tokens drafted per sequence and step. 0 opens the engine without MTP heads."""
+    n_batch: Annotated[int, Meta(ge=1)] | None = None
+    """Most tokens in one step, over all sequences. None: 2048, or what n_seq needs if more."""
+    n_ubatch: Annotated[int, Meta(ge=1)] | None = None
+    """Most tokens in one forward pass. None: 512, at most n_batch."""
+    n_threads: Annotated[int, Meta(ge=1, le=512)] | None = None
+    """CPU threads. None: the CPUs this process may really use (affinity and cgroup quota)."""
+    n_gpu_layers: Annotated[int, Meta(ge=-1)] = -1
+    """Layers kept on a GPU, if llama-cpp-python was built for one. -1: all."""
+    kv_type: KvType = "f16"
+    """Element type of the KV cache."""
+    kv_unified: bool = True
+    """One pool of KV cells for all sequences, instead of an equal share for each."""
+    speculation: Speculation = "auto"
+    """Draft depth of requests that do not say: 0 off, n a fixed depth, "auto" n_draft_max."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.speculation, int) and self.speculation > self.n_draft_max:
+            raise InvalidParameterError(
+                "speculation",
+                f"{self.speculation} is deeper than n_draft_max={self.n_draft_max}; raise "
+                f"n_draft_max when opening the engine, or lower speculation",
+            )
+
+
+class SamplingParams(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How one request is sampled and when it ends."""
+
+    max_tokens: Annotated[int, Meta(ge=1)] = 256
+    """Most tokens to generate; the context may end it sooner."""
+    temperature: Annotated[float, Meta(ge=0)] = 0.0
+    """0 takes the most probable token; 1 samples the model's own distribution."""
+    top_k: Annotated[int, Meta(ge=0)] = 0
+    """Sample among the k most probable tokens. 0: all."""
+    top_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    """Sample among the fewest tokens whose probabilities reach this sum. 1: all."""
+    min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    """Drop tokens less probable than this share of the best one's probability. 0: none."""
+    seed: Annotated[int, Meta(ge=0, le=2**32 - 1)] | None = None
+    """Same seed, same request: same tokens, whoever shares the batch. None: a fresh one."""
+    stop: tuple[Annotated[str, Meta(min_length=1)], ...] = ()
+    """Texts that end the answer; they are not part of it."""
+    stop_token_ids: tuple[Annotated[int, Meta(ge=0)], ...] = ()
+    """Tokens that end the answer, besides the model's own end-of-generation tokens."""
+    ignore_eos: bool = False
+    """Go on after the model's end-of-generation tokens."""
+    speculation: Speculation | None = None
+    """Draft depth of this request: 0 off, n fixed, "auto"; None: as the engine's config says."""
+
+    def __post_init__(self) -> None:
+        for name in ("temperature", "top_p", "min_p"):
+            if not math.isfinite(getattr(self, name)):
+                raise InvalidParameterError(name, "must be a finite number")
+
+
+def parse(kind: type[_S], values: Mapping[str, Any]) -> _S:
+    """Build a ``kind`` from keyword arguments.
+
+    Raises :class:`InvalidParameterError` that names the parameter, what is wrong with the value
+    and what would be right.
+    """
+    if isinstance(values.get("stop"), str):
+        values = {**values, "stop": (values["stop"],)}
+    try:
+        return msgspec.convert(values, kind)
+    except msgspec.ValidationError:
+        pass  # slowly again, to find out which one it was
+    fields = {field.name: field for field in msgspec.structs.fields(kind)}
+    for name in values:
+        if name not in fields:
+            close = difflib.get_close_matches(name, fields, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(fields)}"
+            raise InvalidParameterError(name, f"unknown parameter; {hint}")
+    converted: dict[str, Any] = {}
+    for name, value in values.items():
+        try:
+            converted[name] = msgspec.convert(value, fields[name].type)
+        except msgspec.ValidationError as error:
+            reason = _CHOICES.get(name) or str(error).split(" - at `")[0]
+            raise InvalidParameterError(name, f"{reason}, got {value!r}") from None
+    return kind(**converted)
+
+
+_CHOICES = {  # where msgspec's own words do not say what would be right
+    "kv_type": f"must be one of {', '.join(get_args(KvType))}",
+    "speculation": 'must be "auto" or a whole number from 0 to 32',
+}
+
+
+# ------------------------------------------------- between the scheduler and the executor
+
+
+class ModelFacts(Struct, frozen=True, kw_only=True):
+    """What the scheduler and the text side need to know of a loaded model and its contexts."""
+
+    n_ctx: int
+    """Tokens one sequence can hold."""
+    n_seq: int
+    n_batch: int
+    n_draft_max: int
+    """Deepest draft the contexts were made for; 0 when the model has no MTP heads."""
+    n_vocab: int
+    eog_token_ids: frozenset[int]
+    """The model's end-of-generation tokens."""
+
+
+class Admission(Struct, frozen=True, gc=False):
+    """A sequence id is taken by a new request: how it samples and what ends it."""
+
+    seq_id: int
+    params: SamplingParams
+    seed: int
+    stop_token_ids: tuple[int, ...]
+    max_tokens: int
+    """Tokens it may generate: the request's limit or the context's, whichever is less."""
+
+
+class PlanEntry(Struct, frozen=True, gc=False):
+    """One sequence's part in a step.
+
+    ``tokens`` is the next chunk of its prompt. Empty means: go on from the token sampled last,
+    which the executor remembers.
+    """
+
+    seq_id: int
+    tokens: tuple[int, ...]
+    sample: bool
+    """Sample after this chunk: false while more of the prompt is to come."""
+    n_draft: int
+    """Most tokens to draft; only for entries that go on from a sampled token."""
+
+
+class Plan(Struct, frozen=True, gc=False):
+    """One step: sequence ids to free, ids to take, then one row set per active sequence."""
+
+    release: tuple[int, ...]
+    admit: tuple[Admission, ...]
+    entries: tuple[PlanEntry, ...]
+
+
+class EntryResult(Struct, frozen=True, gc=False):
+    """What a step gave one sequence, parallel to ``Plan.entries``.
+
+    Of ``token_ids`` the first ``n_accepted`` are accepted drafts and the last one was sampled
+    (a draft that ends the request, by a stop token or its limit, is the last itself).
+    """
+
+    token_ids: tuple[int, ...]
+    n_drafted: int
+    n_accepted: int
+    finish_reason: Literal["stop", "length"] | None
+
+
+class StepResult(Struct, frozen=True, gc=False):
+    """The outcome of one executed plan. Durations are seconds."""
+
+    entries: tuple[EntryResult, ...]
+    n_target_tokens: int
+    n_draft_decodes: int
+    draft_time: float
+    target_time: float
+    sample_time: float
+
+
+# ----------------------------------------------------------------------- back to the app
+
+
+class Usage(Struct, frozen=True):
+    """Tokens of a request."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+class Timings(Struct, frozen=True):
+    """Seconds a request spent; each part is 0 if it was not reached."""
+
+    queued: float
+    """From submission until a sequence took it."""
+    prefill: float
+    """From then until its first token."""
+    first_token: float
+    """From submission until its first token."""
+    decode: float
+    """From its first token to its end."""
+    total: float
+
+
+class Delta(Struct, frozen=True):
+    """What one step added to a request: always whole characters, possibly none yet.
+
+    Of ``token_ids`` the first ``n_accepted`` were drafted and accepted. Text of the last tokens
+    can come with a later delta: bytes of a split character and a possible start of a stop text
+    wait until they are decided.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    n_accepted: int
+    finish_reason: FinishReason | None = None
+
+
+class Completion(Struct, frozen=True, kw_only=True):
+    """The end of a request, whichever way it came."""
+
+    request_id: str
+    text: str
+    token_ids: tuple[int, ...]
+    """Generated tokens; a stop token that ended the request is the last of them."""
+    prompt_token_ids: tuple[int, ...]
+    finish_reason: FinishReason
+    drafted: int
+    """Tokens drafted by the MTP head."""
+    accepted: int
+    """Of those, how many the model agreed with."""
+    accepted_by_depth: tuple[int, ...]
+    """How often the draft at depth 1, 2, … was accepted."""
+    steps: int
+    """Decodes of the model that produced tokens: completion tokens / steps is the gain."""
+    usage: Usage
+    timings: Timings
+
+
+class EngineStats(Struct, frozen=True, kw_only=True):
+    """A snapshot of an engine; totals count from its opening. Durations are seconds."""
+
+    running: int
+    waiting: int
+    free_sequences: int
+    n_seq: int
+    mtp: bool
+    """Whether the model has MTP heads and the engine uses them."""
+    finished: dict[FinishReason, int]
+    """Requests ended so far, by reason."""
+    prompt_tokens: int
+    generated_tokens: int
+    drafted: int
+    accepted: int
+    drafted_by_depth: tuple[int, ...]
+    accepted_by_depth: tuple[int, ...]
+    steps: int
+    draft_time: float
+    target_time: float
+    sample_time: float
+
+    @property
+    def acceptance(self) -> float | None:
+        """Accepted share of the drafted tokens; None before the first draft."""
+        return self.accepted / self.drafted if self.drafted else None
