@@ -212,6 +212,7 @@ class Usage(Struct, frozen=True):
 
     @property
     def total_tokens(self) -> int:
+        """Prompt and answer together."""
         return self.prompt_tokens + self.completion_tokens
 
 

@@ -68,6 +68,8 @@ _preload(installed_llama_cpp())
 
 from mtpbatch.native._ffi import ffi, lib  # noqa: E402  (needs the library loaded above)
 
+__all__ = ["Handle", "call", "ffi", "installed_llama_cpp", "lib"]
+
 _ERRORS: dict[int, type[MtpBatchError]] = {
     lib.MTPBATCH_OUT_OF_MEMORY: NativeError,
     lib.MTPBATCH_LOAD_FAILED: ModelLoadError,

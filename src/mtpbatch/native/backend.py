@@ -29,7 +29,7 @@ class NativeBackend:
     ) -> None:
         self._model = model = Model(path, n_gpu_layers=config.n_gpu_layers, progress=progress)
         config = _resolve(config, model)
-        assert config.n_ctx and config.n_batch  # filled in above
+        assert config.n_ctx is not None  # resolved
         per_step = config.n_seq * (1 + config.n_draft_max)
         target = Context(
             model,
@@ -52,8 +52,8 @@ class NativeBackend:
         self._executor = Executor(target, session)
         self.config = config
         self.facts = ModelFacts(
-            n_ctx=config.n_ctx,
-            n_seq=config.n_seq,
+            n_ctx=target.n_ctx,
+            n_seq=target.n_seq,
             n_batch=target.n_batch,
             n_draft_max=config.n_draft_max,
             n_vocab=model.n_vocab,

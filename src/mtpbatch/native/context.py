@@ -65,7 +65,7 @@ class Batch:
         *,
         outputs: Literal["none", "last", "all"] = "last",
     ) -> range:
-        """Append the rows of consecutive tokens, the first at ``position``; return their indices."""
+        """Append rows for tokens at ``position`` and after; return the rows' indices."""
         start = len(self)
         for i, token in enumerate(tokens):
             wanted = outputs == "all" or (outputs == "last" and i == len(tokens) - 1)

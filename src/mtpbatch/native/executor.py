@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from mtpbatch.exceptions import InternalError
 from mtpbatch.native._library import Handle, call, ffi, lib
 from mtpbatch.native.context import Context
 from mtpbatch.native.session import MtpSession
 from mtpbatch.types import EntryResult, Plan, StepResult
 
-_FINISH = {
+_FINISH: dict[int, Literal["stop", "length"] | None] = {
     lib.MTPBATCH_GOES_ON: None,
     lib.MTPBATCH_STOP_TOKEN: "stop",
     lib.MTPBATCH_TOKEN_LIMIT: "length",

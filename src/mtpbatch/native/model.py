@@ -249,4 +249,3 @@ class Model(Handle):
             if n < size:
                 return bytes(ffi.buffer(buffer, n)).decode("utf-8", "replace")
             size = n + 1
-

@@ -202,8 +202,7 @@ class MtpSession(Handle):
             DecodeError: the draft decode failed; the sequences can draft again.
         """
         depths = [
-            self.n_draft_max if request.n_draft is None else request.n_draft
-            for request in requests
+            self.n_draft_max if request.n_draft is None else request.n_draft for request in requests
         ]
         for depth in depths:
             if depth < 0:
@@ -268,8 +267,7 @@ class MtpSession(Handle):
         s = self.statistics()
         share = f"{s.accepted / s.drafted:.1%}" if s.drafted else "none yet"
         by_depth = ", ".join(
-            f"{a}/{d}"
-            for a, d in zip(s.accepted_by_depth, s.drafted_by_depth, strict=True)
+            f"{a}/{d}" for a, d in zip(s.accepted_by_depth, s.drafted_by_depth, strict=True)
         )
         print(
             f"MTP: {s.drafts} drafts, {s.drafted} tokens drafted, {s.accepted} accepted ({share})\n"

@@ -1,0 +1,81 @@
+"""Many LLM generations at once, inside an async app, on one llama.cpp model with an MTP head.
+
+::
+
+    async with mtpbatch.Engine.open("model.gguf") as engine:
+        completion = await engine.generate("def fib(n):", max_tokens=64)
+"""
+
+from mtpbatch.engine import Engine
+from mtpbatch.exceptions import (
+    ContextError,
+    DecodeError,
+    EngineClosedError,
+    EngineDeadError,
+    EngineError,
+    InternalError,
+    InvalidParameterError,
+    InvalidRequestError,
+    LibraryMismatchError,
+    ModelLoadError,
+    MtpAcceptError,
+    MtpBadSequenceError,
+    MtpBatchError,
+    MtpDraftError,
+    MtpIncompatibleContextsError,
+    MtpInitError,
+    MtpInvalidConfigError,
+    MtpProcessError,
+    MtpSessionError,
+    NativeError,
+    PromptTooLongError,
+    WrongProcessError,
+)
+from mtpbatch.generation import Generation
+from mtpbatch.types import (
+    Completion,
+    Delta,
+    EngineConfig,
+    EngineStats,
+    FinishReason,
+    ModelFacts,
+    SamplingParams,
+    Timings,
+    Usage,
+)
+
+__all__ = [
+    "Completion",
+    "ContextError",
+    "DecodeError",
+    "Delta",
+    "Engine",
+    "EngineClosedError",
+    "EngineConfig",
+    "EngineDeadError",
+    "EngineError",
+    "EngineStats",
+    "FinishReason",
+    "Generation",
+    "InternalError",
+    "InvalidParameterError",
+    "InvalidRequestError",
+    "LibraryMismatchError",
+    "ModelFacts",
+    "ModelLoadError",
+    "MtpAcceptError",
+    "MtpBadSequenceError",
+    "MtpBatchError",
+    "MtpDraftError",
+    "MtpIncompatibleContextsError",
+    "MtpInitError",
+    "MtpInvalidConfigError",
+    "MtpProcessError",
+    "MtpSessionError",
+    "NativeError",
+    "PromptTooLongError",
+    "SamplingParams",
+    "Timings",
+    "Usage",
+    "WrongProcessError",
+]

@@ -1,0 +1,7 @@
+"""``python -m mtpbatch``."""
+
+import sys
+
+from mtpbatch.cli import main
+
+sys.exit(main())

@@ -1,0 +1,103 @@
+"""The ``mtpbatch`` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import anyio
+
+from mtpbatch.cli.demo import demo
+from mtpbatch.cli.generate import generate
+from mtpbatch.exceptions import InvalidParameterError, MtpBatchError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return its exit status."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        if options.command == "demo":
+            anyio.run(demo)
+        else:
+            anyio.run(
+                generate,
+                options.prompts,
+                options.model,
+                _given(options, _ENGINE_OPTIONS),
+                _given(options, _REQUEST_OPTIONS),
+                options.json,
+            )
+    except InvalidParameterError as error:
+        option = error.parameter.replace("_", "-")
+        print(f"mtpbatch: --{option}: {str(error).split(': ', 1)[1]}", file=sys.stderr)
+        return 2
+    except MtpBatchError as error:
+        print(f"mtpbatch: {error}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader of our output has seen enough
+        sys.stderr.close()
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _number_or_auto(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+# Names are those of EngineConfig and SamplingParams, which hold the defaults and the checks.
+_ENGINE_OPTIONS: dict[str, dict[str, Any]] = {
+    "n_seq": {"type": int, "help": "sequences that run at once"},
+    "n_ctx": {"type": int, "help": "tokens per sequence"},
+    "n_draft_max": {"type": int, "help": "most tokens drafted at once; 0 leaves MTP heads unused"},
+    "n_threads": {"type": int, "help": "CPU threads"},
+    "n_gpu_layers": {"type": int, "help": "layers on a GPU, -1 for all"},
+    "kv_type": {"help": "element type of the KV cache"},
+}
+_REQUEST_OPTIONS: dict[str, dict[str, Any]] = {
+    "max_tokens": {"type": int, "help": "most tokens to generate"},
+    "temperature": {"type": float, "help": "0 (default): the most probable token"},
+    "top_k": {"type": int, "help": "sample among the k most probable tokens"},
+    "top_p": {"type": float, "help": "sample among tokens that make up this probability"},
+    "min_p": {"type": float, "help": "drop tokens below this share of the best one's probability"},
+    "seed": {"type": int, "help": "same seed, same text"},
+    "stop": {"action": "append", "help": "text that ends the answer; can be repeated"},
+    "ignore_eos": {"action": "store_true", "default": None, "help": "go on after the end token"},
+    "speculation": {"type": _number_or_auto, "help": 'draft depth: 0 off, a number, or "auto"'},
+}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mtpbatch",
+        description="Many generations at once on one llama.cpp model, with Multi-Token Prediction.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands.add_parser(
+        "demo",
+        help="eight prompts at once on the packaged model",
+        description="Run eight prompts at once on the packaged model and show what drafting gains.",
+    )
+    run = commands.add_parser(
+        "generate",
+        help="generate from prompts",
+        description="Generate from one or more prompts, all at once; text goes to stdout in order.",
+    )
+    run.add_argument("prompts", nargs="+", metavar="PROMPT")
+    run.add_argument("-m", "--model", metavar="FILE", help="GGUF file; default: packaged model")
+    run.add_argument("--json", action="store_true", help="one JSON record per line, as they end")
+    for title, options in (("request", _REQUEST_OPTIONS), ("engine", _ENGINE_OPTIONS)):
+        group = run.add_argument_group(f"{title} options")
+        for name, details in options.items():
+            group.add_argument("--" + name.replace("_", "-"), **details)
+    return parser
+
+
+def _given(options: argparse.Namespace, names: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The options that were written on the command line."""
+    values = {name: getattr(options, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}

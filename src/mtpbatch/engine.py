@@ -1,0 +1,644 @@
+"""The async face of the engine, and its thread.
+
+::
+
+    event loops                               engine thread
+    submit ─────────────── inbox ───────────▶ drain · schedule · execute · update
+    Generation ◀── one call per step & loop ─ deliver
+
+Guarantees:
+
+- The engine's thread never waits for an event loop, and a loop never waits for a step.
+- Every request that was taken in gets exactly one last event. Who removes it from ``_live``
+  sends that event, and only the engine's thread removes.
+- The backend is made, used and closed on the engine's thread; ``tokenize`` and ``detokenize``
+  alone run where they are called, and closing waits for them.
+
+What threads share, besides the inbox: ``_closing``, ``_failure`` and ``_n_users`` change only
+under ``_gate``, which is held for moments, and under which requests enter ``_live``; ``_stats`` is
+an immutable snapshot, replaced as a whole.
+"""
+
+from __future__ import annotations
+
+import atexit
+import itertools
+import os
+import secrets
+import threading
+import time
+from array import array
+from collections import abc
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, Final, NamedTuple, TypeAlias
+
+import anyio
+import msgspec
+
+from mtpbatch._log import log
+from mtpbatch._loops import EventLoop, ThreadEvent
+from mtpbatch._process import HomeProcess
+from mtpbatch.backend import Backend, BackendFactory
+from mtpbatch.exceptions import (
+    EngineClosedError,
+    EngineDeadError,
+    EngineError,
+    InternalError,
+    InvalidParameterError,
+    InvalidRequestError,
+    MtpBatchError,
+    NativeError,
+    PromptTooLongError,
+)
+from mtpbatch.generation import Generation
+from mtpbatch.scheduler import Event, Scheduler
+from mtpbatch.sequence import Sequence
+from mtpbatch.speculation import draft_limit
+from mtpbatch.text import TextAssembler
+from mtpbatch.types import (
+    Completion,
+    EngineConfig,
+    EngineStats,
+    ModelFacts,
+    SamplingParams,
+    parse,
+)
+
+Prompt: TypeAlias = str | abc.Sequence[int]
+"""A text, or the ids of its tokens."""
+
+_INLINE_CHARS: Final = 1000  # a longer text is not tokenised on the event loop: that takes too long
+
+
+class Engine:
+    """Runs many generations at once on one model.
+
+    ::
+
+        async with mtpbatch.Engine.open("model.gguf", n_seq=16) as engine:
+            completion = await engine.generate("def fib(n):", max_tokens=64)
+
+    One engine may serve any number of tasks, and of event loops in other threads. The sampling
+    parameters of all methods that take a prompt are the fields of
+    :class:`~mtpbatch.SamplingParams`. A bad argument raises
+    :class:`~mtpbatch.InvalidParameterError`, which names it, before anything is started.
+    """
+
+    # ------------------------------------------------------------------ opening, closing
+
+    @classmethod
+    @asynccontextmanager
+    async def open(
+        cls,
+        model: str | os.PathLike[str] | None = None,
+        *,
+        progress: Callable[[float], object] | None = None,
+        **config: Any,
+    ) -> AsyncIterator[Engine]:
+        """Load a model, as an async context manager; leaving the block closes the engine.
+
+        ``model`` is the path of a GGUF file; without one the demo model in the package is used.
+        ``progress`` is called on the event loop with the loaded share, 0 to 1. The other
+        arguments are the fields of :class:`~mtpbatch.EngineConfig`. Loading happens on a thread,
+        and stops when the task that waits for it is cancelled.
+
+        Raises :class:`~mtpbatch.ModelLoadError`, :class:`~mtpbatch.ContextError` (no memory), or
+        :class:`~mtpbatch.InvalidParameterError`.
+        """
+        parsed = parse(EngineConfig, config)
+        with _model_path(model) as path:
+
+            def load(report: Callable[[float], bool]) -> Backend:
+                from mtpbatch.native import NativeBackend  # only here: it loads llama.cpp
+
+                return NativeBackend(path, parsed, report)
+
+            engine = await cls._start(load, progress=progress)
+            try:
+                yield engine
+            finally:
+                await engine.aclose()
+
+    def __init__(self, make_backend: Callable[[], Backend], clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._home = HomeProcess()
+        self._request_ids = map("req-{}".format, itertools.count(1))
+        self._inbox: SimpleQueue[_Message] = SimpleQueue()
+        self._live: dict[str, _Live] = {}
+        self._gate = threading.Condition()
+        self._closing = False
+        self._failure: BaseException | None = None
+        self._n_users = 0
+        self._ready = ThreadEvent()
+        self._ended = ThreadEvent()
+        # Starts its one thread when the first long prompt comes.
+        self._tokenizer = ThreadPoolExecutor(1, thread_name_prefix="mtpbatch-tokenizer")
+        # At exit the interpreter waits for threads that are not daemons before it calls the exit
+        # handlers, so that an engine somebody forgot would hang it; and it kills daemons after
+        # that, in the middle of native code, which can crash. So: a daemon that an exit handler
+        # stops and joins while everything is still there.
+        self._thread = threading.Thread(
+            target=self._run, args=(make_backend,), name="mtpbatch-engine", daemon=True
+        )
+        self._thread.start()
+        atexit.register(self._stop_at_exit)
+
+    @classmethod
+    async def _start(
+        cls,
+        make_backend: BackendFactory,
+        *,
+        progress: Callable[[float], object] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> Engine:
+        """An engine that is ready; it is closed again if anything prevents that."""
+        loading = _Loading(progress)
+        engine = cls(partial(make_backend, loading.report), clock)
+        try:
+            await engine._ready.wait()
+            failure = loading.failure or engine._failure
+            if failure is not None:
+                raise failure
+            draft_limit(None, engine.config, engine.model)  # is the config's wish one it can have?
+        except BaseException:
+            loading.give_up()
+            await engine.aclose()
+            raise
+        return engine
+
+    async def aclose(self) -> None:
+        """Close the engine. Requests that have not ended end with the finish reason "abort".
+
+        It waits for the step under way, if there is one. Harmless when called again.
+        """
+        self._home.check("engine")
+        self._stop()
+        with anyio.CancelScope(shield=True):
+            await self._ended.wait()
+        self._thread.join()
+        atexit.unregister(self._stop_at_exit)
+
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no requests any more: closed, or dead."""
+        return self._closing
+
+    # ------------------------------------------------------------------------- requests
+
+    async def generate(self, prompt: Prompt, **params: Any) -> Completion:
+        """Generate after one prompt. Cancelling the waiting task cancels the request.
+
+        Raises :class:`~mtpbatch.DecodeError` if a step it took part in failed.
+        """
+        return await self._submit(prompt, parse(SamplingParams, params), streaming=False)
+
+    async def generate_many(self, prompts: Iterable[Prompt], **params: Any) -> list[Completion]:
+        """Generate after many prompts at once; completions come in the order of the prompts.
+
+        If one of them fails, or the waiting task is cancelled, the rest are cancelled.
+        """
+        if isinstance(prompts, str):
+            raise InvalidParameterError("prompts", "is one text; give a list of prompts")
+        parsed = parse(SamplingParams, params)
+        generations: list[Generation] = []
+        try:
+            for prompt in prompts:
+                generations.append(self._submit(prompt, parsed, streaming=False))
+            async with anyio.create_task_group() as group:
+                for generation in generations:
+                    group.start_soon(generation._result)
+            return [await generation for generation in generations]
+        except BaseExceptionGroup as group_error:
+            failures, others = group_error.split(MtpBatchError)
+            if failures is None or others is not None:
+                raise
+            failure = failures.exceptions[0]
+        finally:
+            for generation in generations:
+                generation.cancel()
+        raise failure
+
+    @asynccontextmanager
+    async def stream(self, prompt: Prompt, **params: Any) -> AsyncIterator[Generation]:
+        """Generate after one prompt and follow it; leaving the block early ends the request.
+
+        ::
+
+            async with engine.stream("Once upon a time", max_tokens=100) as deltas:
+                async for delta in deltas:
+                    print(delta.text, end="")
+            print(deltas.completion)
+        """
+        generation = self.submit(prompt, **params)
+        try:
+            yield generation
+        finally:
+            generation.cancel()
+
+    def submit(self, prompt: Prompt, **params: Any) -> Generation:
+        """Start to generate after one prompt, without waiting.
+
+        Needs a running event loop in this thread. A long text is tokenised elsewhere; if the
+        prompt is then found wanting, waiting for the generation raises the error.
+        """
+        return self._submit(prompt, parse(SamplingParams, params), streaming=True)
+
+    # ----------------------------------------------------------------------------- text
+
+    def tokenize(self, text: str) -> list[int]:
+        """The tokens of ``text``, as a prompt of that text has them."""
+        if not isinstance(text, str):
+            raise InvalidParameterError("text", f"must be a str, got {type(text).__name__}")
+        return self._tokenize("text", text)
+
+    def detokenize(self, token_ids: abc.Sequence[int]) -> str:
+        """The text of ``token_ids``; bytes that are not UTF-8 become U+FFFD."""
+        with self._using_backend() as backend:
+            return backend.detokenize(self._check_ids("token_ids", token_ids))
+
+    @property
+    def token_bytes(self) -> abc.Sequence[bytes]:
+        """The bytes of each token of the vocabulary; of control tokens, none."""
+        return self._token_bytes
+
+    # -------------------------------------------------------------------------- figures
+
+    @property
+    def config(self) -> EngineConfig:
+        """What the engine was opened with; what was left open is filled in."""
+        return self._config
+
+    @property
+    def model(self) -> ModelFacts:
+        """The sizes of the loaded model and what it can do."""
+        return self._facts
+
+    def stats(self) -> EngineStats:
+        """How many requests run and wait, and totals since the opening. Works after closing."""
+        self._check_alive()
+        return msgspec.structs.replace(self._stats, waiting=self._n_waiting)
+
+    def __repr__(self) -> str:
+        if not hasattr(self, "_facts"):
+            return "<Engine: not loaded>"
+        settings = ", ".join(f"{k}={v!r}" for k, v in msgspec.structs.asdict(self._config).items())
+        running = self._stats.running
+        state = "closed" if self._closing else f"{running} running, {self._n_waiting} waiting"
+        return f"<Engine {self._description}: {settings}; {state}>"
+
+    @property
+    def _n_waiting(self) -> int:
+        return max(0, len(self._live) - self._stats.running)
+
+    # ---------------------------------------------------------- on the callers' threads
+
+    def _check_alive(self) -> None:
+        self._home.check("engine")
+        if self._failure is not None:
+            raise EngineDeadError(f"the engine died: {self._failure!r}") from self._failure
+
+    def _check_open(self) -> None:
+        self._check_alive()
+        if self._closing:
+            raise EngineClosedError("the engine is closed")
+
+    def _submit(self, prompt: Prompt, params: SamplingParams, *, streaming: bool) -> Generation:
+        self._check_open()
+        try:
+            loop = EventLoop.current()
+        except RuntimeError:
+            raise InvalidRequestError(
+                "requests need a running event loop in their thread"
+            ) from None
+        self._check_ids("stop_token_ids", params.stop_token_ids)
+        depth = draft_limit(params.speculation, self._config, self._facts)
+        request_id = next(self._request_ids)
+        build = partial(
+            self._build, request_id, params, depth, _seed(params), submitted=self._clock()
+        )
+        generation = Generation(request_id, loop, self._home, self._cancel)
+        live = _Live(generation, loop, streaming, build)
+        if isinstance(prompt, str) and len(prompt) > _INLINE_CHARS:
+            with self._gate:
+                self._check_open()
+                self._live[request_id] = live
+                self._tokenizer.submit(self._prepare, request_id, prompt, build)
+        else:
+            sequence = build(self._prompt_ids(prompt))
+            with self._gate:
+                self._check_open()
+                self._live[request_id] = live
+                self._inbox.put(_Add(sequence))
+        return generation
+
+    def _prepare(
+        self, request_id: str, prompt: str, build: Callable[[tuple[int, ...]], Sequence]
+    ) -> None:
+        """Tokenise a long prompt, on the tokenizer's thread."""
+        try:
+            self._inbox.put(_Add(build(self._prompt_ids(prompt))))
+        except EngineError:
+            pass  # the engine ends its requests itself
+        except MtpBatchError as error:
+            self._inbox.put(_Refuse(request_id, error))
+        except Exception as error:
+            failure = InternalError(f"tokenising the prompt failed: {error!r}")
+            failure.__cause__ = error
+            self._inbox.put(_Refuse(request_id, failure))
+
+    def _build(
+        self,
+        request_id: str,
+        params: SamplingParams,
+        depth: int,
+        seed: int,
+        prompt: tuple[int, ...],
+        *,
+        submitted: float,
+    ) -> Sequence:
+        return Sequence(
+            request_id,
+            prompt,
+            params,
+            seed=seed,
+            max_tokens=min(params.max_tokens, self._facts.n_ctx - len(prompt)),
+            draft_limit=depth,
+            n_draft_max=self._facts.n_draft_max,
+            assembler=TextAssembler(self._token_bytes, params.stop),
+            submitted=submitted,
+        )
+
+    def _prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
+        if isinstance(prompt, str):
+            token_ids = tuple(self._tokenize("prompt", prompt))
+        else:
+            token_ids = self._check_ids("prompt", prompt)
+        if not token_ids:
+            raise InvalidParameterError("prompt", "is empty")
+        if len(token_ids) >= self._facts.n_ctx:
+            raise PromptTooLongError(len(token_ids), self._facts.n_ctx)
+        return token_ids
+
+    def _tokenize(self, parameter: str, text: str) -> list[int]:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidParameterError(parameter, f"is not valid Unicode: {error}") from None
+        with self._using_backend() as backend:
+            return backend.tokenize(text)
+
+    def _check_ids(self, parameter: str, token_ids: abc.Sequence[int]) -> tuple[int, ...]:
+        if not isinstance(token_ids, abc.Sequence) or isinstance(token_ids, str | bytes):
+            kind = type(token_ids).__name__
+            what = "a text or a sequence" if parameter == "prompt" else "a sequence"
+            raise InvalidParameterError(parameter, f"must be {what} of token ids, got {kind}")
+        n_vocab = self._facts.n_vocab
+        try:
+            checked = tuple(array("q", token_ids))  # in C: prompts can be long
+            if not checked or (min(checked) >= 0 and max(checked) < n_vocab):
+                return checked
+        except (TypeError, OverflowError):
+            pass
+        for index, token_id in enumerate(token_ids):
+            if not hasattr(token_id, "__index__"):
+                raise InvalidParameterError(
+                    parameter, f"must hold token ids, got {token_id!r} at index {index}"
+                )
+            if not 0 <= token_id < n_vocab:
+                raise InvalidParameterError(
+                    parameter,
+                    f"token {token_id} at index {index} is out of range: n_vocab={n_vocab}",
+                )
+        raise InternalError(f"{parameter}: the checks of its tokens contradict each other")
+
+    @contextmanager
+    def _using_backend(self) -> Iterator[Backend]:
+        """The backend, which is not closed meanwhile."""
+        with self._gate:
+            self._check_open()
+            self._n_users += 1
+        try:
+            yield self._backend
+        finally:
+            with self._gate:
+                self._n_users -= 1
+                self._gate.notify_all()
+
+    def _cancel(self, request_id: str) -> None:
+        # No lock: this also runs where the garbage collector closes a waiting coroutine.
+        self._inbox.put(_Cancel(request_id))
+
+    def _stop(self) -> None:
+        with self._gate:
+            self._closing = True
+        self._inbox.put(_Wake())
+
+    def _stop_at_exit(self) -> None:
+        if self._home.here:
+            self._stop()
+            self._thread.join()
+
+    # ------------------------------------------------------------- on the engine's thread
+
+    def _run(self, make_backend: Callable[[], Backend]) -> None:
+        backend: Backend | None = None
+        try:
+            backend = make_backend()
+            scheduler = Scheduler(backend.facts)
+            self._backend = backend
+            self._config = backend.config
+            self._facts = backend.facts
+            self._token_bytes = backend.token_bytes
+            self._description = backend.description
+            self._stats = scheduler.stats
+            log.info("engine.opened", model=backend.description, config=backend.config)
+            self._ready.set()
+            self._serve(backend, scheduler)
+        except BaseException as error:
+            with self._gate:
+                self._failure = error
+                self._closing = True
+            if self._ready.is_set():  # else whoever waits for the opening gets the error
+                log.error("engine.died", exc_info=error)
+                self._bury(error)
+        try:
+            self._tokenizer.shutdown(cancel_futures=True)
+            if backend is not None:
+                with self._gate:
+                    self._gate.wait_for(lambda: not self._n_users)
+                backend.close()
+                log.info("engine.closed")
+        finally:
+            self._ended.set()
+            self._ready.set()
+
+    def _serve(self, backend: Backend, scheduler: Scheduler) -> None:
+        while self._drain_inbox(scheduler):
+            plan = scheduler.schedule(self._clock())
+            if plan is None:
+                continue
+            self._stats = scheduler.stats
+            try:
+                result = backend.execute(plan)
+            except NativeError as error:
+                log.warning("step.failed", sequences=len(plan.entries), error=str(error))
+                events = scheduler.fail(plan, error, self._clock())
+            else:
+                events = scheduler.update(plan, result, self._clock())
+            self._deliver(scheduler, events)
+        everyone = [request_id for request_id, _ in self._requests()]
+        self._deliver(scheduler, self._abort(scheduler, everyone))
+
+    def _drain_inbox(self, scheduler: Scheduler) -> bool:
+        """Take in what has come, waiting for it if there is nothing else to do.
+
+        ``False`` once the engine is to stop.
+        """
+        cancelled: list[str] = []
+        refused: list[Event] = []
+        idle = not scheduler.has_work
+        while idle or not self._inbox.empty():
+            idle = False
+            match self._inbox.get():
+                case _Add(sequence):
+                    if sequence.request_id in self._live:  # not cancelled while it was tokenised
+                        scheduler.add(sequence)
+                case _Refuse(request_id, error):
+                    if request_id in self._live:
+                        refused.append(Event(request_id, error=error))
+                case _Cancel(request_id):
+                    cancelled.append(request_id)
+        if refused or cancelled:
+            self._deliver(scheduler, refused)  # first: who has ended cannot be aborted as well
+            self._deliver(scheduler, self._abort(scheduler, cancelled))
+        return not self._closing
+
+    def _abort(self, scheduler: Scheduler, request_ids: Iterable[str]) -> list[Event]:
+        events = []
+        for request_id in dict.fromkeys(request_ids):
+            live = self._live.get(request_id)
+            if live is None:  # it ended before the cancellation came
+                continue
+            event = scheduler.abort(request_id, self._clock())
+            if event is None:  # its prompt is still being tokenised
+                scheduler.add(live.build(()))
+                event = scheduler.abort(request_id, self._clock())
+            if event is not None:
+                events.append(event)
+        return events
+
+    def _deliver(self, scheduler: Scheduler, events: list[Event]) -> None:
+        """Hand events over, in one call for each loop. A loop that is gone loses its requests."""
+        parcels: dict[EventLoop, list[tuple[_Live, Event]]] = {}
+        for event in events:
+            live = self._live[event.request_id]
+            if event.last or live.streaming:
+                parcels.setdefault(live.loop, []).append((live, event))
+        for event in events:
+            if event.last:
+                del self._live[event.request_id]
+        self._stats = scheduler.stats  # before anyone can learn of the events and look
+        for loop, parcel in parcels.items():
+            if not loop.post(_receive, parcel):
+                orphans = [id_ for id_, live in self._requests() if live.loop == loop]
+                for event in self._abort(scheduler, orphans):
+                    del self._live[event.request_id]
+                self._stats = scheduler.stats
+
+    def _bury(self, cause: BaseException) -> None:
+        """End every request because the engine has died."""
+        for request_id, live in self._requests():
+            error = EngineDeadError(f"the engine died: {cause!r}")
+            error.__cause__ = cause
+            live.loop.post(_receive, [(live, Event(request_id, error=error))])
+            del self._live[request_id]
+
+    def _requests(self) -> list[tuple[str, _Live]]:
+        with self._gate:  # nobody enters while we look
+            return list(self._live.items())
+
+
+class _Live(NamedTuple):
+    """A request that has not had its last event."""
+
+    generation: Generation
+    loop: EventLoop
+    streaming: bool
+    build: Callable[[tuple[int, ...]], Sequence]
+    """Makes its sequence once its prompt's tokens are known."""
+
+
+class _Add(NamedTuple):
+    sequence: Sequence
+
+
+class _Refuse(NamedTuple):
+    request_id: str
+    error: MtpBatchError
+
+
+class _Cancel(NamedTuple):
+    request_id: str
+
+
+class _Wake(NamedTuple):
+    """Nothing to take in, but something to notice."""
+
+
+_Message: TypeAlias = _Add | _Refuse | _Cancel | _Wake
+
+
+def _receive(parcel: list[tuple[_Live, Event]]) -> None:
+    """On the loop of all of these requests."""
+    for live, event in parcel:
+        live.generation._receive(event, keep_delta=live.streaming)
+
+
+class _Loading:
+    """The task that waits for a model, and the thread that loads it."""
+
+    def __init__(self, progress: Callable[[float], object] | None) -> None:
+        self._loop = EventLoop.current()
+        self._progress = progress
+        self._given_up = False
+        self.failure: BaseException | None = None
+
+    def give_up(self) -> None:
+        """Stop loading at the next report."""
+        self._given_up = True
+
+    def report(self, share: float) -> bool:
+        """Called by the thread with the loaded share; whether to go on."""
+        if self._progress is not None and not self._loop.post(self._show, share):
+            self._given_up = True
+        return not self._given_up
+
+    def _show(self, share: float) -> None:
+        """Called on the loop, where nothing may escape: it is raised by whoever waits."""
+        if self._progress is None or self._given_up:
+            return
+        try:
+            self._progress(share)
+        except BaseException as error:
+            self.failure = error
+            self._given_up = True
+
+
+def _model_path(model: str | os.PathLike[str] | None) -> AbstractContextManager[Path]:
+    if model is None:
+        return resources.as_file(resources.files("mtpbatch") / "models" / "demo.gguf")
+    try:
+        return nullcontext(Path(os.fsdecode(model)))
+    except TypeError:
+        kind = type(model).__name__
+        raise InvalidParameterError("model", f"must be a path, got {kind}") from None
+
+
+def _seed(params: SamplingParams) -> int:
+    return secrets.randbits(32) if params.seed is None else params.seed

@@ -1,0 +1,33 @@
+"""What tests of all kinds share: the models they run on."""
+
+from __future__ import annotations
+
+import importlib.resources
+from pathlib import Path
+
+import pytest
+
+import random_model
+from tinymtp import gguf_file
+
+
+@pytest.fixture(scope="session")
+def demo_path() -> Path:
+    """The model that comes in the package (Q8_0)."""
+    return Path(str(importlib.resources.files("mtpbatch") / "models" / "demo.gguf"))
+
+
+@pytest.fixture(scope="session")
+def demo_f32_path(demo_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model with f32 weights: for tests that assert equality."""
+    path = tmp_path_factory.mktemp("models") / "demo-f32.gguf"
+    gguf_file.to_f32(demo_path, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def dense_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random attention-only model without MTP heads."""
+    path = tmp_path_factory.mktemp("models") / "dense.gguf"
+    random_model.write_random_dense(path)
+    return path

@@ -1,0 +1,122 @@
+"""Imports go one way, and importing the library touches nothing of the app's."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from importlib import resources
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(str(resources.files("mtpbatch")))
+
+MAY_IMPORT: dict[str, set[str]] = {
+    "exceptions": set(),
+    "types": {"exceptions"},
+    "text": set(),
+    "speculation": {"types", "exceptions"},
+    "sequence": {"text", "types", "exceptions"},
+    "scheduler": {"sequence", "speculation", "types", "exceptions"},
+    "backend": {"types"},
+    "_loops": set(),
+    "_log": set(),
+    "_process": {"exceptions"},
+    "generation": {"scheduler", "_loops", "_process", "types", "exceptions"},
+    "engine": {
+        "generation",
+        "scheduler",
+        "sequence",
+        "speculation",
+        "text",
+        "backend",
+        "_loops",
+        "_log",
+        "_process",
+        "types",
+        "exceptions",
+        "native",  # inside open() only
+    },
+    "testing": {"engine", "_loops", "types", "exceptions"},
+}
+
+IMPURE = {"anyio", "asyncio", "cffi", "ctypes", "llama_cpp", "threading", "time", "trio", "uvloop"}
+
+
+def imports(module: str) -> set[str]:
+    """What a module imports at run time: whole names, "mtpbatch.types" and "time" alike."""
+    tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+            node.body = []
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} uses a relative import"
+            assert node.module is not None
+            if node.module == "mtpbatch":
+                names |= {f"mtpbatch.{alias.name}" for alias in node.names}
+            else:
+                names.add(node.module)
+    return names
+
+
+def own_imports(module: str) -> set[str]:
+    found = {name.split(".")[1] for name in imports(module) if name.startswith("mtpbatch.")}
+    return {name for name in found if not name.startswith("_") or (PACKAGE / f"{name}.py").exists()}
+
+
+@pytest.mark.parametrize("module", MAY_IMPORT)
+def test_a_module_imports_only_what_lies_below_it(module: str) -> None:
+    assert own_imports(module) <= MAY_IMPORT[module]
+
+
+def test_every_module_of_the_native_layer_knows_nothing_of_requests() -> None:
+    for path in (PACKAGE / "native").glob("*.py"):
+        above = own_imports(f"native/{path.stem}") & {"engine", "generation", "scheduler"}
+        assert not above, f"native/{path.name} imports {above}"
+
+
+def test_nothing_the_scheduler_imports_knows_time_threads_loops_or_native_code() -> None:
+    closure, todo = set(), ["scheduler"]
+    while todo:
+        module = todo.pop()
+        if module not in closure:
+            closure.add(module)
+            todo += own_imports(module)
+    assert closure == {"scheduler", "sequence", "speculation", "text", "types", "exceptions"}
+    for module in closure:
+        outside = {name.split(".")[0] for name in imports(module)}
+        assert not outside & IMPURE
+
+
+def test_importing_the_library_touches_nothing_of_the_apps() -> None:
+    program = """
+import asyncio, logging, signal, sys, threading
+policy = asyncio.get_event_loop_policy() if sys.version_info < (3, 14) else None
+signals = [signal.getsignal(s) for s in signal.valid_signals()]
+import mtpbatch, mtpbatch.testing
+assert threading.active_count() == 1
+assert signals == [signal.getsignal(s) for s in signal.valid_signals()]
+if policy: assert asyncio.get_event_loop_policy() is policy
+assert logging.getLogger().handlers == []
+(handler,) = logging.getLogger("mtpbatch").handlers
+assert type(handler) is logging.NullHandler
+assert logging.getLogger("mtpbatch").level == logging.NOTSET
+import structlog
+assert not structlog.is_configured()
+loaded = {name.split(".")[0] for name in sys.modules} & {"trio", "uvloop", "llama_cpp", "numpy"}
+assert not loaded, loaded
+assert "mtpbatch.native" not in sys.modules
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")

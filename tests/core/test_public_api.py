@@ -1,0 +1,139 @@
+"""The names others rely on. Taking one away, or renaming it, breaks apps: think first."""
+
+from __future__ import annotations
+
+import inspect
+
+import pytest
+
+import mtpbatch
+from mtpbatch import exceptions, testing
+
+
+def public(thing: object) -> set[str]:
+    return {name for name in dir(thing) if not name.startswith("_")}
+
+
+def test_the_package_exports_exactly_these_names() -> None:
+    assert set(mtpbatch.__all__) == {
+        "Completion",
+        "ContextError",
+        "DecodeError",
+        "Delta",
+        "Engine",
+        "EngineClosedError",
+        "EngineConfig",
+        "EngineDeadError",
+        "EngineError",
+        "EngineStats",
+        "FinishReason",
+        "Generation",
+        "InternalError",
+        "InvalidParameterError",
+        "InvalidRequestError",
+        "LibraryMismatchError",
+        "ModelFacts",
+        "ModelLoadError",
+        "MtpAcceptError",
+        "MtpBadSequenceError",
+        "MtpBatchError",
+        "MtpDraftError",
+        "MtpIncompatibleContextsError",
+        "MtpInitError",
+        "MtpInvalidConfigError",
+        "MtpProcessError",
+        "MtpSessionError",
+        "NativeError",
+        "PromptTooLongError",
+        "SamplingParams",
+        "Timings",
+        "Usage",
+        "WrongProcessError",
+    }
+    assert all(hasattr(mtpbatch, name) for name in mtpbatch.__all__)
+    assert sorted(mtpbatch.__all__) == mtpbatch.__all__
+
+
+def test_every_exception_can_be_caught_from_the_package() -> None:
+    errors = {
+        name
+        for name, thing in vars(exceptions).items()
+        if inspect.isclass(thing) and issubclass(thing, exceptions.MtpBatchError)
+    }
+    assert errors <= set(mtpbatch.__all__)
+    drawn = exceptions.__doc__ or ""
+    assert all(name in drawn for name in errors), "the tree in the docstring shows them all"
+
+
+def test_the_engines_surface() -> None:
+    assert public(mtpbatch.Engine) == {
+        "aclose",
+        "closed",
+        "config",
+        "detokenize",
+        "generate",
+        "generate_many",
+        "model",
+        "open",
+        "stats",
+        "stream",
+        "submit",
+        "token_bytes",
+        "tokenize",
+    }
+    assert public(mtpbatch.Generation) == {"cancel", "completion", "request_id"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        (
+            mtpbatch.EngineConfig,
+            "n_seq n_ctx n_draft_max n_batch n_ubatch n_threads n_gpu_layers kv_type kv_unified "
+            "speculation",
+        ),
+        (
+            mtpbatch.SamplingParams,
+            "max_tokens temperature top_k top_p min_p seed stop stop_token_ids ignore_eos "
+            "speculation",
+        ),
+        (
+            mtpbatch.Completion,
+            "request_id text token_ids prompt_token_ids finish_reason drafted accepted "
+            "accepted_by_depth steps usage timings",
+        ),
+        (mtpbatch.Delta, "text token_ids n_accepted finish_reason"),
+        (mtpbatch.Usage, "prompt_tokens completion_tokens total_tokens"),
+        (mtpbatch.Timings, "queued prefill first_token decode total"),
+        (
+            mtpbatch.EngineStats,
+            "running waiting free_sequences n_seq mtp finished prompt_tokens generated_tokens "
+            "drafted accepted drafted_by_depth accepted_by_depth steps draft_time target_time "
+            "sample_time acceptance",
+        ),
+    ],
+)
+def test_the_fields_of_public_values(kind: type, names: str) -> None:
+    assert public(kind) == set(names.split())
+
+
+def test_the_testing_surface() -> None:
+    assert testing.__all__ == [
+        "ScriptedBackend",
+        "StepGate",
+        "VirtualClock",
+        "open_scripted_engine",
+    ]
+
+
+def test_every_public_name_is_documented() -> None:
+    things = [getattr(mtpbatch, name) for name in mtpbatch.__all__ if name != "FinishReason"]
+    things += [getattr(testing, name) for name in testing.__all__]
+    for thing in things:
+        assert inspect.getdoc(thing), f"{thing} has no docstring"
+        if inspect.isclass(thing):
+            for name, member in vars(thing).items():
+                if not name.startswith("_") and (
+                    inspect.isfunction(member) or isinstance(member, property)
+                ):
+                    assert inspect.getdoc(member), f"{thing.__name__}.{name} has no docstring"

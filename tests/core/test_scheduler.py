@@ -1,0 +1,456 @@
+"""The scheduler against the scripted model, which refuses plans that no executor could run."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+
+from mtpbatch.exceptions import DecodeError, InternalError
+from mtpbatch.scheduler import Event, Scheduler
+from mtpbatch.sequence import Sequence
+from mtpbatch.testing import ScriptedBackend
+from mtpbatch.text import TextAssembler
+from mtpbatch.types import (
+    Completion,
+    EntryResult,
+    FinishReason,
+    Plan,
+    SamplingParams,
+    StepResult,
+)
+
+
+def make_sequence(
+    backend: ScriptedBackend,
+    request_id: str,
+    prompt: list[int],
+    *,
+    depth: int | None = None,
+    **params: Any,
+) -> Sequence:
+    parsed = SamplingParams(**params)
+    facts = backend.facts
+    return Sequence(
+        request_id,
+        tuple(prompt),
+        parsed,
+        seed=7,
+        max_tokens=min(parsed.max_tokens, facts.n_ctx - len(prompt)),
+        draft_limit=facts.n_draft_max if depth is None else depth,
+        n_draft_max=facts.n_draft_max,
+        assembler=TextAssembler(backend.token_bytes, parsed.stop),
+        submitted=backend.clock(),
+    )
+
+
+def run_step(scheduler: Scheduler, backend: ScriptedBackend) -> list[Event]:
+    plan = scheduler.schedule(backend.clock())
+    assert plan is not None
+    return scheduler.update(plan, backend.execute(plan), backend.clock())
+
+
+def run_to_end(scheduler: Scheduler, backend: ScriptedBackend) -> list[Event]:
+    events: list[Event] = []
+    while scheduler.has_work:
+        events += run_step(scheduler, backend)
+        scheduler.check_integrity()
+    assert scheduler.schedule(backend.clock()) is None
+    return events
+
+
+def completions(events: list[Event]) -> dict[str, Completion]:
+    return {event.request_id: event.completion for event in events if event.completion}
+
+
+def undrafted(backend: ScriptedBackend, sequence: Sequence) -> tuple[list[int], str, FinishReason]:
+    """What the script gives token by token: the slow truth."""
+    params = sequence.params
+    stop_ids = set(params.stop_token_ids)
+    if not params.ignore_eos:
+        stop_ids |= backend.facts.eog_token_ids
+    token_ids: list[int] = []
+    text = ""
+    for token_id in backend.answer(sequence.prompt, sequence.max_tokens):
+        token_ids.append(token_id)
+        if token_id in stop_ids:
+            return token_ids, text, "stop"
+        text = backend.detokenize(token_ids)
+        found = [text.find(stop) for stop in params.stop if stop in text]
+        if found:
+            return token_ids, text[: min(found)], "stop"
+    return token_ids, text, "length"
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Requests come, are aborted at any time, and steps succeed or fail."""
+
+    @initialize(
+        n_seq=st.integers(1, 5),
+        n_batch=st.integers(1, 24),
+        n_draft_max=st.integers(0, 4),
+        acceptance=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+    )
+    def open(self, n_seq: int, n_batch: int, n_draft_max: int, acceptance: float) -> None:
+        self.backend = ScriptedBackend(
+            n_seq=n_seq,
+            n_ctx=24,
+            n_batch=n_batch,
+            n_draft_max=n_draft_max,
+            acceptance=acceptance,
+        )
+        self.scheduler = Scheduler(self.backend.facts)
+        self.sequences: dict[str, Sequence] = {}
+        self.last_events: dict[str, Event] = {}
+        self.texts: dict[str, str] = {}
+        self.plan: Plan | None = None
+
+    @rule(
+        n_prompt=st.integers(1, 23),
+        first=st.integers(0, 255),
+        max_tokens=st.integers(1, 40),
+        depth=st.integers(0, 4),
+        stop=st.lists(st.sampled_from(["e", "th", "d t", "日本", "ing the", "öß"]), max_size=2),
+        stop_token_ids=st.lists(st.sampled_from([32, 101, 257]), max_size=1),
+        ignore_eos=st.booleans(),
+    )
+    def add(self, n_prompt: int, first: int, depth: int, **params: Any) -> None:
+        request_id = f"r{len(self.sequences)}"
+        params["stop"] = tuple(params["stop"])
+        params["stop_token_ids"] = tuple(params["stop_token_ids"])
+        sequence = make_sequence(
+            self.backend,
+            request_id,
+            [first, *range(97, 96 + n_prompt)],
+            depth=min(depth, self.backend.facts.n_draft_max),
+            **params,
+        )
+        self.sequences[request_id] = sequence
+        self.scheduler.add(sequence)
+
+    @rule(data=st.data())
+    def abort(self, data: st.DataObject) -> None:
+        if not self.sequences:
+            return
+        request_id = data.draw(st.sampled_from(sorted(self.sequences)))
+        event = self.scheduler.abort(request_id, self.backend.clock())
+        assert (event is None) == (request_id in self.last_events)
+        if event is not None:
+            assert event.completion is not None
+            assert event.completion.finish_reason == "abort"
+            self.take([event])
+
+    @precondition(lambda self: self.plan is None)
+    @rule()
+    def schedule(self) -> None:
+        has_work = self.scheduler.has_work
+        self.plan = self.scheduler.schedule(self.backend.clock())
+        assert (self.plan is not None) == has_work
+
+    @precondition(lambda self: self.plan is not None)
+    @rule()
+    def update(self) -> None:
+        assert self.plan is not None
+        result = self.backend.execute(self.plan)
+        events = self.scheduler.update(self.plan, result, self.backend.clock())
+        self.plan = None
+        self.take(events)
+
+    @precondition(lambda self: self.plan is not None and self.plan.entries)
+    @rule()
+    def fail(self) -> None:
+        assert self.plan is not None
+        plan, self.plan = self.plan, None
+        self.backend.fail_step(self.backend.n_steps)
+        with pytest.raises(DecodeError) as caught:
+            self.backend.execute(plan)
+        events = self.scheduler.fail(plan, caught.value, self.backend.clock())
+        for event in events:
+            assert isinstance(event.error, DecodeError)
+            assert event.error.__cause__ is caught.value
+            assert event.error.completion is not None
+            assert event.error.completion.finish_reason == "error"
+        self.take(events)
+
+    def take(self, events: list[Event]) -> None:
+        for event in events:
+            assert event.request_id not in self.last_events, "nothing comes after the last event"
+            if event.delta is not None:
+                text = self.texts.get(event.request_id, "") + event.delta.text
+                self.texts[event.request_id] = text
+            if event.last:
+                self.last_events[event.request_id] = event
+                self.check_end(event)
+
+    def check_end(self, event: Event) -> None:
+        completion = event.completion or (event.error and event.error.completion)
+        assert completion
+        sequence = self.sequences[event.request_id]
+        token_ids, text, reason = undrafted(self.backend, sequence)
+        n_tokens = len(completion.token_ids)
+        assert self.texts[event.request_id] == completion.text
+        assert list(completion.token_ids) == token_ids[:n_tokens]
+        if completion.finish_reason in ("stop", "length"):
+            assert n_tokens == len(token_ids)
+            assert (completion.text, completion.finish_reason) == (text, reason)
+        assert completion.prompt_token_ids == sequence.prompt
+        assert completion.usage.completion_tokens == n_tokens
+        assert completion.usage.prompt_tokens == len(sequence.prompt)
+        assert completion.accepted == sum(completion.accepted_by_depth) <= completion.drafted
+        assert completion.accepted <= n_tokens
+        # Each step samples one token, but for the last, which may end with a draft.
+        assert n_tokens - completion.accepted in (completion.steps, completion.steps - 1)
+        assert len(sequence.prompt) + n_tokens <= self.backend.facts.n_ctx
+
+    @invariant()
+    def integrity(self) -> None:
+        if hasattr(self, "scheduler"):
+            self.scheduler.check_integrity()
+            stats = self.scheduler.stats
+            n_live = len(self.sequences) - len(self.last_events)
+            assert stats.running + stats.waiting == n_live
+            assert stats.running + stats.free_sequences == stats.n_seq
+            assert sum(stats.finished.values()) == len(self.last_events)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "scheduler"):
+            return
+        if self.plan is not None:
+            self.update()
+        self.take(run_to_end(self.scheduler, self.backend))
+        assert self.last_events.keys() == self.sequences.keys(), "no request is lost"
+        assert not self.backend.active, "the executor was told of every release"
+        ends = [e.completion or (e.error and e.error.completion) for e in self.last_events.values()]
+        stats = self.scheduler.stats
+        assert stats.generated_tokens == sum(len(end.token_ids) for end in ends if end)
+        assert stats.drafted == sum(end.drafted for end in ends if end)
+        assert stats.accepted == sum(end.accepted for end in ends if end)
+        assert stats.accepted == sum(stats.accepted_by_depth)
+
+
+def test_any_order_of_calls_keeps_every_promise() -> None:
+    run_state_machine_as_test(
+        SchedulerMachine,
+        settings=settings(
+            max_examples=150,
+            stateful_step_count=40,
+            deadline=None,
+            suppress_health_check=[HealthCheck.too_slow],
+        ),
+    )
+
+
+def test_requests_are_admitted_in_order_to_the_lowest_free_ids() -> None:
+    backend = ScriptedBackend(lambda prompt: "x" * len(prompt), n_seq=3, n_draft_max=0)
+    scheduler = Scheduler(backend.facts)
+    for i, n_prompt in enumerate([9, 1, 9, 1, 1]):
+        scheduler.add(make_sequence(backend, f"r{i}", [65] * n_prompt))
+    plan = scheduler.schedule(0.0)
+    assert plan is not None
+    assert [a.seq_id for a in plan.admit] == [0, 1, 2]
+    assert [len(e.tokens) for e in plan.entries] == [9, 1, 9]
+    scheduler.update(plan, backend.execute(plan), 0.0)
+    assert run_step(scheduler, backend)[1].completion is not None
+    plan = scheduler.schedule(0.0)
+    assert plan is not None
+    assert plan.release == (1,)
+    assert [a.seq_id for a in plan.admit] == [1], "a freed id is taken again in the same plan"
+
+
+def test_generating_sequences_do_not_wait_for_a_long_prompt() -> None:
+    backend = ScriptedBackend(lambda _: "x" * 50, n_seq=2, n_batch=16, acceptance=0.0)
+    scheduler = Scheduler(backend.facts)
+    scheduler.add(make_sequence(backend, "short", [65]))
+    run_step(scheduler, backend)
+    scheduler.add(make_sequence(backend, "long", [66] * 40))
+    for n_tokens in (12, 12, 12, 4):
+        plan = scheduler.schedule(0.0)
+        assert plan is not None
+        short, long = plan.entries
+        assert (short.tokens, short.n_draft, short.sample) == ((), 3, True)
+        assert len(long.tokens) == n_tokens
+        assert long.sample == (n_tokens == 4), "sampling begins with the prompt's last chunk"
+        assert len(scheduler.update(plan, backend.execute(plan), 0.0)) == 1 + long.sample
+
+
+def test_a_small_batch_cuts_drafts_before_it_leaves_anyone_out() -> None:
+    backend = ScriptedBackend(lambda _: "x" * 50, n_seq=3, n_batch=5, acceptance=0.0)
+    scheduler = Scheduler(backend.facts)
+    for i in range(3):
+        scheduler.add(make_sequence(backend, f"r{i}", [65]))
+    run_step(scheduler, backend)
+    plan = scheduler.schedule(0.0)
+    assert plan is not None
+    assert [e.n_draft for e in plan.entries] == [2, 0, 0]
+
+
+def test_a_sequence_generates_until_its_context_is_full() -> None:
+    backend = ScriptedBackend(n_ctx=16, acceptance=1.0)
+    scheduler = Scheduler(backend.facts)
+    scheduler.add(make_sequence(backend, "r", [65] * 10, max_tokens=100, ignore_eos=True))
+    completion = completions(run_to_end(scheduler, backend))["r"]
+    assert completion.usage.total_tokens == 16
+    assert completion.finish_reason == "length"
+
+
+def test_a_stop_text_inside_a_step_drops_the_tokens_behind_it() -> None:
+    backend = ScriptedBackend(lambda _: "abXcdefgh", acceptance=1.0, n_draft_max=8)
+    scheduler = Scheduler(backend.facts)
+    scheduler.add(make_sequence(backend, "r", [65], stop=("c",)))
+    completion = completions(run_to_end(scheduler, backend))["r"]
+    assert completion.text == "abX"
+    assert backend.detokenize(completion.token_ids) == "abXc"
+    assert completion.finish_reason == "stop"
+    assert completion.drafted == 8
+    assert completion.accepted == 2, "X and c; what came behind them is not counted"
+
+
+def test_stop_tokens_end_a_request_and_are_not_shown() -> None:
+    backend = ScriptedBackend(lambda _: "hi!there")
+    scheduler = Scheduler(backend.facts)
+    scheduler.add(make_sequence(backend, "r", [65], stop_token_ids=(33,)))
+    plan = scheduler.schedule(0.0)
+    assert plan is not None
+    assert set(plan.admit[0].stop_token_ids) == {33, *backend.facts.eog_token_ids}
+    scheduler.update(plan, backend.execute(plan), 0.0)
+    completion = completions(run_to_end(scheduler, backend))["r"]
+    assert (completion.text, completion.token_ids[-1]) == ("hi", 33)
+
+
+def test_an_abort_between_schedule_and_update_drops_the_result() -> None:
+    backend = ScriptedBackend(n_seq=1)
+    scheduler = Scheduler(backend.facts)
+    scheduler.add(make_sequence(backend, "r", [65], max_tokens=50, ignore_eos=True))
+    run_step(scheduler, backend)
+    plan = scheduler.schedule(0.0)
+    assert plan is not None
+    event = scheduler.abort("r", 0.0)
+    assert event is not None
+    assert event.completion is not None
+    assert len(event.completion.token_ids) == 1, "what had come before is kept"
+    assert scheduler.update(plan, backend.execute(plan), 0.0) == []
+    assert scheduler.schedule(0.0) == Plan(release=(0,), admit=(), entries=())
+    assert scheduler.abort("r", 0.0) is None
+
+
+def test_times_are_those_of_the_callers_clock() -> None:
+    backend = ScriptedBackend(lambda _: "abcd", n_seq=1, n_draft_max=0, step_time=0.5)
+    scheduler = Scheduler(backend.facts)
+    for name in ("first", "second", "third"):
+        scheduler.add(make_sequence(backend, name, [65], max_tokens=2))
+    backend.clock.advance(1.0)
+    aborted = scheduler.abort("third", backend.clock())
+    assert aborted is not None
+    assert aborted.completion is not None
+    assert aborted.completion.timings.total == 1.0
+    assert aborted.completion.timings.queued == 0.0
+    done = completions(run_to_end(scheduler, backend))
+    first, second = done["first"].timings, done["second"].timings
+    assert (first.queued, first.prefill, first.first_token) == (1.0, 0.5, 1.5)
+    assert (first.decode, first.total) == (0.5, 2.0)
+    assert second.queued == 2.0
+    stats = scheduler.stats
+    assert stats.steps == 4
+    assert stats.target_time == 2.0
+
+
+def test_a_request_id_cannot_be_used_twice_at_a_time() -> None:
+    backend = ScriptedBackend()
+    scheduler = Scheduler(backend.facts)
+    scheduler.add(make_sequence(backend, "r", [65]))
+    with pytest.raises(InternalError, match="added twice"):
+        scheduler.add(make_sequence(backend, "r", [65]))
+
+
+@pytest.mark.parametrize(
+    "outcome",
+    [
+        EntryResult((), 0, 0, None),
+        EntryResult((1, 2), 1, 0, None),
+        EntryResult((1, 2), 4, 1, None),
+        EntryResult((1, 2), 1, 2, None),
+        EntryResult((1, 2, 3, 4, 5), 3, 4, "length"),
+    ],
+)
+def test_a_result_that_the_plan_cannot_have_is_noticed(outcome: EntryResult) -> None:
+    backend = ScriptedBackend()
+    scheduler = Scheduler(backend.facts)
+    scheduler.add(make_sequence(backend, "r", [65], max_tokens=9))
+    run_step(scheduler, backend)
+    plan = scheduler.schedule(0.0)
+    assert plan is not None
+    with pytest.raises(InternalError, match="was given"):
+        scheduler.update(plan, StepResult((outcome,), 1, 0, 0.0, 0.0, 0.0), 0.0)
+
+
+def test_results_are_taken_for_the_plan_under_way_only() -> None:
+    backend = ScriptedBackend()
+    scheduler = Scheduler(backend.facts)
+    scheduler.add(make_sequence(backend, "r", [65]))
+    plan = scheduler.schedule(0.0)
+    assert plan is not None
+    with pytest.raises(InternalError, match="before the last plan was settled"):
+        scheduler.schedule(0.0)
+    result = backend.execute(plan)
+    scheduler.update(plan, result, 0.0)
+    with pytest.raises(InternalError, match="not the one"):
+        scheduler.update(plan, result, 0.0)
+
+
+def test_thousands_may_wait_and_leave_without_slowing_anyone() -> None:
+    """Work is counted in steps of the interpreter, which no busy machine can disturb."""
+
+    def lines(n_waiting: int) -> int:
+        backend = ScriptedBackend(n_seq=1)
+        scheduler = Scheduler(backend.facts)
+        for i in range(n_waiting):
+            scheduler.add(make_sequence(backend, f"r{i}", [65]))
+        count = 0
+
+        def trace(frame: object, event: str, argument: object) -> Any:
+            nonlocal count
+            count += event == "line"
+            return trace
+
+        sys.settrace(trace)
+        try:
+            scheduler.abort(f"r{n_waiting // 2}", 0.0)
+            plan = scheduler.schedule(0.0)
+        finally:
+            sys.settrace(None)
+        assert plan is not None
+        return count
+
+    assert lines(5000) == lines(50)
+
+
+def test_check_integrity_notices_a_lost_sequence_id() -> None:
+    backend = ScriptedBackend()
+    scheduler = Scheduler(backend.facts)
+    scheduler._free.pop()
+    with pytest.raises(InternalError, match="free, held or released"):
+        scheduler.check_integrity()
+
+
+def test_the_scripted_model_refuses_plans_that_no_executor_could_run() -> None:
+    backend = ScriptedBackend(n_seq=1)
+    with pytest.raises(InternalError, match="release of free sequence 0"):
+        backend.execute(Plan((0,), (), ()))
+    scheduler = Scheduler(backend.facts)
+    scheduler.add(make_sequence(backend, "r", [65]))
+    plan = scheduler.schedule(0.0)
+    assert plan is not None
+    backend.execute(plan)
+    with pytest.raises(InternalError, match="taken sequence"):
+        backend.execute(plan)

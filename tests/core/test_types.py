@@ -1,0 +1,102 @@
+"""Values are checked where they enter, and the error names the parameter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from mtpbatch.exceptions import InvalidParameterError
+from mtpbatch.types import EngineConfig, EngineStats, SamplingParams, Usage, parse
+
+
+@pytest.mark.parametrize(
+    ("kind", "parameter", "value", "words"),
+    [
+        (SamplingParams, "temperature", -0.1, ">= 0"),
+        (SamplingParams, "temperature", float("nan"), "got nan"),
+        (SamplingParams, "temperature", float("inf"), "finite"),
+        (SamplingParams, "temperature", "hot", "`float`"),
+        (SamplingParams, "top_p", 0, "> 0"),
+        (SamplingParams, "top_p", 1.5, "<= 1"),
+        (SamplingParams, "min_p", -1, ">= 0"),
+        (SamplingParams, "top_k", -1, ">= 0"),
+        (SamplingParams, "max_tokens", 0, ">= 1"),
+        (SamplingParams, "max_tokens", 1.5, "`int`"),
+        (SamplingParams, "seed", -1, ">= 0"),
+        (SamplingParams, "seed", 2**32, "<= 4294967295"),
+        (SamplingParams, "stop", "", "length >= 1"),
+        (SamplingParams, "stop", ["a", ""], "length >= 1"),
+        (SamplingParams, "stop", 3, "`array`"),
+        (SamplingParams, "stop_token_ids", [-1], ">= 0"),
+        (SamplingParams, "ignore_eos", "yes", "`bool`"),
+        (SamplingParams, "speculation", "fast", '"auto" or a whole number'),
+        (SamplingParams, "speculation", -1, "from 0 to 32"),
+        (SamplingParams, "speculation", True, '"auto" or a whole number'),
+        (EngineConfig, "n_seq", 0, ">= 1"),
+        (EngineConfig, "n_seq", 257, "<= 256"),
+        (EngineConfig, "n_ctx", 1, ">= 2"),
+        (EngineConfig, "n_draft_max", 33, "<= 32"),
+        (EngineConfig, "n_batch", 0, ">= 1"),
+        (EngineConfig, "n_threads", 0, ">= 1"),
+        (EngineConfig, "n_gpu_layers", -2, ">= -1"),
+        (EngineConfig, "kv_type", "f17", "one of f32, f16"),
+        (EngineConfig, "kv_unified", 1, "`bool`"),
+        (EngineConfig, "speculation", 4, "deeper than n_draft_max=3"),
+    ],
+)
+def test_a_bad_value_is_named_with_what_would_be_right(
+    kind: type[Any], parameter: str, value: object, words: str
+) -> None:
+    with pytest.raises(InvalidParameterError) as caught:
+        parse(kind, {parameter: value})
+    assert caught.value.parameter == parameter
+    assert str(caught.value).startswith(f"{parameter}: ")
+    assert words in str(caught.value)
+
+
+def test_the_right_one_of_several_values_is_named() -> None:
+    with pytest.raises(InvalidParameterError, match=r"^top_p: "):
+        parse(SamplingParams, {"temperature": 1.0, "top_p": 2.0, "stop": "x"})
+
+
+def test_an_unknown_parameter_is_refused_with_the_nearest_known_one() -> None:
+    with pytest.raises(InvalidParameterError, match=r"temprature: .*did you mean temperature"):
+        parse(SamplingParams, {"temprature": 1.0})
+    with pytest.raises(InvalidParameterError, match=r"xyzzy: .*known: n_seq, n_ctx"):
+        parse(EngineConfig, {"xyzzy": 1})
+
+
+def test_good_values_are_taken() -> None:
+    params = parse(SamplingParams, {"stop": "END", "temperature": 1, "stop_token_ids": [1, 2]})
+    assert params == SamplingParams(stop=("END",), temperature=1.0, stop_token_ids=(1, 2))
+    assert parse(SamplingParams, {"stop": ["a", "b"]}).stop == ("a", "b")
+    assert parse(EngineConfig, {}) == EngineConfig()
+
+
+def test_values_are_frozen() -> None:
+    with pytest.raises(AttributeError):
+        SamplingParams().seed = 1  # type: ignore[misc]
+
+
+def test_derived_figures() -> None:
+    assert Usage(2, 3).total_tokens == 5
+    stats = EngineStats(
+        running=0,
+        waiting=0,
+        free_sequences=1,
+        n_seq=1,
+        mtp=True,
+        finished={},
+        prompt_tokens=0,
+        generated_tokens=0,
+        drafted=0,
+        accepted=0,
+        drafted_by_depth=(),
+        accepted_by_depth=(),
+        steps=0,
+        draft_time=0.0,
+        target_time=0.0,
+        sample_time=0.0,
+    )
+    assert stats.acceptance is None

@@ -1,0 +1,101 @@
+"""The command line, as a person or a script runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+
+import pytest
+
+ENVIRONMENT = os.environ | {"OMP_WAIT_POLICY": "passive", "COLUMNS": "100", "LINES": "40"}
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "mtpbatch", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=ENVIRONMENT,
+        check=False,
+    )
+
+
+def test_generate_writes_the_text_and_nothing_else() -> None:
+    one = run("generate", "--max-tokens", "8", "--ignore-eos", "In the beginning")
+    assert (one.returncode, one.stderr) == (0, "")
+    assert len(one.stdout.strip()) > 0
+    again = run("generate", "--max-tokens", "8", "--ignore-eos", "In the beginning")
+    assert again.stdout == one.stdout
+
+
+def test_generate_keeps_the_order_of_several_prompts() -> None:
+    result = run("generate", "--max-tokens", "8", "In the", "def main(", "And")
+    heads = [line for line in result.stdout.splitlines() if line.startswith("==> ")]
+    assert heads == ["==> In the", "==> def main(", "==> And"]
+
+
+def test_generate_gives_one_json_record_for_each_prompt() -> None:
+    result = run("generate", "--json", "--max-tokens", "8", "--ignore-eos", "In the", "And")
+    records = [json.loads(line) for line in result.stdout.splitlines()]
+    assert sorted(record["prompt"] for record in records) == ["And", "In the"]
+    for record in records:
+        assert len(record["token_ids"]) == record["usage"]["completion_tokens"] == 8
+        assert record["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--temperature", "-1"], "--temperature: "),
+        (["--n-seq", "0"], "--n-seq: "),
+        (["--speculation", "9"], "--speculation: "),
+        (["--model", "nowhere.gguf"], "nowhere.gguf: no such file"),
+    ],
+)
+def test_a_bad_option_is_one_line_that_names_it(arguments: list[str], words: str) -> None:
+    result = run("generate", "In the", *arguments)
+    assert result.returncode in (1, 2)
+    assert result.stdout == ""
+    assert words in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_the_demo_is_plain_when_nobody_watches() -> None:
+    result = run("demo")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert "\x1b" not in result.stdout
+    assert result.stdout.count("drafted tokens accepted") == 8
+    assert "tokens per step" in result.stdout
+    assert "accepted at depth" in result.stdout
+
+
+def test_the_demo_tells_accepted_drafts_apart_on_a_terminal() -> None:
+    """On a real pseudo-terminal: accepted tokens are bold green, the table comes last."""
+    primary, secondary = pty.openpty()
+    with subprocess.Popen(
+        [sys.executable, "-m", "mtpbatch", "demo"],
+        stdout=secondary,
+        stderr=secondary,
+        stdin=secondary,
+        env=ENVIRONMENT | {"TERM": "xterm-256color"},
+    ) as process:
+        os.close(secondary)
+        chunks = []
+        while True:
+            try:
+                chunk = os.read(primary, 65536)
+            except OSError:  # the other end was closed
+                break
+            if not chunk:
+                break
+            chunks.append(chunk)
+        os.close(primary)
+        assert process.wait(timeout=120) == 0
+    screen = b"".join(chunks).decode()
+    assert "\x1b[1;32m" in screen
+    assert "accepted draft" in screen
+    assert screen.rindex("tokens per step") > screen.rindex("\x1b[1;32m")

@@ -1,0 +1,54 @@
+"""The project keeps its own promises: what the README prints is what CI runs."""
+
+from __future__ import annotations
+
+import re
+import runpy
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def commands(heading: str) -> list[str]:
+    """The indented command lines below a heading of the README."""
+    section = (ROOT / "README.md").read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
+    return re.findall(r"^    (.+)$", section, re.MULTILINE)
+
+
+def test_ci_runs_the_commands_of_the_readme() -> None:
+    create, *to_run = commands("Try it")
+    assert create.startswith("python3 -m venv")
+    assert len(to_run) == 2
+    ci = (ROOT / ".ci" / "run").read_text().splitlines()
+    for command in to_run:
+        assert command in ci
+
+
+def test_the_program_of_the_readme_runs(
+    demo_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = (ROOT / "README.md").read_text()
+    program = re.search(r"```python\n(.+?)```", readme, re.DOTALL)
+    assert program is not None
+    script = tmp_path / "program.py"
+    script.write_text(program[1].replace('"model.gguf"', repr(str(demo_path))))
+    runpy.run_path(str(script), run_name="__main__")
+    assert "drafted tokens accepted]" in capsys.readouterr().out
+
+
+def test_a_hundred_generations_of_which_half_are_cancelled_leave_nothing_behind(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    runpy.run_path(str(ROOT / "examples" / "cancel_half.py"), run_name="__main__")
+    assert "0 running, 0 waiting" in capsys.readouterr().out
+
+
+def test_the_packaged_model_is_small_and_documented() -> None:
+    models = ROOT / "src" / "mtpbatch" / "models"
+    assert (models / "demo.gguf").stat().st_size <= 8_000_000
+    card = (models / "README.md").read_text()
+    for word in ("held-out", "acceptance", "per character", "icen"):
+        assert word in card
+    assert (models / "LICENSE").read_text().strip()
