@@ -6,6 +6,7 @@
         completion = await engine.generate("def fib(n):", max_tokens=64)
 """
 
+from mtpbatch._llama_cpp import require_llama_cpp
 from mtpbatch.engine import Engine
 from mtpbatch.exceptions import (
     ContextError,
@@ -79,3 +80,5 @@ __all__ = [
     "Usage",
     "WrongProcessError",
 ]
+
+require_llama_cpp()

@@ -1,18 +1,14 @@
-"""The border to the compiled part: loads it, and turns its status codes into exceptions.
-
-libllama's ABI changes between versions, so an installed llama-cpp-python other than the one
-compiled against is refused here, before anything of it is loaded.
-"""
+"""The border to the compiled part: loads it, and turns its status codes into exceptions."""
 
 from __future__ import annotations
 
 import ctypes
-import importlib.metadata
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from mtpbatch._llama_cpp import require_llama_cpp
 from mtpbatch._process import HomeProcess
 from mtpbatch.exceptions import (
     ContextError,
@@ -30,25 +26,6 @@ from mtpbatch.exceptions import (
     MtpProcessError,
     NativeError,
 )
-from mtpbatch.native._built_with import LLAMA_CPP_PYTHON
-
-
-def installed_llama_cpp() -> Path:
-    """The directory of the libraries to use, once their version is found to be the right one."""
-    mend = f'run: pip install "llama-cpp-python=={LLAMA_CPP_PYTHON}"'
-    try:
-        distribution = importlib.metadata.distribution("llama-cpp-python")
-    except importlib.metadata.PackageNotFoundError:
-        raise LibraryMismatchError(
-            f"mtpbatch was compiled against llama-cpp-python {LLAMA_CPP_PYTHON}, "
-            f"but none is installed; {mend}"
-        ) from None
-    if distribution.version != LLAMA_CPP_PYTHON:
-        raise LibraryMismatchError(
-            f"mtpbatch was compiled against llama-cpp-python {LLAMA_CPP_PYTHON}, "
-            f"but {distribution.version} is installed; {mend}"
-        )
-    return Path(str(distribution.locate_file("llama_cpp/lib")))
 
 
 def _preload(directory: Path) -> None:
@@ -64,11 +41,11 @@ def _preload(directory: Path) -> None:
         raise LibraryMismatchError(f"llama-cpp-python's {path} cannot be loaded: {error}") from None
 
 
-_preload(installed_llama_cpp())
+_preload(require_llama_cpp())
 
 from mtpbatch.native._ffi import ffi, lib  # noqa: E402  (needs the library loaded above)
 
-__all__ = ["Handle", "call", "ffi", "installed_llama_cpp", "lib"]
+__all__ = ["Handle", "call", "ffi", "lib"]
 
 _ERRORS: dict[int, type[MtpBatchError]] = {
     lib.MTPBATCH_OUT_OF_MEMORY: NativeError,
