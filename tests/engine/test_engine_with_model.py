@@ -19,17 +19,6 @@ pytestmark = pytest.mark.anyio
 PROMPTS = ["In the beginning", "def main(", "And it came to pass", "import os\n"]
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(("asyncio", {"use_uvloop": False}), id="asyncio"),
-        pytest.param(("asyncio", {"use_uvloop": True}), id="uvloop"),
-        pytest.param(("trio", {}), id="trio"),
-    ]
-)
-def anyio_backend(request: pytest.FixtureRequest) -> Any:
-    return request.param
-
-
 @pytest.fixture
 async def engine(demo_path: Path) -> AsyncIterator[mtpbatch.Engine]:
     async with mtpbatch.Engine.open(
