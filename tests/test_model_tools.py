@@ -1,0 +1,194 @@
+"""The tools that make models, and the numpy reference that says what the models compute."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+
+from random_model import RANDOM_SHAPE, demo_tokenizer, write_random, write_random_dense
+from reference.qwen35_numpy import Reference
+from tinymtp import gguf_file
+from tinymtp.shape import Shape
+from tinymtp.tokenizer import Tokenizer
+from widen_model import DEMO_MODEL, widen
+
+TEXT = "In the beginning was the word.\n\n    def __init__(self):\n\treturn {'é': 12}  # it's\r\n"
+SMALL = dataclasses.replace(RANDOM_SHAPE, width=64, ff=96, state_dim=16, vocab=320)
+
+
+@pytest.fixture(scope="module")
+def random_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("models") / "random.gguf"
+    write_random(path, SMALL)
+    return path
+
+
+def test_tokenizer_gives_back_any_text() -> None:
+    tokenizer = demo_tokenizer(2048)
+    assert tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+
+
+def test_trained_tokenizer_joins_what_is_frequent(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.train("the cat and the hat and the bat " * 5, vocab=265)
+    assert len(tokenizer.tokens) == 265
+    assert len(tokenizer.encode(" the")) == 1
+    tokenizer.save(tmp_path / "merges.json")
+    assert Tokenizer.load(tmp_path / "merges.json").tokens == tokenizer.tokens
+
+
+def test_special_tokens_are_not_recognised_in_text() -> None:
+    tokenizer = demo_tokenizer(512)
+    assert max(tokenizer.encode("<|im_end|>")) < tokenizer.ordinary
+    assert tokenizer.decode([tokenizer.end_of_turn]) == ""
+
+
+def test_a_written_model_reads_back(random_model: Path, tmp_path: Path) -> None:
+    first = gguf_file.read(random_model)
+    assert first.shape == SMALL
+    assert first.about == {"general.name": "random qwen35"}
+    gguf_file.write(tmp_path / "again.gguf", first, "f32")
+    assert (tmp_path / "again.gguf").read_bytes() == random_model.read_bytes()
+
+
+@pytest.mark.parametrize(("kind", "error"), [("f16", 1e-3), ("q8_0", 1e-2)])
+def test_smaller_kinds_stay_close(
+    random_model: Path, tmp_path: Path, kind: gguf_file.Kind, error: float
+) -> None:
+    exact = gguf_file.read(random_model)
+    path = tmp_path / "small.gguf"
+    gguf_file.write(path, exact, kind)
+    for name, weight in gguf_file.read(path).weights.items():
+        assert np.abs(weight - exact.weights[name]).max() <= error * np.abs(weight).max()
+    assert path.stat().st_size < random_model.stat().st_size
+
+
+def test_weights_must_fit_the_shape(random_model: Path, tmp_path: Path) -> None:
+    model = gguf_file.read(random_model)
+    wrong = dataclasses.replace(model, shape=dataclasses.replace(model.shape, ff=128))
+    with pytest.raises(ValueError, match="names and shapes"):
+        gguf_file.write(tmp_path / "wrong.gguf", wrong, "f32")
+
+
+def test_only_qwen35_files_are_read(tmp_path: Path) -> None:
+    write_random_dense(tmp_path / "dense.gguf")
+    with pytest.raises(ValueError, match="not a qwen35 model"):
+        gguf_file.read(tmp_path / "dense.gguf")
+
+
+def test_f32_copy_holds_the_same_numbers_and_metadata(random_model: Path, tmp_path: Path) -> None:
+    small, copy = tmp_path / "q8_0.gguf", tmp_path / "f32.gguf"
+    gguf_file.write(small, gguf_file.read(random_model), "q8_0")
+    gguf_file.to_f32(small, copy)
+    before, after = gguf_file.read(small), gguf_file.read(copy)
+    assert (after.shape, after.about) == (before.shape, before.about)
+    assert after.tokenizer.tokens == before.tokenizer.tokens
+    assert all(np.array_equal(after.weights[name], before.weights[name]) for name in before.weights)
+    reader = gguf.GGUFReader(copy)
+    assert {tensor.tensor_type for tensor in reader.tensors} == {gguf.GGMLQuantizationType.F32}
+    unchanged = set(gguf.GGUFReader(small).fields) - {"general.file_type"}
+    assert unchanged <= set(reader.fields)
+
+
+def test_f32_copy_of_another_architecture(tmp_path: Path) -> None:
+    write_random_dense(tmp_path / "dense.gguf", kind="q8_0")
+    gguf_file.to_f32(tmp_path / "dense.gguf", tmp_path / "f32.gguf")
+    field = gguf.GGUFReader(tmp_path / "f32.gguf").fields["general.architecture"]
+    assert field.contents() == "llama"
+
+
+def test_a_seed_gives_the_same_file_and_another_a_different_one(tmp_path: Path) -> None:
+    def digest(seed: int) -> str:
+        write_random(tmp_path / "seeded.gguf", SMALL, seed=seed)
+        return hashlib.sha256((tmp_path / "seeded.gguf").read_bytes()).hexdigest()
+
+    assert digest(1) == digest(1) != digest(2)
+
+
+def test_without_mtp_the_file_says_nothing_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "plain.gguf"
+    write_random(path, dataclasses.replace(SMALL, mtp=False))
+    reader = gguf.GGUFReader(path)
+    assert reader.get_field("qwen35.nextn_predict_layers") is None
+    assert not [tensor.name for tensor in reader.tensors if "nextn" in tensor.name]
+    field = reader.get_field("qwen35.block_count")
+    assert field is not None
+    assert field.contents() == SMALL.layers
+
+
+def test_a_random_model_writes_printable_ascii(random_model: Path) -> None:
+    tokenizer = gguf_file.read(random_model).tokenizer
+    text = tokenizer.decode(Reference(random_model).greedy(tokenizer.encode("Hello"), 50))
+    assert text.isascii()
+    assert text.replace("\n", "").isprintable()
+
+
+def test_impossible_shapes_are_refused() -> None:
+    with pytest.raises(ValueError, match="rope_sections"):
+        Shape(rope_dims=32)
+    with pytest.raises(ValueError, match="multiples"):
+        Shape(heads=3, kv_heads=2)
+
+
+def test_widening_changes_no_logits(tmp_path: Path) -> None:
+    path = tmp_path / "wide.gguf"
+    gguf_file.write(path, widen(gguf_file.read(DEMO_MODEL), layers=9, ff=640), "q8_0")
+    demo, wide = Reference(DEMO_MODEL), Reference(path)
+    tokens = demo_tokenizer(2048).encode(TEXT)
+    hidden, logits = demo.trunk(tokens)
+    wide_hidden, wide_logits = wide.trunk(tokens)
+    np.testing.assert_allclose(wide_logits, logits, atol=1e-9)
+    drafts, wide_drafts = demo.mtp(tokens, hidden)[1], wide.mtp(tokens, wide_hidden)[1]
+    np.testing.assert_allclose(wide_drafts, drafts, atol=1e-9)
+
+
+def test_a_model_does_not_shrink() -> None:
+    with pytest.raises(ValueError, match="only grow"):
+        widen(gguf_file.read(DEMO_MODEL), layers=4, ff=8)
+
+
+def test_reference_gives_the_same_whole_and_piecewise(random_model: Path) -> None:
+    reference = Reference(random_model)
+    tokens = reference.greedy([72, 105], 20)
+    whole = reference.trunk([72, 105, *tokens])[1]
+    assert whole[1:-1].argmax(-1).tolist() == tokens
+
+
+def test_drafting_does_not_change_the_text(random_model: Path) -> None:
+    reference = Reference(random_model)
+    for depth in (0, 1, 3):
+        drafting = reference.simulate_drafting([72, 105], 30, depth)
+        assert drafting.tokens == reference.greedy([72, 105], 30)
+        assert drafting.steps + drafting.accepted == len(drafting.tokens) - 1
+        assert drafting.accepted == sum(drafting.accepted_by_depth)
+        assert drafting.accepted_by_depth == sorted(drafting.accepted_by_depth, reverse=True)
+
+
+def test_first_drafts_follow_the_mtp_block(random_model: Path) -> None:
+    """Piecewise drafting finds what one pass over the finished text finds."""
+    reference = Reference(random_model)
+    prompt, count = [72, 105, 33], 25
+    drafting = reference.simulate_drafting(prompt, count, 1)
+    text = [*prompt, *drafting.tokens]
+    hidden = reference.trunk(text)[0]
+    guesses = reference.mtp(text, np.vstack([np.zeros_like(hidden[:1]), hidden[:-1]]))[1].argmax(-1)
+    at, accepted = len(prompt), 0
+    while at < len(text) - 2:
+        hit = int(guesses[at]) == text[at + 1]
+        accepted += hit
+        at += 1 + hit
+    assert drafting.accepted == accepted
+
+
+def test_less_mixing_makes_drafts_better(tmp_path: Path) -> None:
+    def acceptance(mix: float) -> float:
+        write_random(tmp_path / "mixed.gguf", SMALL, mix=mix)
+        drafting = Reference(tmp_path / "mixed.gguf").simulate_drafting([72, 105], 40, 1)
+        return drafting.accepted / drafting.drafted
+
+    assert acceptance(0.0) == 1.0
+    assert acceptance(1.0) < 0.5
