@@ -6,7 +6,7 @@ import codecs
 import sys
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import anyio
 from msgspec import Struct
@@ -18,18 +18,26 @@ if TYPE_CHECKING:
     from rich.console import Console, RenderableType
 
 PROMPTS = (
-    "And it came to pass in those days, that",
-    "And the LORD said unto Moses,",
     "In the beginning",
-    "Blessed are they that",
-    "def __init__(self, name, value):\n",
-    "import os\nimport sys\n\ndef main(",
-    "class Queue:\n    def put(self, item):\n",
-    "    try:\n        return self._",
+    "And Moses said unto the children of Israel,",
+    "And Jesus answered and said unto them,",
+    "And it came to pass in those days, that",
+    "class Server:\n    def __init__(self",
+    '    def close(self):\n        """Close the',
+    "import os\nimport sys\n\ndef main():\n",
+    "def read_config(path):\n",
 )
-MAX_TOKENS = 96
+# A little chance keeps so small a model from going round in circles; the seed makes it the same
+# text every time.
+PARAMS: dict[str, Any] = {
+    "max_tokens": 72,
+    "temperature": 0.7,
+    "top_p": 0.9,
+    "seed": 3,
+    "ignore_eos": True,
+}
 DEPTH = 3
-REPEATS = 3  # timed runs of each kind, taken in turn; the median counts
+REPEATS = 5  # timed runs of each kind, taken in turn; the median counts
 
 
 class Measurement(Struct, frozen=True):
@@ -66,7 +74,7 @@ def _rich_terminal() -> bool:
 
 
 async def _show_plain(engine: Engine) -> None:
-    completions = await engine.generate_many(PROMPTS, max_tokens=MAX_TOKENS, ignore_eos=True)
+    completions = await engine.generate_many(PROMPTS, **PARAMS)
     for prompt, done in zip(PROMPTS, completions, strict=True):
         print(f"--- {done.accepted} of {done.drafted} drafted tokens accepted")
         print(f"{prompt}{done.text}\n")
@@ -116,7 +124,7 @@ async def _show_live(engine: Engine) -> None:
         return Group(*rows)
 
     async def follow(lane: _Lane, prompt: str) -> None:
-        async with engine.stream(prompt, max_tokens=MAX_TOKENS, ignore_eos=True) as deltas:
+        async with engine.stream(prompt, **PARAMS) as deltas:
             async for delta in deltas:
                 lane.add(delta)
                 # The demo model outruns the eye: let each step be seen.
@@ -147,9 +155,7 @@ async def _measure(engine: Engine) -> tuple[Measurement, Measurement]:
 async def _run(engine: Engine, depth: int) -> Measurement:
     before = engine.stats()
     begin = time.perf_counter()
-    completions = await engine.generate_many(
-        PROMPTS, max_tokens=MAX_TOKENS, ignore_eos=True, speculation=depth
-    )
+    completions = await engine.generate_many(PROMPTS, speculation=depth, **PARAMS)
     seconds = time.perf_counter() - begin
     after = engine.stats()
     tokens = sum(len(done.token_ids) for done in completions)
@@ -175,7 +181,7 @@ def _print_table(drafted: Measurement, plain: Measurement) -> None:
         ("accepted at depth 1, 2, 3", by_depth, ""),
         ("tokens/s", f"{drafted.tokens_per_second:.0f}", f"{plain.tokens_per_second:.0f}"),
     )
-    print(f"{len(PROMPTS)} prompts at once, greedy, medians of {REPEATS} runs of each kind in turn")
+    print(f"{len(PROMPTS)} prompts at once, medians of {REPEATS} runs of each kind in turn")
     for name, left, right in rows:
         print(f"  {name:<28}{left:>16}{right:>12}".rstrip())
     print(

@@ -1,0 +1,61 @@
+"""The benchmarks compare like with like."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import anyio
+import pytest
+
+import mtpbatch
+
+ROOT = Path(__file__).resolve().parent.parent
+DEMO = ROOT / "src" / "mtpbatch" / "models" / "demo.gguf"
+
+
+@pytest.fixture(autouse=True)
+def importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT))
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or not shutil.which(os.environ.get("CXX", "c++")),
+    reason="needs a C++ compiler",
+)
+def test_the_native_ideal_does_the_work_of_the_engine(tmp_path: Path) -> None:
+    from benchmarks import native_ideal
+    from benchmarks.engine_process import generate_with
+    from benchmarks.workload import N_CTX, Load, closed_loop
+
+    async def engine_load() -> Load:
+        async with mtpbatch.Engine.open(DEMO, n_seq=1, n_ctx=N_CTX, n_draft_max=3) as engine:
+            return await closed_loop(generate_with(engine, 3), 1, 16)
+
+    program = native_ideal.build(tmp_path)
+    ideal = native_ideal.run(program, DEMO, n_seq=1, depth=3, kv="unified", threads=1, tokens=16)
+    engine = anyio.run(engine_load)
+    assert ideal.accepted > 0
+    assert (ideal.tokens, ideal.drafted, ideal.accepted) == (
+        engine.tokens,
+        engine.drafted,
+        engine.accepted,
+    )
+
+
+def test_ratios_are_taken_within_a_round() -> None:
+    from benchmarks.report import Comparison, Record, Side, Variant
+    from benchmarks.workload import Load
+
+    def record(side: Side, turn: int, speed: int) -> Record:
+        load = Load(tokens=speed, seconds=1, drafted=0, accepted=0)
+        return Record(Variant(side, 0, "unified"), turn, {4: load})
+
+    # The machine is twice as fast in the second round.
+    speeds = {Side.MTPBATCH: 30, Side.LLAMA_SERVER: 20, Side.IDEAL: 40}
+    records = [record(side, turn, turn * speeds[side]) for turn in (1, 2) for side in speeds]
+    comparison = Comparison(records)
+    assert "| best mtpbatch / best llama-server | 1.50 (1.50 to 1.50) |" in comparison.ratios()
+    assert "| mtpbatch, no MTP | 45 (30 to 60) |" in comparison.speeds()
