@@ -3,9 +3,24 @@
 
 #include <algorithm>
 
+#include <unistd.h>
+
 namespace mtpbatch {
 
 namespace {
+
+constexpr int32_t MAX_THREADS = GGML_MAX_N_THREADS;
+
+// libllama aborts, or the system ends the process, where memory for these runs out: what each cell
+// and each row of a pass take at least, besides the tensors (whose allocation may fail).
+constexpr int64_t BYTES_PER_CELL       = 48;
+constexpr int64_t BYTES_PER_UBATCH_ROW = 40 * 24 * 1024;  // graph nodes per row, and bytes per node
+
+// 0: unknown.
+int64_t physical_memory() {
+    const int64_t pages = sysconf(_SC_PHYS_PAGES), page_size = sysconf(_SC_PAGESIZE);
+    return pages > 0 && page_size > 0 ? pages * page_size : 0;
+}
 
 std::string row_text(int32_t i, const char * what, int32_t value) {
     return "row " + std::to_string(i) + ": " + what + " " + std::to_string(value);
@@ -23,8 +38,11 @@ void check_params(const Model & model, const mtpbatch_context_params & p) {
     if (p.n_ctx < 1 || static_cast<int64_t>(p.n_ctx) * p.n_seq > INT32_MAX) {
         refuse("n_ctx must be at least 1, and n_ctx * n_seq below 2^31");
     }
-    if (p.n_batch < 1 || p.n_ubatch < 1 || p.n_threads < 1 || p.n_rs_seq < 0) {
-        refuse("n_batch, n_ubatch and n_threads must be at least 1, n_rs_seq at least 0");
+    if (p.n_batch < 1 || p.n_ubatch < 1 || p.n_rs_seq < 0) {
+        refuse("n_batch and n_ubatch must be at least 1, n_rs_seq at least 0");
+    }
+    if (p.n_threads < 1 || p.n_threads > MAX_THREADS) {
+        refuse("n_threads must be from 1 to " + std::to_string(MAX_THREADS) + ", got " + std::to_string(p.n_threads));
     }
     if (p.n_outputs_max < p.n_seq) {
         refuse("n_outputs_max must be at least n_seq");
@@ -32,9 +50,17 @@ void check_params(const Model & model, const mtpbatch_context_params & p) {
     if (p.kv_type < 0 || p.kv_type >= GGML_TYPE_COUNT) {
         refuse("kv_type is not a ggml type");
     }
-    if (model.keeps_recurrent_state() && std::min(p.n_ubatch, p.n_batch) <= p.n_rs_seq + 1) {
-        refuse("n_ubatch and n_batch must exceed n_rs_seq + 1 = " + std::to_string(p.n_rs_seq + 1) +
-               " on a model with recurrent layers");
+    // llama.cpp cuts n_batch to all cells, and n_ubatch to n_batch.
+    const int64_t n_cells  = static_cast<int64_t>(p.n_ctx) * p.n_seq;
+    const int64_t n_ubatch = std::min<int64_t>({ p.n_ubatch, p.n_batch, n_cells });
+    if (model.keeps_recurrent_state() && p.n_rs_seq > 0 && n_ubatch <= static_cast<int64_t>(p.n_rs_seq) + 1) {
+        refuse("n_ubatch, n_batch and n_ctx * n_seq must exceed n_rs_seq + 1 = " +
+               std::to_string(static_cast<int64_t>(p.n_rs_seq) + 1) + " on a model with recurrent layers");
+    }
+    const int64_t memory = physical_memory();
+    if (memory > 0 && n_cells * BYTES_PER_CELL + n_ubatch * BYTES_PER_UBATCH_ROW > memory) {
+        refuse("n_ctx * n_seq=" + std::to_string(n_cells) + " with n_ubatch=" + std::to_string(n_ubatch) +
+               " needs more memory than this machine has");
     }
 }
 
@@ -72,6 +98,11 @@ void Context::create(const std::shared_ptr<Context> & target) {
     p.type_k          = static_cast<ggml_type>(params_.kv_type);
     p.type_v          = static_cast<ggml_type>(params_.kv_type);
     p.kv_unified      = params_.kv_unified;
+    if (params_.kv_type == GGML_TYPE_F32) {
+        // Who asks for f32 wants the same text in any company. Flash attention's error is a hundred
+        // times larger, and depends on how many rows share the pass.
+        p.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_DISABLED;
+    }
     if (target) {
         p.ctx_type  = LLAMA_CONTEXT_TYPE_MTP;
         p.ctx_other = target->raw_;
@@ -161,14 +192,39 @@ void Context::decode(const std::vector<Row> & rows) {
         throw Error(MTPBATCH_DECODE_FAILED, with_reason("decode failed with code " + std::to_string(rc)));
     }
     llama_synchronize(raw_);
+    // A pass may move the recurrent state of sequences that are not in it, and leaves behind the
+    // states kept for taking back: only sequences of the last pass have theirs.
+    for (auto & s : sequences_) {
+        s.retractable = 0;
+    }
+    const int32_t n_kept = is_one_pass(rows) ? params_.n_rs_seq : 0;
     for (size_t i = 0; i < rows.size(); ++i) {
         auto &     s     = sequences_[rows[i].seq_id];
         const bool first = i == 0 || rows[i - 1].seq_id != rows[i].seq_id;
         s.length         = rows[i].position + 1;
         // Taking back the whole decode would "succeed" with a stale recurrent state.
-        s.retractable = first ? 0 : std::min(s.retractable + 1, params_.n_rs_seq);
+        s.retractable = first ? 0 : std::min(s.retractable + 1, n_kept);
     }
     last_batch_ = rows;
+    n_decodes_ += 1;
+}
+
+bool Context::is_one_pass(const std::vector<Row> & rows) const {
+    if (rows.front().seq_id == rows.back().seq_id) {
+        return true;  // more passes of a single sequence move nothing
+    }
+    const bool any_ids = params_.kv_unified && !llama_model_is_recurrent(model_->raw);
+    size_t     n_own   = 0;  // rows of each sequence
+    for (size_t begin = 0, end; begin < rows.size(); begin = end) {
+        for (end = begin + 1; end < rows.size() && rows[end].seq_id == rows[begin].seq_id; ++end) {
+        }
+        const bool consecutive = begin == 0 || rows[begin].seq_id == rows[begin - 1].seq_id + 1;
+        if ((begin > 0 && end - begin != n_own) || !(any_ids || consecutive)) {
+            return false;
+        }
+        n_own = end - begin;
+    }
+    return rows.size() <= static_cast<size_t>(params_.n_ubatch);
 }
 
 // After a failed decode some of its passes may have left their positions behind.
@@ -262,6 +318,9 @@ int32_t mtpbatch_context_length(const mtpbatch_context * context, int32_t seq_id
 mtpbatch_status mtpbatch_context_truncate(mtpbatch_context * context, int32_t seq_id, int32_t length,
                                           mtpbatch_error * error) {
     return guard(error, [&] {
+        if (context->impl->is_mtp()) {
+            refuse("an MTP context is truncated by its session");
+        }
         if (!context->impl->has_sequence(seq_id)) {
             refuse("no such sequence: " + std::to_string(seq_id));
         }
@@ -272,8 +331,8 @@ mtpbatch_status mtpbatch_context_truncate(mtpbatch_context * context, int32_t se
             throw Error(MTPBATCH_CONTEXT_FAILED,
                         "sequence " + std::to_string(seq_id) + " cannot go back from " +
                             std::to_string(context->impl->length(seq_id)) + " to " + std::to_string(length) +
-                            " positions: its recurrent state is kept for the last decode only, for at most n_rs_seq=" +
-                            std::to_string(context->impl->params().n_rs_seq) +
+                            " positions: its recurrent state is kept for the last decode only, if that was one pass, " +
+                            "for at most n_rs_seq=" + std::to_string(context->impl->params().n_rs_seq) +
                             " tokens, once, and not for the whole of it");
         }
     });

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <numeric>
 #include <optional>
+#include <tuple>
 
 namespace mtpbatch {
 
@@ -21,13 +22,17 @@ class Executor {
         int32_t                  max_tokens;
         int32_t                  n_generated = 0;
         llama_token              last_token  = -1;  // sampled, not yet decoded; -1: the prompt is not complete
+        bool                     finished    = false;
     };
 
-    void check(const mtpbatch_plan & plan) const;
-    void release(llama_seq_id seq_id);
-    void draft(const mtpbatch_plan & plan);
-    void decode(const mtpbatch_plan & plan);
+    void                              check(const mtpbatch_plan & plan) const;
+    void                              release(llama_seq_id seq_id);
+    void                              draft(const mtpbatch_plan & plan);
+    std::vector<Row>                  rows_of(const mtpbatch_plan & plan, int32_t i) const;
+    std::vector<std::vector<int32_t>> decodes(const mtpbatch_plan & plan) const;
+    void                              decode(const mtpbatch_plan & plan, const std::vector<int32_t> & group);
     void verify(llama_seq_id seq_id, int32_t first_row, const std::vector<llama_token> & draft, mtpbatch_outcome & out);
+    void settle(const mtpbatch_entry & entry, int32_t i, mtpbatch_outcome & out);
 
     const std::shared_ptr<Context>        target_;
     const std::shared_ptr<Session>        session_;
@@ -78,7 +83,10 @@ void Executor::check(const mtpbatch_plan & plan) const {
             refuse(name(entry.seq_id) + " is not active, or planned twice");
         }
         planned[entry.seq_id] = true;
-        const bool decodes    = !fresh[entry.seq_id] && requests_[entry.seq_id]->last_token >= 0;
+        if (!fresh[entry.seq_id] && requests_[entry.seq_id]->finished) {
+            refuse(name(entry.seq_id) + " has finished");
+        }
+        const bool decodes = !fresh[entry.seq_id] && requests_[entry.seq_id]->last_token >= 0;
         if (entry.n_tokens < 0 || decodes != (entry.n_tokens == 0)) {
             refuse(name(entry.seq_id) + (decodes ? " has its whole prompt already" : " needs tokens of its prompt"));
         }
@@ -138,34 +146,62 @@ void Executor::draft(const mtpbatch_plan & plan) {
     }
 }
 
-void Executor::decode(const mtpbatch_plan & plan) {
-    const auto n_own = [&](int32_t i) {
-        return plan.entries[i].n_tokens > 0 ? plan.entries[i].n_tokens : 1 + static_cast<int32_t>(drafts_[i].size());
-    };
-    // A pass takes equally many tokens of each of its sequences when the model keeps recurrent
-    // state: ascending lengths need the fewest passes.
-    std::vector<int32_t> order(plan.n_entries);
-    std::iota(order.begin(), order.end(), 0);
-    if (target_->model().keeps_recurrent_state()) {
-        std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return n_own(a) < n_own(b); });
-    }
+// The rows of an entry: the next tokens of its prompt, or the last token and its draft.
+std::vector<Row> Executor::rows_of(const mtpbatch_plan & plan, int32_t i) const {
+    const auto &     entry    = plan.entries[i];
+    llama_pos        position = target_->length(entry.seq_id);
     std::vector<Row> rows;
-    sample_rows_.assign(plan.n_entries, -1);
-    for (const int32_t i : order) {
-        const auto & entry    = plan.entries[i];
-        llama_pos    position = target_->length(entry.seq_id);
-        if (entry.n_tokens > 0) {
-            for (int32_t j = 0; j < entry.n_tokens; ++j) {
-                rows.push_back({ entry.tokens[j], position++, entry.seq_id, entry.sample && j + 1 == entry.n_tokens });
-            }
-            sample_rows_[i] = static_cast<int32_t>(rows.size()) - 1;
-            continue;
-        }
-        sample_rows_[i] = static_cast<int32_t>(rows.size());
+    for (int32_t j = 0; j < entry.n_tokens; ++j) {
+        rows.push_back({ entry.tokens[j], position++, entry.seq_id, entry.sample && j + 1 == entry.n_tokens });
+    }
+    if (entry.n_tokens == 0) {
         rows.push_back({ requests_[entry.seq_id]->last_token, position++, entry.seq_id, true });
         for (const llama_token token : drafts_[i]) {
             rows.push_back({ token, position++, entry.seq_id, true });
         }
+    }
+    return rows;
+}
+
+// Groups entries by the decode they go into. One is enough, unless the model keeps recurrent state:
+// there a draft can only be taken back if its decode was one pass. That costs no pass, as drafts of
+// different lengths are different passes anyway.
+std::vector<std::vector<int32_t>> Executor::decodes(const mtpbatch_plan & plan) const {
+    std::vector<int32_t> order(plan.n_entries);
+    std::iota(order.begin(), order.end(), 0);
+    if (!target_->model().keeps_recurrent_state()) {
+        return { order };
+    }
+    // Undrafted ones first, with ascending lengths, which need the fewest passes.
+    const auto key = [&](int32_t i) {
+        return std::make_tuple(drafts_[i].size(), std::max(plan.entries[i].n_tokens, 1), plan.entries[i].seq_id);
+    };
+    std::sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return key(a) < key(b); });
+    std::vector<std::vector<int32_t>> groups;
+    std::vector<Row>                  group_rows;
+    for (const int32_t i : order) {
+        const auto rows = rows_of(plan, i);
+        group_rows.insert(group_rows.end(), rows.begin(), rows.end());
+        const bool drafted = !drafts_[i].empty();
+        if (groups.empty() ||
+            (drafted && (drafts_[groups.back().back()].empty() || !target_->is_one_pass(group_rows)))) {
+            groups.emplace_back();
+            group_rows = rows;
+        }
+        groups.back().push_back(i);
+    }
+    return groups;
+}
+
+void Executor::decode(const mtpbatch_plan & plan, const std::vector<int32_t> & group) {
+    std::vector<Row> rows;
+    for (const int32_t i : group) {
+        const auto own  = rows_of(plan, i);
+        sample_rows_[i] = static_cast<int32_t>(rows.size());
+        if (plan.entries[i].n_tokens > 0) {
+            sample_rows_[i] += static_cast<int32_t>(own.size()) - 1;
+        }
+        rows.insert(rows.end(), own.begin(), own.end());
     }
     target_->decode(rows);
 }
@@ -189,8 +225,26 @@ void Executor::verify(llama_seq_id seq_id, int32_t first_row, const std::vector<
             out.finish = MTPBATCH_TOKEN_LIMIT;
         }
         if (!hit || out.finish != MTPBATCH_GOES_ON) {
+            request.finished = out.finish != MTPBATCH_GOES_ON;
             return;
         }
+    }
+}
+
+// Samples an entry, and takes back the part of its draft that was rejected.
+void Executor::settle(const mtpbatch_entry & entry, int32_t i, mtpbatch_outcome & out) {
+    if (!entry.sample) {
+        return;
+    }
+    out.n_drafted = static_cast<int32_t>(drafts_[i].size());
+    verify(entry.seq_id, sample_rows_[i], drafts_[i], out);
+    if (out.n_drafted == 0) {
+        return;
+    }
+    session_->accept(entry.seq_id, out.n_accepted);
+    const int32_t n_rejected = out.n_drafted - out.n_accepted;
+    if (!target_->truncate(entry.seq_id, target_->length(entry.seq_id) - n_rejected)) {
+        throw Error(MTPBATCH_INTERNAL, with_reason("rejected drafts could not be taken back"));
     }
 }
 
@@ -201,6 +255,7 @@ void Executor::step(const mtpbatch_plan & plan, mtpbatch_outcome * outcomes, mtp
     }
     for (int32_t i = 0; i < plan.n_admit; ++i) {
         const auto & admission = plan.admit[i];
+        release(admission.seq_id);  // whatever was decoded on it before
         requests_[admission.seq_id].emplace(
             Request{ Sampler(admission),
                      { admission.stop_tokens, admission.stop_tokens + admission.n_stop },
@@ -217,33 +272,20 @@ void Executor::step(const mtpbatch_plan & plan, mtpbatch_outcome * outcomes, mtp
     draft(plan);
     report.draft_us = watch.lap();
 
-    decode(plan);
-    report.n_target_tokens = static_cast<int32_t>(target_->last_batch().size());
-    report.target_us       = watch.lap();
-
-    if (session_) {
-        session_->process();
+    sample_rows_.assign(plan.n_entries, -1);
+    for (const auto & group : decodes(plan)) {
+        decode(plan, group);
+        report.n_target_tokens += static_cast<int32_t>(target_->last_batch().size());
+        report.target_us += watch.lap();
+        if (session_) {
+            session_->process();
+        }
+        report.draft_us += watch.lap();
+        for (const int32_t i : group) {
+            settle(plan.entries[i], i, outcomes[i]);
+        }
+        report.sample_us += watch.lap();
     }
-    report.draft_us += watch.lap();
-
-    for (int32_t i = 0; i < plan.n_entries; ++i) {
-        const auto & entry = plan.entries[i];
-        if (!entry.sample) {
-            continue;
-        }
-        auto & out    = outcomes[i];
-        out.n_drafted = static_cast<int32_t>(drafts_[i].size());
-        verify(entry.seq_id, sample_rows_[i], drafts_[i], out);
-        if (out.n_drafted == 0) {
-            continue;
-        }
-        session_->accept(entry.seq_id, out.n_accepted);
-        const int32_t n_rejected = out.n_drafted - out.n_accepted;
-        if (!target_->truncate(entry.seq_id, target_->length(entry.seq_id) - n_rejected)) {
-            throw Error(MTPBATCH_INTERNAL, with_reason("rejected drafts could not be taken back"));
-        }
-    }
-    report.sample_us       = watch.lap();
     report.n_draft_decodes = static_cast<int32_t>((session_ ? session_->statistics.n_decodes : 0) - n_draft_decodes);
 }
 

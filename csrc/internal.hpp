@@ -103,6 +103,9 @@ class Context {
     const float * logits(int32_t row) const;  // nullptr: the row has none
     const float * hidden(int32_t row) const;  // of any row, once keep_hidden() was called
     void          keep_hidden();
+    // Whether a model that keeps recurrent state takes these rows in one forward pass: equally many
+    // of each sequence, at most n_ubatch, and consecutive ids unless cells are shared.
+    bool is_one_pass(const std::vector<Row> & rows) const;
     // Takes back positions from `length` on; false if recurrent state does not allow it.
     bool truncate(llama_seq_id seq_id, int32_t length);
 
@@ -113,6 +116,10 @@ class Context {
     const Model &   model() const { return *model_; }
     const mtpbatch_context_params & params() const { return params_; }
     const std::vector<Row> &        last_batch() const { return last_batch_; }
+    int64_t                         n_decodes() const { return n_decodes_; }  // those that succeeded
+
+    // A draft context serves one session at a time, which keeps track of what it holds.
+    bool claimed = false;
 
   private:
     struct SequenceState {
@@ -131,6 +138,7 @@ class Context {
     llama_batch_ext *                  batch_ = nullptr;
     std::vector<SequenceState>         sequences_;
     std::vector<Row>                   last_batch_;
+    int64_t                            n_decodes_ = 0;
 };
 
 // Drafts with the model's MTP head for all sequences of a target context at once.
@@ -149,11 +157,14 @@ class Session {
     };
 
     Session(std::shared_ptr<Context> target, std::shared_ptr<Context> draft, const mtpbatch_session_config & config);
+    ~Session() { draft_->claimed = false; }
+    Session(const Session &)             = delete;
+    Session & operator=(const Session &) = delete;
 
     void begin(llama_seq_id seq_id, const llama_token * prompt, int32_t n_prompt);
     // Takes in the batch that the target decoded last.
     void process();
-    void draft(const std::vector<Request> & requests, std::vector<std::vector<llama_token>> & drafts);
+    void draft(std::vector<Request> requests, std::vector<std::vector<llama_token>> & drafts);
     void accept(llama_seq_id seq_id, int32_t n_accepted);
     // Forgets a sequence, also in the draft context.
     void reset(llama_seq_id seq_id);
@@ -183,6 +194,7 @@ class Session {
     const mtpbatch_session_config  config_;
     const int32_t                  n_embd_;
     std::vector<SequenceState>     sequences_;
+    int64_t                        n_seen_;  // decodes of the target when it was last processed
 };
 
 // How one request picks tokens from logits.

@@ -136,7 +136,9 @@ const float * mtpbatch_context_logits(mtpbatch_context * context, int32_t row);
 // The number of positions a sequence has decoded; -1: no such sequence.
 int32_t mtpbatch_context_length(const mtpbatch_context * context, int32_t seq_id);
 // Takes back a sequence's positions from `length` on (0: all of it). With recurrent layers only the
-// last decode can be taken back, once, by at most n_rs_seq tokens and not as a whole.
+// last decode can be taken back, once, by at most n_rs_seq tokens and not as a whole; and only if it
+// was one forward pass: of a single sequence, or with equally many rows of each sequence, at most
+// n_ubatch in all, and consecutive sequence ids unless kv_unified.
 mtpbatch_status mtpbatch_context_truncate(mtpbatch_context * context, int32_t seq_id, int32_t length,
                                           mtpbatch_error * error);
 
@@ -172,8 +174,9 @@ mtpbatch_status mtpbatch_session_begin(mtpbatch_session * session, int32_t seq_i
                                        int32_t n_prompt, mtpbatch_error * error);
 mtpbatch_status mtpbatch_session_process(mtpbatch_session * session, const mtpbatch_batch * batch,
                                          mtpbatch_error * error);
-// Drafts for n sequences at once, one decode per depth. `depths` gives each its own limit, at most
-// n_draft_max. Draft i is written to drafts[i*n_draft_max], its length to lengths[i].
+// Drafts for n sequences at once, one decode per depth. `depths` gives each its own limit, 0 to
+// n_draft_max; the end of the context is another. Draft i is written to drafts[i*n_draft_max], its length to
+// lengths[i].
 mtpbatch_status mtpbatch_session_draft(mtpbatch_session * session, int32_t n, const int32_t * seq_ids,
                                        const int32_t * n_past, const int32_t * last_tokens, const int32_t * depths,
                                        int32_t * drafts, int32_t * lengths, mtpbatch_error * error);

@@ -23,8 +23,14 @@ float probability_of(int32_t best, const float * logits, int32_t n) {
     return 1 / sum;
 }
 
+namespace {
+
+constexpr float MIN_TEMPERATURE = 1e-6f;  // below it the best token has all the probability, and logits overflow
+
+}  // namespace
+
 Sampler::Sampler(const mtpbatch_admission & params) {
-    if (params.temperature <= 0 || params.top_k == 1) {
+    if (params.temperature < MIN_TEMPERATURE || params.top_k == 1) {
         return;
     }
     chain_.reset(llama_sampler_chain_init(llama_sampler_chain_default_params()));
@@ -40,7 +46,8 @@ Sampler::Sampler(const mtpbatch_admission & params) {
         add(llama_sampler_init_min_p(params.min_p, 1));
     }
     add(llama_sampler_init_temp(params.temperature));
-    add(llama_sampler_init_dist(params.seed));
+    // To llama.cpp the last seed means a random one; here every seed is as good as another.
+    add(llama_sampler_init_dist(params.seed == LLAMA_DEFAULT_SEED ? 0 : params.seed));
 }
 
 llama_token Sampler::sample(const float * logits, int32_t n_vocab) {

@@ -43,6 +43,9 @@ const mtpbatch_session_config & checked(const mtpbatch_session_config & config, 
     if (draft.target() != &target) {
         contexts_error("the draft context was made for another target context");
     }
+    if (draft.claimed) {
+        contexts_error("the draft context belongs to another session; close that one, or make another context");
+    }
     if (config.n_seq != target.params().n_seq) {
         contexts_error("n_seq=" + std::to_string(config.n_seq) +
                        " differs from the contexts' n_seq=" + std::to_string(target.params().n_seq));
@@ -67,7 +70,8 @@ Session::Session(std::shared_ptr<Context> target, std::shared_ptr<Context> draft
       draft_(std::move(draft)),
       config_(checked(config, *target_, *draft_)),
       n_embd_(llama_model_n_embd_out(target_->model().raw)),
-      sequences_(config.n_seq) {
+      sequences_(config.n_seq),
+      n_seen_(target_->n_decodes()) {
     for (llama_seq_id s = 0; s < config_.n_seq; ++s) {
         if (target_->length(s) > 0) {
             throw Error(MTPBATCH_SESSION_SEQUENCE, name(s) + " of the target has decoded tokens that this session " +
@@ -76,6 +80,7 @@ Session::Session(std::shared_ptr<Context> target, std::shared_ptr<Context> draft
         sequences_[s].hidden.assign(n_embd_, 0);
     }
     target_->keep_hidden();
+    draft_->claimed = true;
 }
 
 Session::SequenceState & Session::sequence(llama_seq_id seq_id) {
@@ -108,6 +113,10 @@ void Session::process() {
     if (rows.empty()) {
         throw Error(MTPBATCH_SESSION_PROCESS, "the target has decoded nothing since its last failure");
     }
+    if (n_seen_ == target_->n_decodes()) {
+        throw Error(MTPBATCH_SESSION_PROCESS,
+                    "the batch was processed already, or decoded before this session was made");
+    }
     // Check every sequence before any of them changes.
     for (size_t i = 0; i < rows.size(); ++i) {
         if (i > 0 && rows[i - 1].seq_id == rows[i].seq_id) {
@@ -127,6 +136,7 @@ void Session::process() {
         }
     }
 
+    n_seen_ = target_->n_decodes();
     std::vector<llama_seq_id> full;
     for (size_t begin = 0, end; begin < rows.size(); begin = end) {
         const llama_seq_id seq_id = rows[begin].seq_id;
@@ -192,10 +202,10 @@ void Session::decode(const std::vector<Row> & rows) {
     statistics.n_rows += static_cast<int64_t>(rows.size());
 }
 
-void Session::draft(const std::vector<Request> & requests, std::vector<std::vector<llama_token>> & drafts) {
+void Session::draft(std::vector<Request> requests, std::vector<std::vector<llama_token>> & drafts) {
     Stopwatch         watch;
     std::vector<bool> seen(sequences_.size());
-    for (const auto & request : requests) {
+    for (auto & request : requests) {
         const auto & s = sequence(request.seq_id);
         if (seen[request.seq_id]) {
             throw Error(MTPBATCH_SESSION_DRAFT, name(request.seq_id) + " is asked for twice");
@@ -212,16 +222,13 @@ void Session::draft(const std::vector<Request> & requests, std::vector<std::vect
         if (!target_->model().has_token(request.last_token)) {
             throw Error(MTPBATCH_SESSION_DRAFT, "no such token: " + std::to_string(request.last_token));
         }
-        if (request.depth < 1 || request.depth > config_.n_draft_max) {
+        if (request.depth < 0 || request.depth > config_.n_draft_max) {
             throw Error(MTPBATCH_SESSION_DRAFT,
-                        "depth must be from 1 to n_draft_max=" + std::to_string(config_.n_draft_max) + ", got " +
+                        "depth must be from 0 to n_draft_max=" + std::to_string(config_.n_draft_max) + ", got " +
                             std::to_string(request.depth));
         }
-        if (request.n_past + request.depth > draft_->params().n_ctx) {
-            throw Error(MTPBATCH_SESSION_DRAFT,
-                        name(request.seq_id) + ": " + std::to_string(request.depth) +
-                            " more tokens do not fit into n_ctx=" + std::to_string(draft_->params().n_ctx));
-        }
+        // The target has to decode the last token and the draft.
+        request.depth = std::max(0, std::min(request.depth, target_->params().n_ctx - request.n_past - 1));
     }
 
     const int32_t n_vocab = target_->model().n_vocab();
@@ -263,6 +270,9 @@ void Session::draft(const std::vector<Request> & requests, std::vector<std::vect
     try {
         // The first batch: all that waits, then the newly sampled token.
         for (size_t r = 0; r < requests.size(); ++r) {
+            if (requests[r].depth == 0) {
+                continue;
+            }
             const auto & s = sequences_[requests[r].seq_id];
             if (s.drafted_from >= 0) {
                 // It was drafted from before, and nothing came of it.
@@ -293,6 +303,9 @@ void Session::draft(const std::vector<Request> & requests, std::vector<std::vect
     }
 
     for (size_t r = 0; r < requests.size(); ++r) {
+        if (requests[r].depth == 0) {
+            continue;
+        }
         auto & s = sequences_[requests[r].seq_id];
         s.waiting.clear();
         s.waiting_hidden.clear();

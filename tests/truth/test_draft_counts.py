@@ -1,8 +1,4 @@
-"""What is drafted and accepted is what a numpy simulation of MTP drafting drafts and accepts.
-
-A wrong hidden row, a cache entry too many or a rejected token left behind changes no text, only
-these counts.
-"""
+"""Draft and accept counts are those of a numpy simulation of MTP drafting."""
 
 from __future__ import annotations
 
@@ -11,86 +7,97 @@ from pathlib import Path
 import anyio
 import pytest
 
+import loops
 import mtpbatch
-from reference.qwen35_numpy import Reference
+from mtpbatch.native import Context, Model, MtpSession
+from mtpbatch.types import Completion
+from reference.qwen35_numpy import Drafting, Reference
 
 PROMPTS = (
     "And it came to pass in those days, that",
-    "def __init__(self, name):\n",
-    "In",
+    "def fib(n):\n    if n < 2:\n",
+    "In the",
+    "import os\nimport sys\n\n\nclass",
 )
-N_TOKENS = 64
-N_SEQ = 4
-
-
-async def _generate(
-    path: Path, prompts: list[str], depth: int, *, kv_unified: bool = True
-) -> list[mtpbatch.Completion]:
-    async with mtpbatch.Engine.open(
-        path,
-        n_seq=N_SEQ,
-        n_ctx=256,
-        n_draft_max=4,
-        n_threads=1,
-        kv_type="f32",
-        kv_unified=kv_unified,
-    ) as engine:
-        return await engine.generate_many(
-            prompts, max_tokens=N_TOKENS, ignore_eos=True, speculation=depth
-        )
+COUNT = 48
 
 
 @pytest.fixture(scope="module")
-def reference(demo_f32_path: Path) -> Reference:
-    return Reference(demo_f32_path)
+def prompts(demo_f32_path: Path) -> list[list[int]]:
+    with Model(demo_f32_path) as model:
+        return [model.tokenize(prompt) for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("prompt", PROMPTS)
-@pytest.mark.parametrize("depth", [1, 3])
-def test_counts_of_one_sequence_equal_the_simulation(
-    demo_f32_path: Path, reference: Reference, prompt: str, depth: int
+@pytest.fixture(scope="module", params=[1, 3])
+def depth(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
+@pytest.fixture(scope="module")
+def simulated(demo_f32_path: Path, prompts: list[list[int]], depth: int) -> list[Drafting]:
+    reference = Reference(demo_f32_path)
+    found = [reference.simulate_drafting(prompt, COUNT, depth) for prompt in prompts]
+    assert sum(drafting.accepted for drafting in found) > 0
+    return found
+
+
+def check(done: Completion, truth: Drafting) -> None:
+    assert list(done.token_ids) == truth.tokens
+    assert done.drafted == truth.drafted
+    assert done.accepted == truth.accepted
+    by_depth = (*done.accepted_by_depth, 0, 0, 0)
+    assert list(by_depth[: len(truth.accepted_by_depth)]) == truth.accepted_by_depth
+
+
+@pytest.mark.parametrize("n_seq", [1, 4])
+def test_engine(
+    demo_f32_path: Path,
+    prompts: list[list[int]],
+    depth: int,
+    simulated: list[Drafting],
+    n_seq: int,
 ) -> None:
-    (done,) = anyio.run(_generate, demo_f32_path, [prompt], depth)
-    simulated = reference.simulate_drafting(done.prompt_token_ids, N_TOKENS, depth)
-    assert list(done.token_ids) == simulated.tokens
-    assert (done.drafted, done.accepted) == (simulated.drafted, simulated.accepted)
-    assert list(done.accepted_by_depth[:depth]) == simulated.accepted_by_depth
-    assert done.steps == simulated.steps + 1  # the prompt's own decode gives the first token
+    """One request at a time, and all at once."""
 
-
-@pytest.mark.parametrize("kv_unified", [True, False])
-def test_acceptance_does_not_depend_on_the_sequence_id_or_the_neighbours(
-    demo_f32_path: Path, kv_unified: bool
-) -> None:
-    """The same prompt first and last among others counts as it does alone."""
-    first, *others = PROMPTS
-    alone = anyio.run(_generate, demo_f32_path, [first], 3)[0]
-    prompts = [first, *others, first]
-    assert len(prompts) == N_SEQ
-
-    async def together() -> list[mtpbatch.Completion]:
-        return await _generate(demo_f32_path, prompts, 3, kv_unified=kv_unified)
-
-    completions = anyio.run(together)
-    for done in (completions[0], completions[-1]):
-        assert done.token_ids == alone.token_ids
-        assert (done.drafted, done.accepted) == (alone.drafted, alone.accepted)
-        assert done.accepted_by_depth == alone.accepted_by_depth
-
-
-def test_acceptance_after_a_long_undrafted_stretch_is_what_it_would_have_been(
-    demo_f32_path: Path, reference: Reference
-) -> None:
-    """A prompt longer than a batch, whose pairs wait for the draft context, changes nothing."""
-
-    async def ask() -> mtpbatch.Completion:
+    async def generate() -> list[Completion]:
         async with mtpbatch.Engine.open(
-            demo_f32_path, n_seq=2, n_ctx=512, n_batch=48, n_threads=1, kv_type="f32"
+            demo_f32_path, n_seq=n_seq, n_ctx=256, n_threads=1, kv_type="f32", speculation=depth
         ) as engine:
-            prompt = (engine.tokenize(" ".join(PROMPTS)) * 20)[:330]
-            return await engine.generate(prompt, max_tokens=N_TOKENS, ignore_eos=True)
+            return await engine.generate_many(prompts, max_tokens=COUNT, ignore_eos=True)
 
-    done = anyio.run(ask)
-    simulated = reference.simulate_drafting(done.prompt_token_ids, N_TOKENS, 3)
-    assert list(done.token_ids) == simulated.tokens
-    assert (done.drafted, done.accepted) == (simulated.drafted, simulated.accepted)
+    for done, truth in zip(anyio.run(generate), simulated, strict=True):
+        check(done, truth)
+
+
+@pytest.mark.parametrize("kv_unified", [True, False], ids=["unified", "split"])
+def test_the_first_and_the_last_sequence_agree(
+    demo_f32_path: Path,
+    prompts: list[list[int]],
+    depth: int,
+    simulated: list[Drafting],
+    kv_unified: bool,
+) -> None:
+    """With other prompts between them, on a session driven by hand."""
+    n_seq = 6
+    with Model(demo_f32_path) as model:
+        target = Context(
+            model,
+            n_seq=n_seq,
+            n_ctx=256,
+            n_rs_seq=depth,
+            n_threads=1,
+            kv_type="f32",
+            kv_unified=kv_unified,
+        )
+        session = MtpSession(target, Context.mtp(target), n_seq, depth)
+    same, *others = prompts
+    beside = {s: others[s % len(others)] for s in range(1, n_seq - 1)}
+    asked = {0: same, **beside, n_seq - 1: same}
+    streams = loops.drafted(target, session, asked, COUNT, lambda *_: depth)
+    for s in (0, n_seq - 1):
+        assert streams[s].tokens[:COUNT] == simulated[0].tokens
+        assert streams[s].drafted == simulated[0].drafted
+        assert streams[s].accepted == simulated[0].accepted
+    statistics = session.statistics()
+    assert statistics.drafted == sum(stream.drafted for stream in streams.values())
+    assert statistics.accepted == sum(stream.accepted for stream in streams.values())

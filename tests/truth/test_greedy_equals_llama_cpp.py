@@ -1,104 +1,164 @@
-"""What the engine says in company is what llama.cpp says alone, with drafts and without."""
+"""Batched greedy decoding gives the tokens of llama-cpp-python's own, one sequence at a time."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
+import json
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import anyio
 import pytest
 
 import mtpbatch
+from mtpbatch.native import NativeBackend
+from mtpbatch.types import Admission, EngineConfig, Plan, PlanEntry, SamplingParams
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # what it imports is not ours to mend
-    import llama_cpp
-
-TEXT = (
-    "In the beginning God created the heaven and the earth. And the earth was without form, and "
-    "void; and darkness was upon the face of the deep.\n\nimport os\nimport sys\n\n\nclass Queue:\n"
-    "    def __init__(self, maxsize=0):\n        self.maxsize = maxsize\n        self.items = []\n\n"
+N_BATCH = 96
+COUNT = 40
+LENGTHS = (1, 2, 3, 5, 8, 13, 21, 34, 55, 89, 95, 96, 97, 144, 200, 230)
+PASSAGES = (
+    "And it came to pass in those days, that there went out a decree from Caesar Augustus, ",
+    "def fib(n):\n    if n < 2:\n        return n\n    return fib(n - 1) + fib(n - 2)\n\n",
+    "In the beginning God created the heaven and the earth. And the earth was without form, ",
 )
-LENGTHS = (1, 2, 3, 5, 8, 13, 16, 17, 21, 34, 47, 63, 64, 65, 89, 144)  # n_batch is 64
-N_TOKENS = 48
-N_CTX = 256
+# Where the best two logits are closer than this, the order of summation may decide.
+TIE = 1e-3
 
 
 @pytest.fixture(scope="module")
 def prompts(demo_f32_path: Path) -> list[list[int]]:
-    """Sixteen prompts of different lengths and beginnings, as token ids."""
-    llm = llama_cpp.Llama(str(demo_f32_path), vocab_only=True, verbose=False)
-    tokens = llm.tokenize((TEXT * 2).encode(), add_bos=False)
-    return [tokens[7 * i : 7 * i + length] for i, length in enumerate(LENGTHS)]
+    """16 prompts from one token to more than two batches, each starting somewhere else."""
+    with mtpbatch.native.Model(demo_f32_path) as model:
+        text = model.tokenize("".join(PASSAGES) * 8, add_special=False)
+    return [text[3 * i : 3 * i + length] for i, length in enumerate(LENGTHS)]
+
+
+LLAMA_CPP = """
+import json, sys
+import llama_cpp
+import numpy as np
+
+path, count, tie, prompts = json.load(sys.stdin)
+llama = llama_cpp.Llama(
+    path, n_ctx=512, n_threads=1, n_threads_batch=1, type_k=0, type_v=0, verbose=False
+)
+texts = []
+for fed in prompts:
+    llama.reset()
+    tokens = []
+    while len(tokens) < count:
+        llama.eval(fed)
+        logits = llama_cpp.llama_get_logits_ith(llama.ctx, -1)
+        logits = np.ctypeslib.as_array(logits, (llama.n_vocab(),))
+        second, first = np.partition(logits, -2)[-2:]
+        if first - second < tie:
+            break
+        tokens.append(int(logits.argmax()))
+        fed = tokens[-1:]
+    texts.append(tokens)
+json.dump(texts, sys.stdout)
+"""
 
 
 @pytest.fixture(scope="module")
-def expected(demo_f32_path: Path, prompts: list[list[int]]) -> list[tuple[int, ...]]:
-    """Greedy answers of llama-cpp-python, one sequence at a time."""
-    return [tuple(tokens) for tokens in _one_by_one(demo_f32_path, prompts)]
-
-
-def _one_by_one(path: Path, prompts: list[list[int]]) -> Iterator[list[int]]:
-    llm = llama_cpp.Llama(
-        str(path), n_ctx=N_CTX, n_threads=1, n_threads_batch=1, type_k=0, type_v=0, verbose=False
+def expected(demo_f32_path: Path, prompts: list[list[int]]) -> list[list[int]]:
+    """llama-cpp-python's tokens, up to the first near-tie; from a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", LLAMA_CPP],
+        input=json.dumps([str(demo_f32_path), COUNT, TIE, prompts]),
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
     )
-    for prompt in prompts:
-        llm.reset()
-        answer = []
-        for token in llm.generate(prompt, temp=0.0):
-            answer.append(token)
-            if len(answer) == N_TOKENS:
-                break
-        yield answer
+    texts: list[list[int]] = json.loads(done.stdout)
+    assert sum(map(len, texts)) > 0.9 * COUNT * len(texts)  # ties are rare
+    return texts
 
 
-@pytest.mark.parametrize("kv_unified", [True, False])
+def check(found: Sequence[Sequence[int]], expected: list[list[int]]) -> None:
+    for tokens, truth in zip(found, expected, strict=True):
+        assert list(tokens[: len(truth)]) == truth
+        assert len(tokens) == COUNT
+
+
+@pytest.mark.parametrize("kv_unified", [True, False], ids=["unified", "split"])
 @pytest.mark.parametrize("depth", [0, 1, 3])
-def test_sixteen_at_once_equal_one_by_one(
+def test_plans(
     demo_f32_path: Path,
     prompts: list[list[int]],
-    expected: list[tuple[int, ...]],
+    expected: list[list[int]],
     depth: int,
     kv_unified: bool,
 ) -> None:
-    async def ask() -> list[mtpbatch.Completion]:
-        async with mtpbatch.Engine.open(
-            demo_f32_path,
-            n_seq=16,
-            n_ctx=N_CTX,
-            n_batch=64,
-            n_draft_max=3,
+    """Prompts are fed in chunks while those that are done with theirs go on."""
+    n = len(prompts)
+    backend = NativeBackend(
+        demo_f32_path,
+        EngineConfig(
+            n_seq=n,
+            n_ctx=512,
+            n_batch=N_BATCH,
             n_threads=1,
             kv_type="f32",
             kv_unified=kv_unified,
-        ) as engine:
-            return await engine.generate_many(
-                prompts, max_tokens=N_TOKENS, ignore_eos=True, speculation=depth
-            )
+        ),
+    )
+    texts: list[list[int]] = [[] for _ in prompts]
+    fed = [0] * n
+    admit = tuple(Admission(i, SamplingParams(), 0, (), COUNT) for i in range(n))
+    active = list(range(n))
+    release: tuple[int, ...] = ()
+    while active:
+        entries = []
+        room = N_BATCH
+        for i in (i for i in active if texts[i]):
+            n_draft = min(depth, COUNT - len(texts[i]) - 1)
+            entries.append(PlanEntry(i, (), True, n_draft))
+            room -= 1 + n_draft
+        for i in (i for i in active if not texts[i]):
+            if room < 1:
+                break
+            chunk = prompts[i][fed[i] : fed[i] + room]
+            fed[i] += len(chunk)
+            room -= len(chunk)
+            entries.append(PlanEntry(i, tuple(chunk), fed[i] == len(prompts[i]), 0))
+        result = backend.execute(Plan(release, admit, tuple(entries)))
+        admit = ()
+        for entry, outcome in zip(entries, result.entries, strict=True):
+            texts[entry.seq_id] += outcome.token_ids
+        release = tuple(
+            entry.seq_id
+            for entry, outcome in zip(entries, result.entries, strict=True)
+            if outcome.finish_reason
+        )
+        active = [i for i in active if i not in release]
+    backend.close()
+    check(texts, expected)
 
-    completions = anyio.run(ask)
-    assert [done.token_ids for done in completions] == expected
-    if depth:
-        assert all(done.accepted > 0 for done in completions)
-    else:
-        assert all(done.drafted == 0 for done in completions)
 
-
-def test_more_requests_than_sequences_equal_one_by_one(
-    demo_f32_path: Path, prompts: list[list[int]], expected: list[tuple[int, ...]]
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_engine(
+    demo_f32_path: Path, prompts: list[list[int]], expected: list[list[int]], depth: int
 ) -> None:
-    """Sequences that come and go at different times: continuous batching changes nothing."""
+    """16 requests at once."""
 
-    async def ask() -> list[mtpbatch.Completion]:
+    async def generate() -> list[mtpbatch.Completion]:
         async with mtpbatch.Engine.open(
-            demo_f32_path, n_seq=3, n_ctx=N_CTX, n_batch=32, n_threads=1, kv_type="f32"
+            demo_f32_path,
+            n_seq=16,
+            n_ctx=512,
+            n_batch=N_BATCH,
+            n_threads=1,
+            kv_type="f32",
+            speculation=depth,
         ) as engine:
-            generations = [
-                engine.submit(prompt, max_tokens=8 + 8 * (i % 6), ignore_eos=True)
-                for i, prompt in enumerate(prompts)
-            ]
-            return [await generation for generation in generations]
+            return await engine.generate_many(prompts, max_tokens=COUNT, ignore_eos=True)
 
-    for i, done in enumerate(anyio.run(ask)):
-        assert done.token_ids == expected[i][: 8 + 8 * (i % 6)]
+    done = anyio.run(generate)
+    check([completion.token_ids for completion in done], expected)
+    for completion in done:
+        assert completion.finish_reason == "length"
+        assert (completion.drafted > 0) == (depth > 0)

@@ -1,152 +1,194 @@
-"""Sampled tokens follow the model's own distribution, with drafts and without.
+"""Sampled tokens follow the model's distribution, drafted or not.
 
-Token frequencies are compared by chi-square with the softmax of a numpy reference, for the token
-after the prompt and for those after it, which drafts have a hand in. Seeds are fixed, so that the
-outcome is too.
+Many requests of a few tokens, one seed each, and chi-square tests of the first, second and third
+token against the softmax that numpy computes. The seeds are fixed, so that chance plays no part.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections import Counter
+import random
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-import anyio
 import numpy as np
+import numpy.typing as npt
 import pytest
-from numpy.typing import NDArray
 
-import mtpbatch
 import random_model
+from mtpbatch.native import NativeBackend
+from mtpbatch.types import Admission, EngineConfig, Plan, PlanEntry, SamplingParams
 from reference.qwen35_numpy import Reference
 
-N_REQUESTS = 2500
-N_TOKENS = 5
-MOST_Z = 4.0  # standard deviations that the pooled statistic may lie above its mean
-PROMPT = (70, 71, 72)
+PROMPT = (40, 50, 60, 70, 80)
+N_SEQ = 64
+SEEDS = random.Random(1).choices(range(2**32), k=40 * N_SEQ)
+LENGTH = 4
+LEAST_P = 1e-3  # a wrong sampler is off by many orders of magnitude
 
-Distribution = NDArray[np.float64]
+FILTERS: list[dict[str, Any]] = [
+    {"temperature": 1.0},
+    {"temperature": 0.6},
+    {"temperature": 1.5, "top_k": 4},
+    {"temperature": 1.3, "top_p": 0.8},
+    {"temperature": 1.3, "min_p": 0.1},
+    {"temperature": 1.2, "top_k": 8, "top_p": 0.9, "min_p": 0.05},
+]
+
+Probabilities = npt.NDArray[np.float64]
 
 
 @pytest.fixture(scope="module")
-def small_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random model with few tokens, whose head is sometimes right and often wrong."""
-    path = tmp_path_factory.mktemp("models") / "small.gguf"
-    shape = dataclasses.replace(random_model.RANDOM_SHAPE, vocab=290, width=64, ff=64, layers=2)
-    random_model.write_random(path, shape, mix=0.15, seed=3)
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose best token is likely, but not certain, and whose head often guesses it."""
+    path = tmp_path_factory.mktemp("models") / "sampling.gguf"
+    shape = dataclasses.replace(random_model.RANDOM_SHAPE, vocab=280, width=64, ff=64, layers=2)
+    random_model.write_random(path, shape, mix=0.2, seed=3)
     return path
 
 
+@dataclasses.dataclass(slots=True)
+class Samples:
+    texts: list[tuple[int, ...]]
+    drafted: int = 0
+    accepted: int = 0
+
+
+Sample = Callable[[int, int], Samples]
+
+
 @pytest.fixture(scope="module")
-def reference(small_path: Path) -> Reference:
-    return Reference(small_path)
+def sample(model_path: Path) -> Sample:
+    """Samples for a draft depth and an index of FILTERS, made once."""
+    return cache(lambda depth, index: _sample(model_path, depth, FILTERS[index]))
 
 
-async def _sample(path: Path, depth: int, params: dict[str, Any]) -> list[mtpbatch.Completion]:
-    async with mtpbatch.Engine.open(
-        path, n_seq=32, n_ctx=32, n_draft_max=4, n_threads=1, kv_type="f32"
-    ) as engine:
-        generations = [
-            engine.submit(
-                PROMPT,
-                max_tokens=N_TOKENS,
-                seed=seed,
-                ignore_eos=True,
-                speculation=depth,
-                **params,
-            )
-            for seed in range(N_REQUESTS)
-        ]
-        return [await generation for generation in generations]
+def _sample(path: Path, depth: int, params: dict[str, Any]) -> Samples:
+    """LENGTH tokens after PROMPT for each of the seeds."""
+    config = EngineConfig(n_seq=N_SEQ, n_ctx=16, n_threads=1, kv_type="f32")
+    backend = NativeBackend(path, config)
+    sampling = SamplingParams(**params)
+    samples = Samples([])
+    release: tuple[int, ...] = ()
+    for start in range(0, len(SEEDS), N_SEQ):
+        admit = tuple(Admission(s, sampling, SEEDS[start + s], (), LENGTH) for s in range(N_SEQ))
+        active = {s: PlanEntry(s, PROMPT, True, 0) for s in range(N_SEQ)}
+        found: list[tuple[int, ...]] = [()] * N_SEQ
+        while active:
+            result = backend.execute(Plan(release, admit, tuple(active.values())))
+            release, admit = (), ()
+            for s, outcome in zip(list(active), result.entries, strict=True):
+                found[s] += outcome.token_ids
+                samples.drafted += outcome.n_drafted
+                samples.accepted += outcome.n_accepted
+                active[s] = PlanEntry(s, (), True, min(depth, LENGTH - len(found[s]) - 1))
+                if outcome.finish_reason:
+                    del active[s]
+        release = tuple(range(N_SEQ))
+        samples.texts += found
+    backend.close()
+    return samples
 
 
-def _expected(
-    logits: Distribution,
-    *,
-    temperature: float,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    min_p: float = 0.0,
-) -> Distribution:
-    """The distribution that the parameters ask for: tails cut on the model's own, then heated."""
-    order = np.argsort(-logits)
-    if top_k:
-        order = order[:top_k]
-    p = np.exp(logits[order] - logits[order[0]])
-    p /= p.sum()
-    n_kept = int(np.searchsorted(np.cumsum(p), top_p) + 1) if top_p < 1 else len(p)
-    order, p = order[:n_kept], p[:n_kept]
-    order = order[p >= min_p * p[0]]
-    heated = np.exp((logits[order] - logits[order[0]]) / temperature)
-    result = np.zeros(len(logits))
-    result[order] = heated / heated.sum()
-    return result
+class Truth:
+    """The model's next-token distributions, with the filters of a request."""
+
+    def __init__(self, path: Path, params: dict[str, Any]) -> None:
+        self._reference = Reference(path)
+        self._params = params
+        self.after = cache(self._after)
+
+    def _after(self, tokens: tuple[int, ...]) -> Probabilities:
+        _, logits = self._reference.trunk([*PROMPT, *tokens])
+        logits = logits[-1]
+        order = np.argsort(-logits)
+        if top_k := self._params.get("top_k"):
+            order = order[:top_k]
+        shares = _softmax(logits[order])
+        if top_p := self._params.get("top_p"):
+            keep = int(np.searchsorted(np.cumsum(shares), top_p)) + 1
+            order = order[:keep]
+            shares = shares[:keep]
+        if min_p := self._params.get("min_p"):
+            order = order[shares >= min_p * shares[0]]
+        result = np.zeros(len(logits))
+        result[order] = _softmax(logits[order] / self._params["temperature"])
+        return result
 
 
-def _chi_square(counts: Counter[int], expected: Distribution) -> tuple[float, int]:
-    """The statistic and its degrees of freedom; rare tokens are counted together."""
-    n = counts.total()
-    often = [t for t in range(len(expected)) if expected[t] * n >= 5]
-    pairs = [(counts[t], expected[t] * n) for t in often]
-    rest = n - sum(e for _, e in pairs)
-    if rest >= 5:
-        pairs.append((n - sum(o for o, _ in pairs), rest))
-    return sum((o - e) ** 2 / e for o, e in pairs), len(pairs) - 1
+def _softmax(logits: Probabilities) -> Probabilities:
+    shares = np.exp(logits - logits.max())
+    return np.asarray(shares / shares.sum())
 
 
-@pytest.mark.parametrize(
-    "params",
-    [
-        {"temperature": 1.0},
-        {"temperature": 0.7, "top_k": 6},
-        {"temperature": 1.3, "top_p": 0.8},
-        {"temperature": 1.0, "min_p": 0.1},
-    ],
-    ids=lambda params: " ".join(params),
-)
-def test_frequencies_pass_a_chi_square_test(
-    small_path: Path, reference: Reference, params: dict[str, Any]
+def chi_square_p(counts: Counter[int], expected: Probabilities) -> float:
+    """The chance of a worse fit; tokens expected fewer than 5 times count as one."""
+    observed = np.zeros(len(expected))
+    for token, count in counts.items():
+        observed[token] = count
+    assert observed[expected == 0].sum() == 0, "a token was sampled that the filters exclude"
+    common = expected >= 5
+    rest = expected[~common].sum()
+    observed, expected = (
+        np.append(observed[common], observed[~common].sum()),
+        np.append(expected[common], rest),
+    )
+    if rest < 1:
+        observed, expected = observed[:-1], expected[:-1]
+    freedom = len(expected) - 1
+    if freedom < 1:
+        return 1.0
+    statistic = float(((observed - expected) ** 2 / expected).sum())
+    # Wilson and Hilferty: the cube root of a chi-square is nearly normal.
+    spread = 2 / (9 * freedom)
+    z = ((statistic / freedom) ** (1 / 3) - (1 - spread)) / math.sqrt(spread)
+    return 0.5 * math.erfc(z / math.sqrt(2))
+
+
+every_filter = pytest.mark.parametrize("index", range(len(FILTERS)), ids=map(str, FILTERS))
+
+
+@every_filter
+def test_tokens_follow_the_model(model_path: Path, sample: Sample, index: int) -> None:
+    check(model_path, sample(0, index).texts, FILTERS[index])
+
+
+@every_filter
+@pytest.mark.parametrize("depth", [1, 3])
+def test_drafted_tokens_follow_the_model(
+    model_path: Path, sample: Sample, index: int, depth: int
 ) -> None:
-    answers = {}
-    for depth in (0, 3):
-        completions = anyio.run(_sample, small_path, depth, params)
-        answers[depth] = [done.token_ids for done in completions]
-        accepted = sum(done.accepted for done in completions)
-        drafted = sum(done.drafted for done in completions)
-        if depth:  # else the test would not see what verification does
-            assert 0.1 * drafted < accepted < 0.9 * drafted
-
-        statistic, freedom = 0.0, 0
-        for n_known in range(N_TOKENS):
-            after: dict[tuple[int, ...], Counter[int]] = {}
-            for answer in answers[depth]:
-                after.setdefault(answer[:n_known], Counter())[answer[n_known]] += 1
-            for known, counts in after.items():
-                if counts.total() < 100:
-                    continue
-                _, logits = reference.trunk([*PROMPT, *known])
-                expected = _expected(logits[-1], **params)
-                impossible = [t for t in counts if expected[t] == 0]
-                assert not impossible, f"tokens that the parameters rule out: {impossible}"
-                one, degrees = _chi_square(counts, expected)
-                statistic += one
-                freedom += degrees
-        assert freedom > 20, "too few samples to tell anything"
-        assert (statistic - freedom) / math.sqrt(2 * freedom) < MOST_Z
-
-    # The same seed gives the same tokens; rounding may turn a draw that falls on a border.
-    same = sum(a == b for a, b in zip(answers[0], answers[3], strict=True))
-    assert same >= 0.998 * N_REQUESTS
+    """And each seed gives the very tokens that it gives undrafted."""
+    samples = sample(depth, index)
+    check(model_path, samples.texts, FILTERS[index])
+    assert samples.texts == sample(0, index).texts
+    assert 0.05 * samples.drafted < samples.accepted < 0.95 * samples.drafted
 
 
-def test_the_test_would_notice() -> None:
-    """A distribution slightly off fails the chi-square test that the others pass."""
-    random = np.random.default_rng(0)
-    p = np.array([0.4, 0.3, 0.2, 0.1])
-    drawn = Counter(random.choice(4, size=N_REQUESTS, p=p).tolist())
-    statistic, freedom = _chi_square(drawn, p)
-    assert (statistic - freedom) / math.sqrt(2 * freedom) < MOST_Z
-    statistic, freedom = _chi_square(drawn, np.array([0.45, 0.3, 0.15, 0.1]))
-    assert (statistic - freedom) / math.sqrt(2 * freedom) > MOST_Z
+def check(path: Path, texts: list[tuple[int, ...]], params: dict[str, Any]) -> None:
+    """The first token, and the second and third after the commonest texts before them.
+
+    After each of the commonest alone, and after many together: those sums vary a little less
+    than a chi-square allows for, as each part has its own distribution.
+    """
+    truth = Truth(path, params)
+    for position in range(3):
+        following: dict[tuple[int, ...], Counter[int]] = defaultdict(Counter)
+        for text in texts:
+            following[text[:position]][text[position]] += 1
+        commonest = sorted(following, key=lambda prefix: -following[prefix].total())[:40]
+        together: Counter[int] = Counter()
+        expected = np.zeros_like(truth.after(()))
+        for prefix in commonest:
+            counts = following[prefix]
+            share = truth.after(prefix) * counts.total()
+            if counts.total() >= 100:
+                assert chi_square_p(counts, share) > LEAST_P, prefix
+            together += counts
+            expected += share
+        assert chi_square_p(together, expected) > LEAST_P, position
+        assert together.total() > 200

@@ -75,7 +75,10 @@ def call(
     ``invalid`` makes the error for arguments that break a rule of the interface.
     """
     error = ffi.new("mtpbatch_error *")
-    status = function(*arguments, error)
+    try:
+        status = function(*arguments, error)
+    except OverflowError as overflow:
+        raise invalid(str(overflow)) from None
     if status != lib.MTPBATCH_OK:
         message = ffi.string(error.message).decode("utf-8", "replace")
         raise _ERRORS.get(status, invalid)(message)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from array import array
 from collections.abc import Sequence
+from contextlib import nullcontext
 from types import TracebackType
 from typing import Any, Literal, get_args
 
@@ -51,10 +52,14 @@ class Batch:
 
     def add(self, token: int, position: int, seq_id: int, *, output: bool = False) -> int:
         """Append a row and return its index; ``output``: its logits are wanted."""
+        try:
+            token, position, seq_id = array("i", (token, position, seq_id))
+        except OverflowError as error:
+            raise ContextError(f"a row of {(token, position, seq_id)}: {error}") from None
         self.tokens.append(token)
         self.positions.append(position)
         self.seq_ids.append(seq_id)
-        self.outputs.append(output)
+        self.outputs.append(bool(output))
         return len(self) - 1
 
     def add_sequence(
@@ -78,6 +83,9 @@ class Batch:
 
     def native(self) -> tuple[Any, list[Any]]:
         """The C struct, and what must stay referenced while it is used."""
+        sizes = {len(self), len(self.positions), len(self.seq_ids), len(self.outputs)}
+        if len(sizes) != 1:
+            raise ContextError(f"the columns of a batch differ in length: {sorted(sizes)}")
         columns = [
             ffi.from_buffer("int32_t[]", self.tokens),
             ffi.from_buffer("int32_t[]", self.positions),
@@ -126,20 +134,21 @@ class Context(Handle):
         if kv_type not in get_args(KvType):
             raise ContextError(f"kv_type must be one of {', '.join(get_args(KvType))}")
         n_batch = n_batch if n_batch is not None else 2048
-        params = ffi.new(
-            "mtpbatch_context_params *",
-            {
-                "n_ctx": n_ctx,
-                "n_seq": n_seq,
-                "n_batch": n_batch,
-                "n_ubatch": n_ubatch if n_ubatch is not None else min(512, n_batch),
-                "n_rs_seq": n_rs_seq,
-                "n_outputs_max": n_outputs_max if n_outputs_max is not None else n_batch,
-                "n_threads": n_threads if n_threads is not None else available_cpus(),
-                "kv_type": _GGML_TYPES[kv_type],
-                "kv_unified": kv_unified,
-            },
-        )
+        values = {
+            "n_ctx": n_ctx,
+            "n_seq": n_seq,
+            "n_batch": n_batch,
+            "n_ubatch": n_ubatch if n_ubatch is not None else min(512, n_batch),
+            "n_rs_seq": n_rs_seq,
+            "n_outputs_max": n_outputs_max if n_outputs_max is not None else n_batch,
+            "n_threads": n_threads if n_threads is not None else available_cpus(),
+            "kv_type": _GGML_TYPES[kv_type],
+            "kv_unified": kv_unified,
+        }
+        try:
+            params = ffi.new("mtpbatch_context_params *", values)
+        except OverflowError as error:
+            raise ContextError(f"a value is out of range: {error}") from None
         self._lock = threading.RLock()
         self._create(model, params, ffi.NULL)
 
@@ -152,8 +161,9 @@ class Context(Handle):
         """
         context = cls.__new__(cls)
         context._lock = target._lock
+        native = target._native
         with target._lock:
-            context._create(target.model, ffi.NULL, target._native)
+            context._create(target.model, ffi.NULL, native)
         return context
 
     def _create(self, model: Model, params: Any, target: Any) -> None:
@@ -189,7 +199,7 @@ class Context(Handle):
         return f"<Context ({kind}) of {self.model.path.name}: {state}>"
 
     def close(self) -> None:
-        with self._lock:
+        with self._lock if self._home.here else nullcontext():
             super().close()
 
     def decode(self, batch: Batch) -> None:
@@ -200,15 +210,18 @@ class Context(Handle):
                 continue its sequence, too many rows or outputs); nothing was changed.
             DecodeError: no KV cells were free (nothing was changed), or llama.cpp failed.
         """
-        native, columns = batch.native()
+        context = self._native
+        rows, columns = batch.native()
         with self._lock:
-            call(lib.mtpbatch_context_decode, self._native, native)
+            call(lib.mtpbatch_context_decode, context, rows)
         del columns
 
     def logits(self, row: int) -> npt.NDArray[np.float32]:
         """Logits of a row of the last batch that asked for them: a copy, shape [n_vocab]."""
+        native = self._native
         with self._lock:
-            values = lib.mtpbatch_context_logits(self._native, row)
+            known = 0 <= row < self.n_batch
+            values = lib.mtpbatch_context_logits(native, row) if known else ffi.NULL
             if values == ffi.NULL:
                 raise ContextError(f"row {row} of the last batch has no logits")
             size = self.model.n_vocab * 4
@@ -220,10 +233,11 @@ class Context(Handle):
         Raises:
             ContextError: there is no such sequence.
         """
-        with self._lock:
-            length: int = lib.mtpbatch_context_length(self._native, seq_id)
-        if length < 0:
+        native = self._native
+        if not 0 <= seq_id < self.n_seq:
             raise ContextError(f"no such sequence: {seq_id}")
+        with self._lock:
+            length: int = lib.mtpbatch_context_length(native, seq_id)
         return length
 
     def truncate(self, seq_id: int, length: int) -> None:
@@ -231,8 +245,11 @@ class Context(Handle):
 
         Raises:
             ContextError: there is no such sequence, or the model's recurrent state is not kept
-                for that position (only the last decode can be taken back, once, by at most
-                n_rs_seq tokens and not as a whole).
+                for that position: only the last decode can be taken back, once, by at most
+                n_rs_seq tokens and not as a whole; and only if it was one forward pass: of a
+                single sequence, or with equally many rows of each sequence, at most n_ubatch in
+                all, and consecutive sequence ids unless kv_unified.
         """
+        native = self._native
         with self._lock:
-            call(lib.mtpbatch_context_truncate, self._native, seq_id, length)
+            call(lib.mtpbatch_context_truncate, native, seq_id, length)

@@ -151,7 +151,8 @@ class Model(Handle):
     @cached_property
     def chat_template(self) -> str | None:
         """The Jinja text of the model's chat template, if the file carries one."""
-        text = lib.mtpbatch_model_chat_template(self._native)
+        native = self._native  # which owns the text
+        text = lib.mtpbatch_model_chat_template(native)
         return None if text == ffi.NULL else ffi.string(text).decode()
 
     @cached_property

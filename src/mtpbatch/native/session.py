@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from types import TracebackType
 from typing import TextIO
 
 from msgspec import Struct
 
-from mtpbatch.exceptions import MtpDraftError, MtpIncompatibleContextsError
+from mtpbatch.exceptions import (
+    MtpAcceptError,
+    MtpBadSequenceError,
+    MtpDraftError,
+    MtpIncompatibleContextsError,
+    MtpInvalidConfigError,
+)
 from mtpbatch.native._library import Handle, call, ffi, lib
 from mtpbatch.native.context import Batch, Context
 
@@ -70,9 +77,12 @@ class MtpSession(Handle):
             session.accept(seq_id, n_accepted)              # only after a non-empty draft
             target.truncate(seq_id, n_past + 1 + n_accepted)
 
-    What the session needs stays alive with it: contexts that are closed earlier are freed when the
-    session is. Any thread may call; calls wait for each other. Decoding a sequence's position 0
-    anew starts a new generation on it.
+    On a model with recurrent layers, verify drafts of different lengths in decodes of their own:
+    see :meth:`Context.truncate`.
+
+    What the session needs stays alive with it: contexts that are closed earlier are freed when
+    the session is. Any thread may call; calls wait for each other. Decoding a sequence's position
+    0 anew starts a new generation on it.
 
     Args:
         target: a default context; on a model with recurrent layers with n_rs_seq >= n_draft_max.
@@ -101,15 +111,16 @@ class MtpSession(Handle):
             raise MtpIncompatibleContextsError("the contexts are of two different models")
         self._lock = target._lock
         out = ffi.new("mtpbatch_session **")
-        native = ffi.new(
-            "mtpbatch_session_config *",
-            [config.n_seq, config.n_draft_max, config.n_min, config.p_min],
-        )
+        values = [config.n_seq, config.n_draft_max, config.n_min, config.p_min]
+        try:
+            native = ffi.new("mtpbatch_session_config *", values)
+        except OverflowError as error:
+            raise MtpInvalidConfigError(f"a value is out of range: {error}") from None
+        contexts = target._native, draft._native
         with self._lock:
-            call(lib.mtpbatch_session_create, target._native, draft._native, native, out)
+            call(lib.mtpbatch_session_create, *contexts, native, out)
         super().__init__(out[0], lib.mtpbatch_session_free)
         self._config = config
-        self._n_ctx = target.n_ctx
 
     def __enter__(self) -> MtpSession:
         return self
@@ -132,7 +143,7 @@ class MtpSession(Handle):
         )
 
     def close(self) -> None:
-        with self._lock:
+        with self._lock if self._home.here else nullcontext():
             super().close()
 
     @property
@@ -172,8 +183,16 @@ class MtpSession(Handle):
         Raises:
             MtpBadSequenceError: the session has taken in another number of tokens.
         """
+        native = self._native
         with self._lock:
-            call(lib.mtpbatch_session_begin, self._native, seq_id, list(prompt), len(prompt))
+            call(
+                lib.mtpbatch_session_begin,
+                native,
+                seq_id,
+                list(prompt),
+                len(prompt),
+                invalid=MtpBadSequenceError,
+            )
 
     def process(self, batch: Batch) -> None:
         """Take in a batch that the target has just decoded. Call it after every decode.
@@ -181,9 +200,10 @@ class MtpSession(Handle):
         Raises:
             MtpProcessError: it is not that batch, or does not continue what the session has seen.
         """
-        native, columns = batch.native()
+        native = self._native
+        rows, columns = batch.native()
         with self._lock:
-            call(lib.mtpbatch_session_process, self._native, native)
+            call(lib.mtpbatch_session_process, native, rows)
         del columns
 
     def draft(self, seq_id: int, n_past: int, id_last: int) -> list[int]:
@@ -201,38 +221,31 @@ class MtpSession(Handle):
             MtpDraftError: an earlier draft waits for accept, or a value is out of range.
             DecodeError: the draft decode failed; the sequences can draft again.
         """
-        depths = [
-            self.n_draft_max if request.n_draft is None else request.n_draft for request in requests
-        ]
-        for depth in depths:
-            if depth < 0:
-                raise MtpDraftError(f"n_draft must be at least 0, got {depth}")
-        depths = [
-            min(depth, self._n_ctx - request.n_past)
-            for request, depth in zip(requests, depths, strict=True)
-        ]
-        active = [i for i, depth in enumerate(depths) if depth > 0]
-        results: list[list[int]] = [[] for _ in requests]
-        if not active:
-            return results
-        drafts = ffi.new("int32_t[]", len(active) * self.n_draft_max)
-        lengths = ffi.new("int32_t[]", len(active))
+        native = self._native
+        n = len(requests)
+        drafts = ffi.new("int32_t[]", n * self.n_draft_max)
+        lengths = ffi.new("int32_t[]", n)
         with self._lock:
             call(
                 lib.mtpbatch_session_draft,
-                self._native,
-                len(active),
-                [requests[i].seq_id for i in active],
-                [requests[i].n_past for i in active],
-                [requests[i].id_last for i in active],
-                [depths[i] for i in active],
+                native,
+                n,
+                [request.seq_id for request in requests],
+                [request.n_past for request in requests],
+                [request.id_last for request in requests],
+                [
+                    self.n_draft_max if request.n_draft is None else request.n_draft
+                    for request in requests
+                ],
                 drafts,
                 lengths,
+                invalid=MtpDraftError,
             )
-        for n, i in enumerate(active):
-            start = n * self.n_draft_max
-            results[i] = [drafts[start + k] for k in range(lengths[n])]
-        return results
+        starts = range(0, n * self.n_draft_max, self.n_draft_max)
+        return [
+            [drafts[start + k] for k in range(length)]
+            for start, length in zip(starts, lengths, strict=True)
+        ]
 
     def accept(self, seq_id: int, n_accepted: int) -> None:
         """Settle a non-empty draft: the target agreed with its first ``n_accepted`` tokens.
@@ -240,14 +253,22 @@ class MtpSession(Handle):
         Raises:
             MtpAcceptError: nothing was drafted, the draft was not processed, or fewer were.
         """
+        native = self._native
         with self._lock:
-            call(lib.mtpbatch_session_accept, self._native, seq_id, n_accepted)
+            call(
+                lib.mtpbatch_session_accept,
+                native,
+                seq_id,
+                n_accepted,
+                invalid=MtpAcceptError,
+            )
 
     def statistics(self) -> MtpSessionStatistics:
         """Counts and times so far."""
+        native = self._native
         s = ffi.new("mtpbatch_session_statistics *")
         with self._lock:
-            lib.mtpbatch_session_get_statistics(self._native, s)
+            lib.mtpbatch_session_get_statistics(native, s)
         n = self.n_draft_max
         return MtpSessionStatistics(
             drafts=s.n_drafts,
