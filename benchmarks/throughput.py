@@ -15,32 +15,31 @@ import importlib.metadata
 import json
 import platform
 import statistics
+import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import anyio
-import llama_cpp
 
 import mtpbatch
 from benchmarks.engine_process import generate_with
 from benchmarks.report import spread, table
-from benchmarks.workload import N_CTX, PROMPTS, closed_loop
+from benchmarks.workload import N_CTX, closed_loop
 from mtpbatch.machine import available_cpus
 
 _ALONE = "Llama"
 
 
-def one_by_one(llm: llama_cpp.Llama, tokens: int) -> float:
-    """Tokens per second of llama-cpp-python's ``Llama``, which runs one sequence at a time."""
-    begin = time.perf_counter()
-    for text in PROMPTS:
-        prompt = llm.tokenize(text.encode())
-        for produced, _ in enumerate(llm.generate(prompt, temp=0.0), 1):
-            if produced == tokens:
-                break
-    return len(PROMPTS) * tokens / (time.perf_counter() - begin)
+def one_by_one(options: argparse.Namespace) -> float:
+    """Tokens per second of llama-cpp-python's ``Llama``, in a process of its own.
+
+    In one process with the engine each would slow the other down even while idle: OpenMP stops
+    spinning, and sleeps at every barrier, once its teams have more threads than there are CPUs.
+    """
+    command = [sys.executable, "-m", "benchmarks.llama_alone", options.model]
+    command += ["--tokens", str(options.tokens), "--threads", str(options.threads)]
+    return float(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
 
 
 def name(clients: int, depth: int) -> str:
@@ -51,13 +50,6 @@ def name(clients: int, depth: int) -> str:
 async def measure(options: argparse.Namespace) -> dict[str, list[float]]:
     """Figures of each variant, one per round."""
     figures: dict[str, list[float]] = {}
-    llm = llama_cpp.Llama(
-        str(options.model),
-        n_ctx=N_CTX,
-        n_threads=options.threads,
-        n_threads_batch=options.threads,
-        verbose=False,
-    )
     async with mtpbatch.Engine.open(
         options.model,
         n_seq=max(options.concurrency),
@@ -72,7 +64,7 @@ async def measure(options: argparse.Namespace) -> dict[str, list[float]]:
 
         for turn in range(options.rounds + 1):
             print("warm-up" if turn == 0 else f"round {turn}", file=sys.stderr)
-            note(_ALONE, one_by_one(llm, options.tokens))
+            note(_ALONE, one_by_one(options))
             for clients in options.concurrency:
                 for depth in options.depths:
                     load = await closed_loop(generate_with(engine, depth), clients, options.tokens)

@@ -12,7 +12,8 @@ namespace {
 constexpr int32_t MAX_THREADS = GGML_MAX_N_THREADS;
 
 // libllama aborts, or the system ends the process, where memory for these runs out: what each cell
-// and each row of a pass take at least, besides the tensors (whose allocation may fail).
+// takes at least besides the tensors (whose allocation may fail), and each row of a pass on models
+// with recurrent layers, whose graphs grow with the rows.
 constexpr int64_t BYTES_PER_CELL       = 48;
 constexpr int64_t BYTES_PER_UBATCH_ROW = 40 * 24 * 1024;  // graph nodes per row, and bytes per node
 
@@ -58,7 +59,9 @@ void check_params(const Model & model, const mtpbatch_context_params & p) {
                std::to_string(static_cast<int64_t>(p.n_rs_seq) + 1) + " on a model with recurrent layers");
     }
     const int64_t memory = physical_memory();
-    if (memory > 0 && n_cells * BYTES_PER_CELL + n_ubatch * BYTES_PER_UBATCH_ROW > memory) {
+    const int64_t n_wanted =
+        n_cells * BYTES_PER_CELL + (model.keeps_recurrent_state() ? n_ubatch : 0) * BYTES_PER_UBATCH_ROW;
+    if (memory > 0 && n_wanted > memory) {
         refuse("n_ctx * n_seq=" + std::to_string(n_cells) + " with n_ubatch=" + std::to_string(n_ubatch) +
                " needs more memory than this machine has");
     }

@@ -47,7 +47,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     n_gpu_layers: Annotated[int, Meta(ge=-1)] = -1
     """Layers kept on a GPU, if llama-cpp-python was built for one. -1: all."""
     kv_type: KvType = "f16"
-    """Element type of the KV cache."""
+    """Element type of the KV cache. With "f32", and f32 weights, a text does not depend on who
+    shares its batch; with the others a near-tie can fall either way."""
     kv_unified: bool = True
     """One pool of KV cells for all sequences, instead of an equal share for each."""
     speculation: Speculation = "auto"
