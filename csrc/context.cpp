@@ -191,6 +191,9 @@ void Context::decode(const std::vector<Row> & rows) {
         throw Error(MTPBATCH_NO_KV_SLOT, "no free KV cells for a batch of " + std::to_string(rows.size()) + " rows");
     }
     if (rc != 0) {
+        for (auto & s : sequences_) {
+            s.retractable = 0;  // its earlier passes may have moved any state
+        }
         resynchronize(rows);
         throw Error(MTPBATCH_DECODE_FAILED, with_reason("decode failed with code " + std::to_string(rc)));
     }
@@ -233,9 +236,8 @@ bool Context::is_one_pass(const std::vector<Row> & rows) const {
 // After a failed decode some of its passes may have left their positions behind.
 void Context::resynchronize(const std::vector<Row> & rows) {
     for (const Row & row : rows) {
-        auto & s      = sequences_[row.seq_id];
-        s.length      = llama_memory_seq_pos_max(llama_get_memory(raw_), row.seq_id) + 1;
-        s.retractable = 0;
+        auto & s = sequences_[row.seq_id];
+        s.length = llama_memory_seq_pos_max(llama_get_memory(raw_), row.seq_id) + 1;
     }
 }
 

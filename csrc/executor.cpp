@@ -25,10 +25,11 @@ class Executor {
         bool                     finished    = false;
     };
 
-    void                              check(const mtpbatch_plan & plan) const;
-    void                              release(llama_seq_id seq_id);
-    void                              draft(const mtpbatch_plan & plan);
-    std::vector<Row>                  rows_of(const mtpbatch_plan & plan, int32_t i) const;
+    void             check(const mtpbatch_plan & plan) const;
+    void             run(const mtpbatch_plan & plan, mtpbatch_outcome * outcomes, mtpbatch_step_report & report);
+    void             release(llama_seq_id seq_id);
+    void             draft(const mtpbatch_plan & plan);
+    std::vector<Row> rows_of(const mtpbatch_plan & plan, int32_t i) const;
     std::vector<std::vector<int32_t>> decodes(const mtpbatch_plan & plan) const;
     void                              decode(const mtpbatch_plan & plan, const std::vector<int32_t> & group);
     void verify(llama_seq_id seq_id, int32_t first_row, const std::vector<llama_token> & draft, mtpbatch_outcome & out);
@@ -250,6 +251,15 @@ void Executor::settle(const mtpbatch_entry & entry, int32_t i, mtpbatch_outcome 
 
 void Executor::step(const mtpbatch_plan & plan, mtpbatch_outcome * outcomes, mtpbatch_step_report & report) {
     check(plan);
+    try {
+        run(plan, outcomes, report);
+    } catch (const Error & e) {
+        // The plan was right, so that this is not the caller's argument.
+        throw Error(e.status == MTPBATCH_INVALID_ARGUMENT ? MTPBATCH_INTERNAL : e.status, e.what());
+    }
+}
+
+void Executor::run(const mtpbatch_plan & plan, mtpbatch_outcome * outcomes, mtpbatch_step_report & report) {
     for (int32_t i = 0; i < plan.n_release; ++i) {
         release(plan.release[i]);
     }

@@ -161,7 +161,7 @@ class Session {
     Session(const Session &)             = delete;
     Session & operator=(const Session &) = delete;
 
-    void begin(llama_seq_id seq_id, const llama_token * prompt, int32_t n_prompt);
+    void begin(llama_seq_id seq_id, int32_t n_prompt);
     // Takes in the batch that the target decoded last.
     void process();
     void draft(std::vector<Request> requests, std::vector<std::vector<llama_token>> & drafts);

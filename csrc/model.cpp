@@ -57,13 +57,15 @@ using namespace mtpbatch;
 
 void mtpbatch_capture_logs(bool forward) {
     static std::once_flag once;
-    std::call_once(once, [forward] {
-        if (forward) {
-            llama_log_get(&previous_callback, &previous_user_data);
-        }
+    std::call_once(once, llama_backend_init);
+    ggml_log_callback callback;
+    void *            user_data;
+    llama_log_get(&callback, &user_data);
+    if (callback != collect_log) {  // not yet, or another library has taken it since
+        previous_callback  = forward ? callback : nullptr;
+        previous_user_data = user_data;
         llama_log_set(collect_log, nullptr);
-        llama_backend_init();
-    });
+    }
 }
 
 mtpbatch_status mtpbatch_model_load(const char * path, int32_t n_gpu_layers, mtpbatch_progress progress, void * user,

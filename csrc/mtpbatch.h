@@ -30,7 +30,7 @@ typedef enum mtpbatch_status {
     MTPBATCH_LOAD_CANCELLED,  // the progress callback said stop
     MTPBATCH_CONTEXT_FAILED,
     MTPBATCH_NO_KV_SLOT,     // decode: no free cells; memory is as before the call
-    MTPBATCH_DECODE_FAILED,  // decode: the sequences in the batch have lost their state
+    MTPBATCH_DECODE_FAILED,  // decode: the sequences in the batch, and with recurrent layers all, are lost
     MTPBATCH_SESSION_INIT,   // from here on: MTP session
     MTPBATCH_SESSION_CONFIG,
     MTPBATCH_SESSION_CONTEXTS,
@@ -125,7 +125,7 @@ mtpbatch_status mtpbatch_context_create(const mtpbatch_model * model, const mtpb
                                         const mtpbatch_context * target, mtpbatch_context ** context,
                                         mtpbatch_error * error);
 void            mtpbatch_context_free(mtpbatch_context * context);
-// What the context really has, which can differ from what was asked (llama.cpp pads n_ctx).
+// What the context really has: n_rs_seq, n_batch and n_ubatch can be less than was asked.
 void            mtpbatch_context_get_params(const mtpbatch_context * context, mtpbatch_context_params * params);
 bool            mtpbatch_context_is_mtp(const mtpbatch_context * context);
 mtpbatch_status mtpbatch_context_decode(mtpbatch_context * context, const mtpbatch_batch * batch,
@@ -170,8 +170,8 @@ mtpbatch_status mtpbatch_session_create(const mtpbatch_context * target, const m
                                         const mtpbatch_session_config * config, mtpbatch_session ** session,
                                         mtpbatch_error * error);
 void            mtpbatch_session_free(mtpbatch_session * session);
-mtpbatch_status mtpbatch_session_begin(mtpbatch_session * session, int32_t seq_id, const int32_t * prompt,
-                                       int32_t n_prompt, mtpbatch_error * error);
+mtpbatch_status mtpbatch_session_begin(mtpbatch_session * session, int32_t seq_id, int32_t n_prompt,
+                                       mtpbatch_error * error);
 mtpbatch_status mtpbatch_session_process(mtpbatch_session * session, const mtpbatch_batch * batch,
                                          mtpbatch_error * error);
 // Drafts for n sequences at once, one decode per depth. `depths` gives each its own limit, 0 to
@@ -242,8 +242,9 @@ typedef struct mtpbatch_step_report {
 mtpbatch_status mtpbatch_executor_create(const mtpbatch_context * target, const mtpbatch_session * session,
                                          mtpbatch_executor ** executor, mtpbatch_error * error);
 void            mtpbatch_executor_free(mtpbatch_executor * executor);
-// One step: free what the plan releases, take in what it admits, draft, decode everything in one
-// batch, sample and verify, take back what was rejected. `outcomes` is parallel to plan->entries.
+// One step: free what the plan releases, take in what it admits, draft, decode, sample and verify,
+// take back what was rejected. All entries share one decode, except that on models with recurrent
+// layers drafts of each length have one of their own. `outcomes` is parallel to plan->entries.
 // After MTPBATCH_INVALID_ARGUMENT nothing has changed; after any other failure releases and
 // admissions stand and the sequences of plan->entries are lost: release them.
 mtpbatch_status mtpbatch_executor_step(mtpbatch_executor * executor, const mtpbatch_plan * plan,

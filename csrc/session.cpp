@@ -98,7 +98,7 @@ void Session::reset(llama_seq_id seq_id) {
     s.hidden.assign(n_embd_, 0);
 }
 
-void Session::begin(llama_seq_id seq_id, const llama_token *, int32_t n_prompt) {
+void Session::begin(llama_seq_id seq_id, int32_t n_prompt) {
     const auto & s = sequence(seq_id);
     if (s.n_past != n_prompt) {
         throw Error(MTPBATCH_SESSION_SEQUENCE,
@@ -171,8 +171,8 @@ void Session::process() {
     statistics.process_us += watch.lap();
 }
 
-// Decodes what waits in these sequences.
-void Session::catch_up(const std::vector<llama_seq_id> & seq_ids) {
+// Decodes what waits in these sequences. If that fails it waits on.
+void Session::catch_up(const std::vector<llama_seq_id> & seq_ids) try {
     std::vector<Row> rows;
     for (const llama_seq_id seq_id : seq_ids) {
         const auto &  s     = sequences_[seq_id];
@@ -194,6 +194,12 @@ void Session::catch_up(const std::vector<llama_seq_id> & seq_ids) {
         s.waiting.clear();
         s.waiting_hidden.clear();
     }
+} catch (...) {
+    for (const llama_seq_id seq_id : seq_ids) {
+        const auto & s = sequences_[seq_id];
+        draft_->truncate(seq_id, s.n_past - static_cast<int32_t>(s.waiting.size()));
+    }
+    throw;
 }
 
 void Session::decode(const std::vector<Row> & rows) {
@@ -377,9 +383,9 @@ void mtpbatch_session_free(mtpbatch_session * session) {
     delete session;
 }
 
-mtpbatch_status mtpbatch_session_begin(mtpbatch_session * session, int32_t seq_id, const int32_t * prompt,
-                                       int32_t n_prompt, mtpbatch_error * error) {
-    return guard(error, [&] { session->impl->begin(seq_id, prompt, n_prompt); });
+mtpbatch_status mtpbatch_session_begin(mtpbatch_session * session, int32_t seq_id, int32_t n_prompt,
+                                       mtpbatch_error * error) {
+    return guard(error, [&] { session->impl->begin(seq_id, n_prompt); });
 }
 
 mtpbatch_status mtpbatch_session_process(mtpbatch_session * session, const mtpbatch_batch * batch,

@@ -64,6 +64,15 @@ def test_a_bad_option_is_one_line_that_names_it(arguments: list[str], words: str
     assert len(result.stderr.splitlines()) == 1
 
 
+@pytest.mark.parametrize("as_json", [[], ["--json"]])
+def test_a_prompt_found_too_long_while_others_run_is_one_line(as_json: list[str]) -> None:
+    """Long texts are tokenised beside the engine, so that this error comes late."""
+    result = run("generate", "--n-ctx", "64", *as_json, "In the", "word " * 500)
+    assert result.returncode == 2
+    assert result.stderr.startswith("mtpbatch: prompt: has ")
+    assert len(result.stderr.splitlines()) == 1
+
+
 def test_the_demo_is_plain_when_nobody_watches() -> None:
     result = run("demo")
     assert (result.returncode, result.stderr) == (0, "")

@@ -73,6 +73,7 @@ from mtpbatch.types import (
 Prompt: TypeAlias = str | abc.Sequence[int]
 """A text, or the ids of its tokens."""
 
+_NO_IDS: Final = (str, bytes, bytearray, memoryview)  # sequences, but not of token ids
 _INLINE_CHARS: Final = 1000  # a longer text is not tokenised on the event loop: that takes too long
 
 
@@ -328,7 +329,11 @@ class Engine:
             with self._gate:
                 self._check_open()
                 self._live[request_id] = live
-                self._tokenizer.submit(self._prepare, request_id, prompt, build)
+                try:
+                    self._tokenizer.submit(self._prepare, request_id, prompt, build)
+                except BaseException:  # no thread to be had
+                    del self._live[request_id]
+                    raise
         else:
             sequence = build(self._prompt_ids(prompt))
             with self._gate:
@@ -394,7 +399,7 @@ class Engine:
             return backend.tokenize(text)
 
     def _check_ids(self, parameter: str, token_ids: abc.Sequence[int]) -> tuple[int, ...]:
-        if not isinstance(token_ids, abc.Sequence) or isinstance(token_ids, str | bytes):
+        if not isinstance(token_ids, abc.Sequence) or isinstance(token_ids, _NO_IDS):
             kind = type(token_ids).__name__
             what = "a text or a sequence" if parameter == "prompt" else "a sequence"
             raise InvalidParameterError(parameter, f"must be {what} of token ids, got {kind}")
@@ -461,11 +466,15 @@ class Engine:
             self._ready.set()
             self._serve(backend, scheduler)
         except BaseException as error:
+            if self._ready.is_set():  # else whoever waits for the opening gets the error
+                log.error("engine.died", exc_info=error)
+            if isinstance(error, MtpBatchError):
+                # Says enough by itself, and its frames would keep native memory from being freed.
+                error = error.with_traceback(None)
             with self._gate:
                 self._failure = error
                 self._closing = True
-            if self._ready.is_set():  # else whoever waits for the opening gets the error
-                log.error("engine.died", exc_info=error)
+            if self._ready.is_set():
                 self._bury(error)
         try:
             self._tokenizer.shutdown(cancel_futures=True)

@@ -7,20 +7,20 @@
     │   ├── InvalidParameterError           one parameter is missing, mistyped or out of range
     │   └── PromptTooLongError              the prompt does not fit into a sequence's context
     ├── EngineError                         this engine cannot serve the call
-    │   ├── EngineClosedError               it was closed, or never opened
+    │   ├── EngineClosedError               it was closed
     │   └── EngineDeadError                 its thread ended because of an error, which is the cause
     ├── WrongProcessError                   a forked child used what its parent opened
     ├── NativeError                         llama.cpp refused or failed
     │   ├── ModelLoadError                  no such file, not a GGUF, truncated, unsupported
     │   ├── ContextError                    a context could not be made or was used wrongly
-    │   ├── DecodeError                     a decode failed; the sequences in it are lost
+    │   ├── DecodeError                     a decode failed
     │   └── MtpSessionError                 speculative drafting
     │       ├── MtpInitError                the session could not be made
     │       ├── MtpInvalidConfigError       a value of its config is out of range
     │       ├── MtpIncompatibleContextsError  these two contexts cannot work together
     │       ├── MtpBadSequenceError         no such sequence, or not at that position
     │       ├── MtpProcessError             a decoded batch could not be taken in
-    │       ├── MtpDraftError               drafting failed or was asked for out of turn
+    │       ├── MtpDraftError               drafting was asked for out of turn or wrongly
     │       └── MtpAcceptError              accept without a draft, or of more than was drafted
     ├── LibraryMismatchError (ImportError)  another llama-cpp-python than the one compiled against
     └── InternalError                       a bug in mtpbatch: please report it
@@ -76,7 +76,7 @@ class EngineError(MtpBatchError):
 
 
 class EngineClosedError(EngineError):
-    """The engine was closed, or its ``async with`` block was never entered."""
+    """The engine was closed."""
 
 
 class EngineDeadError(EngineError):
@@ -103,7 +103,8 @@ class ContextError(NativeError):
 
 
 class DecodeError(NativeError):
-    """A decode failed; the sequences that took part in it have lost their state."""
+    """A decode failed. A request that took part in it has ended; see the native API's docs of what
+    else it means there."""
 
 
 class MtpSessionError(NativeError):
@@ -111,7 +112,7 @@ class MtpSessionError(NativeError):
 
 
 class MtpInitError(MtpSessionError):
-    """The session could not be created (the model has no MTP heads, or memory ran out)."""
+    """The session could not be created: the model's MTP heads are of a kind not supported."""
 
 
 class MtpInvalidConfigError(MtpSessionError):
@@ -131,7 +132,7 @@ class MtpProcessError(MtpSessionError):
 
 
 class MtpDraftError(MtpSessionError):
-    """The draft decode failed, or drafting was asked for before the last draft was settled."""
+    """Drafting was asked for before the last draft was settled, or with values out of range."""
 
 
 class MtpAcceptError(MtpSessionError):

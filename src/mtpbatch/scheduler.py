@@ -183,7 +183,8 @@ class Scheduler:
             delta = sequence.end("error", now)
             # Each request gets an error of its own, since it carries that request's completion.
             failure = DecodeError(f"the step this request took part in failed: {error}")
-            failure.__cause__ = error
+            # Without its traceback, whose frames would keep native objects alive after closing.
+            failure.__cause__ = error.with_traceback(None)
             failure.completion = self._retire(sequence)
             events.append(Event(sequence.request_id, delta, error=failure))
         return events

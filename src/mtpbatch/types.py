@@ -1,4 +1,4 @@
-"""The values that cross a border: frozen, validated where they are made, and safe to share.
+"""The values that cross a border: frozen and safe to share. :func:`parse` validates them.
 
 From the app: :class:`EngineConfig`, :class:`SamplingParams`. Between the scheduler and the
 executor: :class:`Plan`, :class:`StepResult`. Back to the app: :class:`Delta`,
@@ -34,17 +34,17 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     n_seq: Annotated[int, Meta(ge=1, le=MAX_SEQUENCES)] = 8
     """Sequences that run at once; further requests wait."""
-    n_ctx: Annotated[int, Meta(ge=2)] | None = None
+    n_ctx: Annotated[int, Meta(ge=2, le=2**31 - 1)] | None = None
     """Tokens per sequence, prompt and answer together. None: the model's, at most 4096."""
     n_draft_max: Annotated[int, Meta(ge=0, le=32)] = 3
     """Most tokens drafted per sequence and step. 0 opens the engine without MTP heads."""
-    n_batch: Annotated[int, Meta(ge=1)] | None = None
+    n_batch: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
     """Most tokens in one step, over all sequences. None: 2048, or what n_seq needs if more."""
-    n_ubatch: Annotated[int, Meta(ge=1)] | None = None
+    n_ubatch: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
     """Most tokens in one forward pass. None: 512, at most n_batch."""
     n_threads: Annotated[int, Meta(ge=1, le=512)] | None = None
     """CPU threads. None: the CPUs this process may really use (affinity and cgroup quota)."""
-    n_gpu_layers: Annotated[int, Meta(ge=-1)] = -1
+    n_gpu_layers: Annotated[int, Meta(ge=-1, le=2**31 - 1)] = -1
     """Layers kept on a GPU, if llama-cpp-python was built for one. -1: all."""
     kv_type: KvType = "f16"
     """Element type of the KV cache. With "f32", and f32 weights, a text does not depend on who

@@ -125,7 +125,7 @@ def test_context_manager_closes_and_close_is_idempotent(target: Context) -> None
         assert not session.closed
     session.close()
     assert session.closed
-    with pytest.raises(ContextError, match="MtpSession is closed"):
+    with pytest.raises(MtpSessionError, match="MtpSession is closed"):
         session.draft(0, 1, 1)
 
 

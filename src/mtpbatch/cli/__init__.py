@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -30,19 +31,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 _given(options, _REQUEST_OPTIONS),
                 options.json,
             )
-    except InvalidParameterError as error:
-        option = error.parameter.replace("_", "-")
-        print(f"mtpbatch: --{option}: {str(error).split(': ', 1)[1]}", file=sys.stderr)
-        return 2
-    except MtpBatchError as error:
-        print(f"mtpbatch: {error}", file=sys.stderr)
-        return 1
-    except BrokenPipeError:  # the reader of our output has seen enough
-        sys.stderr.close()
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    except BaseException as error:
+        return _status(_first(error))
     return 0
+
+
+def _first(error: BaseException) -> BaseException:
+    """The error itself, or the first of a task group's."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def _status(error: BaseException) -> int:
+    """Tell of an error in one line; what is no fault of the caller's or the model's is raised."""
+    match error:
+        case InvalidParameterError() if error.parameter in _ENGINE_OPTIONS | _REQUEST_OPTIONS:
+            option = error.parameter.replace("_", "-")
+            print(f"mtpbatch: --{option}: {str(error).split(': ', 1)[1]}", file=sys.stderr)
+            return 2
+        case MtpBatchError():
+            print(f"mtpbatch: {error}", file=sys.stderr)
+            return 2 if isinstance(error, InvalidParameterError) else 1
+        case BrokenPipeError():  # the reader of our output has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        case KeyboardInterrupt():
+            return 130
+        case _:
+            raise error
 
 
 def _number_or_auto(text: str) -> int | str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from mtpbatch._llama_cpp import require_llama_cpp
 from mtpbatch._process import HomeProcess
@@ -84,21 +85,29 @@ def call(
         raise _ERRORS.get(status, invalid)(message)
 
 
+def _free_at_home(home: HomeProcess, free: Callable[[Any], None], pointer: Any) -> None:
+    if home.here:
+        free(pointer)
+
+
 class Handle:
     """Owns one native handle: freed by ``close()``, or with its last reference.
 
     A call in another thread keeps the native object alive until it returns. In a forked child,
-    where llama.cpp's threads do not exist, every use raises :class:`WrongProcessError`.
+    where llama.cpp's threads do not exist, every use raises :class:`WrongProcessError`, and
+    nothing is freed.
     """
+
+    _closed_error: ClassVar[type[MtpBatchError]] = ContextError
 
     def __init__(self, pointer: Any, free: Callable[[Any], None]) -> None:
         self._home = HomeProcess()
-        self._owned: Any = ffi.gc(pointer, free)
+        self._owned: Any = ffi.gc(pointer, partial(_free_at_home, self._home, free))
 
     @property
     def _native(self) -> Any:
         if self._owned is None:
-            raise ContextError(f"this {type(self).__name__} is closed")
+            raise self._closed_error(f"this {type(self).__name__} is closed")
         self._home.check(type(self).__name__)
         return self._owned
 

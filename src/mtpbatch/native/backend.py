@@ -80,12 +80,18 @@ def _resolve(config: EngineConfig, model: Model) -> EngineConfig:
     """Fill in what the config leaves to the model and the machine; refuse what cannot work."""
     if not model.n_mtp_heads:
         config = _without_drafts(config, "the model has no MTP heads")
+    elif model.n_mtp_heads > 1:
+        config = _without_drafts(
+            config, "the model chains several MTP heads, which is not supported"
+        )
     depth = config.n_draft_max
     n_ctx = config.n_ctx or min(model.n_ctx_train, _DEFAULT_N_CTX)
     if n_ctx < depth + 2:
         raise InvalidParameterError(
             "n_ctx", f"must be at least n_draft_max + 2 = {depth + 2}, got {n_ctx}"
         )
+    if n_ctx * config.n_seq > 2**31 - 1:
+        raise InvalidParameterError("n_ctx", f"times n_seq must be below 2**31, got {n_ctx}")
     per_step = config.n_seq * (1 + depth)
     n_batch = config.n_batch or max(2048, per_step)
     if n_batch < per_step:

@@ -16,6 +16,8 @@ from mtpbatch.exceptions import (
     MtpDraftError,
     MtpIncompatibleContextsError,
     MtpInvalidConfigError,
+    MtpProcessError,
+    MtpSessionError,
 )
 from mtpbatch.native._library import Handle, call, ffi, lib
 from mtpbatch.native.context import Batch, Context
@@ -95,6 +97,8 @@ class MtpSession(Handle):
         MtpIncompatibleContextsError: the contexts do not fit together or do not fit the config.
         MtpInitError: the model's MTP heads cannot be used.
     """
+
+    _closed_error = MtpSessionError
 
     def __init__(self, target: Context, draft: Context, n_seq: int, n_draft_max: int) -> None:
         self._create(target, draft, MtpSessionConfig(n_seq, n_draft_max))
@@ -189,7 +193,6 @@ class MtpSession(Handle):
                 lib.mtpbatch_session_begin,
                 native,
                 seq_id,
-                list(prompt),
                 len(prompt),
                 invalid=MtpBadSequenceError,
             )
@@ -203,7 +206,7 @@ class MtpSession(Handle):
         native = self._native
         rows, columns = batch.native()
         with self._lock:
-            call(lib.mtpbatch_session_process, native, rows)
+            call(lib.mtpbatch_session_process, native, rows, invalid=MtpProcessError)
         del columns
 
     def draft(self, seq_id: int, n_past: int, id_last: int) -> list[int]:
