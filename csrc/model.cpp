@@ -1,6 +1,8 @@
 // Loading a model, and everything that can be asked of it without a context.
 #include "internal.hpp"
 
+#include "gguf.h"
+
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
@@ -28,6 +30,43 @@ void collect_log(ggml_log_level level, const char * text, void *) {
 std::string trimmed(const std::string & text) {
     const auto end = text.find_last_not_of(" \n");
     return end == std::string::npos ? "" : text.substr(0, end + 1);
+}
+
+// Refuses a file whose header holds numbers that libllama asserts on or divides by. A file that
+// cannot be read at all is left to the loader, which says why.
+void check_header(const char * path) {
+    const std::unique_ptr<gguf_context, decltype(&gguf_free)> header(
+        gguf_init_from_file(path, { /*no_alloc*/ true, /*ctx*/ nullptr }), gguf_free);
+    if (!header) {
+        return;
+    }
+    const int64_t arch_key = gguf_find_key(header.get(), "general.architecture");
+    if (arch_key < 0 || gguf_get_kv_type(header.get(), arch_key) != GGUF_TYPE_STRING) {
+        return;
+    }
+    const std::string arch = gguf_get_val_str(header.get(), arch_key);
+
+    const auto check = [&](const char * name, int64_t least, int64_t most, int64_t multiple = 1) -> int64_t {
+        const std::string key = arch + "." + name;
+        const int64_t     id  = gguf_find_key(header.get(), key.c_str());
+        if (id < 0 || gguf_get_kv_type(header.get(), id) != GGUF_TYPE_UINT32) {
+            return most;
+        }
+        const int64_t value = gguf_get_val_u32(header.get(), id);
+        if (value < least || value > most || value % multiple != 0) {
+            throw Error(MTPBATCH_LOAD_FAILED, "the file is damaged: " + key + " is " + std::to_string(value));
+        }
+        return value;
+    };
+    constexpr int64_t MAX_LAYERS = 512;  // LLAMA_MAX_LAYERS
+    const int64_t     n_layer    = check("block_count", 1, MAX_LAYERS);
+    check("nextn_predict_layers", 0, n_layer - 1);
+    check("full_attention_interval", 1, MAX_LAYERS);
+    check("rope.dimension_count", 2, check("attention.key_length", 1, INT32_MAX), 2);
+    check("ssm.state_size", 1, INT32_MAX);
+    check("ssm.group_count", 1, INT32_MAX);
+    check("ssm.time_step_rank", 1, INT32_MAX);
+    check("ssm.inner_size", 1, INT32_MAX);
 }
 
 }  // namespace
@@ -77,6 +116,7 @@ mtpbatch_status mtpbatch_model_load(const char * path, int32_t n_gpu_layers, mtp
             bool              stopped;
         } state{ progress, user, false };
 
+        check_header(path);
         auto params         = llama_model_default_params();
         params.n_gpu_layers = n_gpu_layers;
         params.load_mtp     = true;  // without the heads an MTP context aborts on its first decode

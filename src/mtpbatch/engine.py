@@ -113,6 +113,8 @@ class Engine:
         :class:`~mtpbatch.InvalidParameterError`.
         """
         parsed = parse(EngineConfig, config)
+        if progress is not None and not callable(progress):
+            raise InvalidParameterError("progress", f"must be callable, got {progress!r}")
         with _model_path(model) as path:
 
             def load(report: Callable[[float], bool]) -> Backend:
@@ -124,7 +126,8 @@ class Engine:
             try:
                 yield engine
             finally:
-                await engine.aclose()
+                if engine._home.here:  # a forked child that leaves the block has nothing to close
+                    await engine.aclose()
 
     def __init__(self, make_backend: Callable[[], Backend], clock: Callable[[], float]) -> None:
         self._clock = clock
@@ -204,8 +207,9 @@ class Engine:
 
         If one of them fails, or the waiting task is cancelled, the rest are cancelled.
         """
-        if isinstance(prompts, str):
-            raise InvalidParameterError("prompts", "is one text; give a list of prompts")
+        if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+            kind = type(prompts).__name__
+            raise InvalidParameterError("prompts", f"must be a list of prompts, got one {kind}")
         parsed = parse(SamplingParams, params)
         generations: list[Generation] = []
         try:

@@ -116,7 +116,7 @@ def parse(kind: type[_S], values: Mapping[str, Any]) -> _S:
         try:
             converted[name] = msgspec.convert(value, fields[name].type)
         except msgspec.ValidationError as error:
-            reason = _CHOICES.get(name) or str(error).split(" - at `")[0]
+            reason = _CHOICES.get(name) or str(error).split(", got ")[0].split(" - at `")[0]
             raise InvalidParameterError(name, f"{reason}, got {value!r}") from None
     return kind(**converted)
 

@@ -277,3 +277,40 @@ def test_threads_can_tokenize_while_another_closes(tiny_path: Path, calls: int) 
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("block_count", 0),
+        ("block_count", 2**31),
+        ("nextn_predict_layers", 2**31),
+        ("nextn_predict_layers", 5),  # of a block_count of 5
+        ("full_attention_interval", 0),
+        ("rope.dimension_count", 0),
+        ("rope.dimension_count", 5),
+        ("ssm.inner_size", 0),
+        ("ssm.state_size", 0),
+        ("ssm.group_count", 0),
+        ("ssm.time_step_rank", 0),
+    ],
+)
+def test_a_header_with_impossible_numbers_is_refused(
+    demo_path: Path, tmp_path: Path, key: str, value: int
+) -> None:
+    """libllama would abort, or divide by zero."""
+    data = bytearray(demo_path.read_bytes())
+    name = f"qwen35.{key}".encode()
+    at = data.index(name) + len(name)
+    assert data[at : at + 4] == (4).to_bytes(4, "little")  # its type: an unsigned 32-bit number
+    data[at + 4 : at + 8] = value.to_bytes(4, "little")
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(data)
+    with pytest.raises(ModelLoadError, match=rf"damaged: qwen35\.{key} is {value}"):
+        Model(damaged)
+
+
+@pytest.mark.parametrize("path", ["a\0b", ""])
+def test_a_path_that_cannot_be_one_is_refused(path: str) -> None:
+    with pytest.raises(ModelLoadError):
+        Model(path)

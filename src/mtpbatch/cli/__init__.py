@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import os
 import sys
 from collections.abc import Sequence
@@ -56,13 +57,18 @@ def _status(error: BaseException) -> int:
         case BrokenPipeError():  # the reader of our output has seen enough
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 1
+        case OSError():  # our output cannot be written
+            print(f"mtpbatch: {error}", file=sys.stderr)
+            return 1
         case KeyboardInterrupt():
             return 130
         case _:
             raise error
 
 
-def _number_or_auto(text: str) -> int | str:
+def _depth(text: str) -> int | str:
+    if text != "auto" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f'must be "auto" or a whole number, got {text!r}')
     return text if text == "auto" else int(text)
 
 
@@ -84,7 +90,7 @@ _REQUEST_OPTIONS: dict[str, dict[str, Any]] = {
     "seed": {"type": int, "help": "same seed, same text"},
     "stop": {"action": "append", "help": "text that ends the answer; can be repeated"},
     "ignore_eos": {"action": "store_true", "default": None, "help": "go on after the end token"},
-    "speculation": {"type": _number_or_auto, "help": 'draft depth: 0 off, a number, or "auto"'},
+    "speculation": {"type": _depth, "help": 'draft depth: 0 off, a number, or "auto"'},
 }
 
 
@@ -93,6 +99,8 @@ def _parser() -> argparse.ArgumentParser:
         prog="mtpbatch",
         description="Many generations at once on one llama.cpp model, with Multi-Token Prediction.",
     )
+    version = importlib.metadata.version("mtpbatch")
+    parser.add_argument("--version", action="version", version=f"mtpbatch {version}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser(
         "demo",
@@ -104,12 +112,14 @@ def _parser() -> argparse.ArgumentParser:
         help="generate from prompts",
         description="Generate from one or more prompts, all at once; text goes to stdout in order.",
     )
-    run.add_argument("prompts", nargs="+", metavar="PROMPT")
+    run.add_argument("prompts", nargs="+", metavar="PROMPT", help="a text to continue")
     run.add_argument("-m", "--model", metavar="FILE", help="GGUF file; default: packaged model")
     run.add_argument("--json", action="store_true", help="one JSON record per line, as they end")
     for title, options in (("request", _REQUEST_OPTIONS), ("engine", _ENGINE_OPTIONS)):
         group = run.add_argument_group(f"{title} options")
         for name, details in options.items():
+            if "action" not in details:
+                details = details | {"metavar": "N" if "type" in details else "TYPE"}
             group.add_argument("--" + name.replace("_", "-"), **details)
     return parser
 

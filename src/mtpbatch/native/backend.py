@@ -60,7 +60,7 @@ class NativeBackend:
             eog_token_ids=model.eog_tokens,
         )
         self.token_bytes: Sequence[bytes] = model.vocabulary
-        self.description = f"{model.path.name}: {model.description}"
+        self.description = f"{model.path.name} ({model.architecture}, {_short(model.n_params)})"
 
     def tokenize(self, text: str) -> list[int]:
         return self._model.tokenize(text)
@@ -113,6 +113,14 @@ def _resolve(config: EngineConfig, model: Model) -> EngineConfig:
         n_ubatch=n_ubatch,
         n_threads=config.n_threads or available_cpus(),
     )
+
+
+def _short(n_params: int) -> str:
+    """A number of parameters as people say it: 2.8M, 7.2B."""
+    for unit, letter in ((10**9, "B"), (10**6, "M")):
+        if n_params >= unit:
+            return f"{n_params / unit:.1f}{letter}"
+    return f"{n_params / 10**3:.0f}K"
 
 
 def _without_drafts(config: EngineConfig, reason: str) -> EngineConfig:

@@ -34,6 +34,8 @@ def mtpbatch_report_progress(fraction: float, user: Any) -> bool:
 
 def _check_file(path: Path) -> None:
     """What the loader would only call "failed to load", in words."""
+    if "\0" in str(path):
+        raise ModelLoadError(f"{str(path)!r}: no path holds a NUL character")
     if not path.exists():
         raise ModelLoadError(f"{path}: no such file")
     if not path.is_file():
@@ -59,7 +61,8 @@ class Model(Handle):
     Raises:
         ModelLoadError: there is no such file, or llama.cpp cannot load it.
 
-    Safe to use from several threads at once.
+    Safe to use from several threads at once. Load files from sources you trust: of a file that
+    contradicts itself only the gravest contradictions are noticed, others can end the process.
     """
 
     def __init__(
