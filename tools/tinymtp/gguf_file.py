@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -50,9 +52,8 @@ class Model:
 def write(path: Path, model: Model, kind: Kind) -> None:
     """Write a `qwen35` model, its matrices stored as ``kind``."""
     shape = model.shape
-    sizes = {name: weight.shape for name, weight in model.weights.items()}
-    if sizes != shape.tensors():
-        raise ValueError("the weights do not have the names and shapes of the model")
+    if set(model.weights) != set(shape.tensors()):
+        raise ValueError("the weights do not have the names of the model's tensors")
     writer = gguf.GGUFWriter(path, "qwen35")
     writer.add_block_count(shape.blocks)
     if shape.mtp:
@@ -77,8 +78,7 @@ def write(path: Path, model: Model, kind: Kind) -> None:
     for key, text in model.about.items():
         writer.add_string(key, text)
     add_tokenizer(writer, model.tokenizer, shape.vocab)
-    add_tensors(writer, model.weights, kind)
-    finish(writer)
+    finish(writer, shape.tensors(), model.weights, kind)
 
 
 def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer, vocab: int) -> None:
@@ -105,26 +105,36 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer, vocab: int) -> 
     writer.add_chat_template(_CHAT_TEMPLATE)
 
 
-def add_tensors(writer: gguf.GGUFWriter, weights: Weights, kind: Kind) -> None:
-    """Add tensors: vectors in full precision, matrices as ``kind`` where their rows allow it."""
+def finish(
+    writer: gguf.GGUFWriter, sizes: Mapping[str, tuple[int, ...]], weights: Weights, kind: Kind
+) -> None:
+    """Write everything added so far, then the tensors, and close the file.
+
+    Vectors are stored in full precision, matrices as ``kind`` where their rows allow it. Weights
+    are taken one at a time: those of a mapping that makes them need not fit in memory together.
+    """
     writer.add_file_type(_FILE_TYPES[kind])
-    for name, weight in weights.items():
-        weight = np.ascontiguousarray(weight, dtype=np.float32)
-        if kind == "f32" or weight.ndim == 1 or name.endswith(_ALWAYS_F32):
-            writer.add_tensor(name, weight)
-        elif kind == "q8_0" and weight.shape[-1] % _Q8_0_BLOCK == 0:
-            q8_0 = gguf.GGMLQuantizationType.Q8_0
-            writer.add_tensor(name, gguf.quants.quantize(weight, q8_0), raw_dtype=q8_0)
-        else:
-            writer.add_tensor(name, weight.astype(np.float16))
+    stored = {name: _stored_as(name, size, kind) for name, size in sizes.items()}
+    for name, size in sizes.items():
+        n_bytes = math.prod(gguf.quants.quant_shape_to_byte_shape(size, stored[name]))
+        writer.add_tensor_info(name, size, np.dtype(np.float32), n_bytes, stored[name])
+    with closing(writer):
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for name, size in sizes.items():
+            weight = np.ascontiguousarray(weights[name], dtype=np.float32)
+            if weight.shape != size:
+                raise ValueError(f"{name} has the shape {weight.shape}, the model's is {size}")
+            writer.write_tensor_data(gguf.quants.quantize(weight, stored[name]))
 
 
-def finish(writer: gguf.GGUFWriter) -> None:
-    """Write everything added so far to the file and close it."""
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+def _stored_as(name: str, size: tuple[int, ...], kind: Kind) -> gguf.GGMLQuantizationType:
+    if kind == "f32" or len(size) == 1 or name.endswith(_ALWAYS_F32):
+        return gguf.GGMLQuantizationType.F32
+    if kind == "q8_0" and size[-1] % _Q8_0_BLOCK == 0:
+        return gguf.GGMLQuantizationType.Q8_0
+    return gguf.GGMLQuantizationType.F16
 
 
 def read(path: Path) -> Model:
@@ -188,8 +198,8 @@ def to_f32(source: Path, destination: Path) -> None:
             continue
         sub_type = found.types[-1] if found.types[0] == gguf.GGUFValueType.ARRAY else None
         writer.add_key_value(key, found.contents(), found.types[0], sub_type=sub_type)
-    add_tensors(writer, {tensor.name: _floats(tensor) for tensor in reader.tensors}, "f32")
-    finish(writer)
+    weights = {tensor.name: _floats(tensor) for tensor in reader.tensors}
+    finish(writer, {name: weight.shape for name, weight in weights.items()}, weights, "f32")
 
 
 def _floats(tensor: gguf.ReaderTensor) -> NDArray[np.float32]:
