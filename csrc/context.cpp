@@ -67,28 +67,93 @@ void check_params(const Model & model, const mtpbatch_context_params & p) {
     }
 }
 
+constexpr const char * ARCHITECTURE = "general.architecture";
+
+// Whether the MTP graph of the model's architecture keeps hidden rows of outputs alone; the others
+// keep those of all rows. llama.cpp must be told, or it reads wrong rows, or aborts.
+bool drops_hidden_rows(const Model & model) {
+    const char * const dropping[] = { "deepseek4", "gemma4-assistant", "mimo2", "qwen3next", "step35" };
+    return std::find(std::begin(dropping), std::end(dropping), model.metadata(ARCHITECTURE)) != std::end(dropping);
+}
+
+// How many heads the model chains: 1 if it reuses a single one. llama.cpp aborts where an
+// architecture's graph knows no second head.
+int32_t checked_heads(const Model & model) {
+    const int32_t n_heads = model.n_mtp_heads;
+    if (n_heads == 0) {
+        throw Error(MTPBATCH_CONTEXT_FAILED, "the model has no MTP heads");
+    }
+    const std::string architecture = model.metadata(ARCHITECTURE);
+    if (architecture == "gemma4-assistant") {
+        throw Error(MTPBATCH_CONTEXT_FAILED, "the model is an assistant, which drafts for another model only");
+    }
+    const char * const chaining[] = { "step35", "glm4moe", "glm-dsa", "mimo2", "hy_v3", "deepseek32" };
+    if (n_heads > 1 && std::find(std::begin(chaining), std::end(chaining), architecture) == std::end(chaining)) {
+        throw Error(MTPBATCH_SESSION_INIT, "the model has " + std::to_string(n_heads) +
+                                               " MTP heads; llama.cpp cannot chain those of " + architecture);
+    }
+    return n_heads;
+}
+
 }  // namespace
 
 Context::Context(std::shared_ptr<const Model> model, const mtpbatch_context_params & params)
     : model_(std::move(model)), params_(params) {
     check_params(*model_, params_);
-    create(nullptr);
+    create();
 }
 
-Context::Context(std::shared_ptr<Context> target)
-    : model_(target->model_), target_(std::move(target)), params_(target_->params_) {
+Context::Context(std::shared_ptr<Context> target, std::shared_ptr<const Model> model)
+    : model_(std::move(model)),
+      target_(std::move(target)),
+      params_(target_->params_),
+      shares_memory_(model_ != target_->model_) {
     if (target_->is_mtp()) {
         refuse("the target must be a default context, not an MTP one");
     }
-    if (llama_model_n_layer_nextn(model_->raw) == 0) {
-        throw Error(MTPBATCH_CONTEXT_FAILED, "the model has no MTP heads");
+    if (shares_memory_) {
+        check_assistant(*target_);
+    } else {
+        n_heads_ = checked_heads(*model_);
+        // Chained heads take turns on the same cells, where each must find its own entries again:
+        // position p of a sequence is cell p of its own share.
+        params_.kv_unified = params_.kv_unified && n_heads_ == 1;
     }
     params_.n_rs_seq      = 0;
     params_.n_outputs_max = params_.n_seq;
-    create(target_);
+    create();
 }
 
-void Context::create(const std::shared_ptr<Context> & target) {
+// Refuses an assistant that does not fit the target: llama.cpp would abort on tensors that do not multiply.
+void Context::check_assistant(const Context & target) const {
+    const auto          fail = [](const std::string & message) { throw Error(MTPBATCH_CONTEXT_FAILED, message); };
+    const llama_model * main = target.model_->raw;
+    if (target.model_->metadata(ARCHITECTURE) != "gemma4" || model_->metadata(ARCHITECTURE) != "gemma4-assistant") {
+        fail("a draft model must be a gemma4-assistant, and its target a gemma4 model; these are " +
+             model_->metadata(ARCHITECTURE) + " and " + target.model_->metadata(ARCHITECTURE));
+    }
+    const auto attention = [](const Model & model, const char * key) {
+        return model.metadata(model.metadata(ARCHITECTURE) + ".attention." + key);
+    };
+    bool fits = model_->n_vocab() == target.model_->n_vocab() &&
+                llama_model_n_embd_out(model_->raw) == llama_model_n_embd_out(main) &&
+                llama_model_n_embd_inp(model_->raw) == llama_model_n_embd(main) && llama_model_n_layer(main) >= 2 &&
+                llama_model_n_head(model_->raw) % llama_model_n_head_kv(main) == 0;
+    for (const char * key : { "key_length", "value_length", "key_length_swa", "value_length_swa" }) {
+        fits = fits && attention(*model_, key) == attention(*target.model_, key);
+    }
+    if (!fits) {
+        fail("the draft model was made for another target: vocabulary, hidden rows or attention heads differ in size");
+    }
+    for (llama_seq_id s = 0; s < target.params_.n_seq; ++s) {
+        if (target.length(s) > 0) {
+            // Its memory is set up anew when it is shared.
+            fail("the target has decoded tokens already: make the MTP context first");
+        }
+    }
+}
+
+void Context::create() {
     auto p            = llama_context_default_params();
     p.n_ctx           = static_cast<uint32_t>(params_.n_ctx) * params_.n_seq;
     p.n_batch         = params_.n_batch;
@@ -106,9 +171,9 @@ void Context::create(const std::shared_ptr<Context> & target) {
         // times larger, and depends on how many rows share the pass.
         p.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_DISABLED;
     }
-    if (target) {
+    if (target_) {
         p.ctx_type  = LLAMA_CONTEXT_TYPE_MTP;
-        p.ctx_other = target->raw_;
+        p.ctx_other = target_->raw_;
     }
     raw_ = llama_init_from_model(model_->raw, p);
     if (!raw_) {
@@ -120,7 +185,7 @@ void Context::create(const std::shared_ptr<Context> & target) {
     params_.n_ubatch = static_cast<int32_t>(llama_n_ubatch(raw_));
     batch_           = llama_batch_ext_init(raw_);
     sequences_.resize(params_.n_seq);
-    if (target) {
+    if (target_) {
         keep_hidden();
     }
 }
@@ -131,7 +196,11 @@ Context::~Context() {
 }
 
 void Context::keep_hidden() {
-    llama_set_embeddings_nextn(raw_, true, /*masked*/ false);
+    llama_set_embeddings_nextn(raw_, true, is_mtp() && drops_hidden_rows(*model_));
+}
+
+void Context::select_head(int32_t head) {
+    llama_set_nextn_layer_offset(raw_, head);
 }
 
 void Context::check(const std::vector<Row> & rows) const {
@@ -153,7 +222,10 @@ void Context::check(const std::vector<Row> & rows) const {
         if (!continues && next[row.seq_id] >= 0) {
             refuse(row_text(i, "rows of one sequence must stand together; again sequence", row.seq_id));
         }
-        const int32_t expected = continues ? next[row.seq_id] : length(row.seq_id);
+        int32_t expected = length(row.seq_id);  // with shared memory always: only the target adds to it
+        if (continues && !shares_memory()) {
+            expected = next[row.seq_id];
+        }
         if (row.position != expected) {
             refuse(row_text(i, "sequence", row.seq_id) + " goes on at position " + std::to_string(expected) + ", not " +
                    std::to_string(row.position));
@@ -207,7 +279,7 @@ void Context::decode(const std::vector<Row> & rows) {
     for (size_t i = 0; i < rows.size(); ++i) {
         auto &     s     = sequences_[rows[i].seq_id];
         const bool first = i == 0 || rows[i - 1].seq_id != rows[i].seq_id;
-        s.length         = rows[i].position + 1;
+        s.length         = rows[i].position + 1;  // unused if memory is shared
         // Taking back the whole decode would "succeed" with a stale recurrent state.
         s.retractable = first ? 0 : std::min(s.retractable + 1, n_kept);
     }
@@ -233,6 +305,12 @@ bool Context::is_one_pass(const std::vector<Row> & rows) const {
     return rows.size() <= static_cast<size_t>(params_.n_ubatch);
 }
 
+void Context::require_free() const {
+    if (driven) {
+        throw Error(MTPBATCH_CONTEXT_FAILED, "an executor drives this context; close it first");
+    }
+}
+
 // After a failed decode some of its passes may have left their positions behind.
 void Context::resynchronize(const std::vector<Row> & rows) {
     for (const Row & row : rows) {
@@ -248,6 +326,10 @@ const float * Context::logits(int32_t row) const {
     return llama_get_logits_ith(raw_, row);
 }
 
+const float * Context::hidden() const {
+    return llama_get_embeddings_nextn(raw_);
+}
+
 const float * Context::hidden(int32_t row) const {
     const float * values = llama_get_embeddings_nextn_ith(raw_, row);
     if (!values) {
@@ -258,17 +340,59 @@ const float * Context::hidden(int32_t row) const {
 
 bool Context::truncate(llama_seq_id seq_id, int32_t length) {
     auto & s = sequences_[seq_id];
-    if (length >= s.length) {
+    if ((length > 0 && length >= s.length) || shares_memory()) {
         return true;
     }
     if (length > 0 && model_->keeps_recurrent_state() && !is_mtp() && s.length - length > s.retractable) {
         return false;
     }
-    if (!llama_memory_seq_rm(llama_get_memory(raw_), seq_id, length, -1)) {
+    llama_memory_t memory   = llama_get_memory(raw_);
+    const int32_t  n_window = llama_model_n_swa(model_->raw);
+    if (length > 0 && n_window > 0 && llama_memory_seq_pos_min(memory, seq_id) > std::max(0, length - n_window)) {
+        return false;  // a restored sequence has only its last window
+    }
+    if (!llama_memory_seq_rm(memory, seq_id, length, -1)) {
         return false;
     }
     s.length      = length;
     s.retractable = 0;
+    return true;
+}
+
+size_t Context::state_size(llama_seq_id seq_id) const {
+    return llama_state_seq_get_size_ext(raw_, seq_id, 0);
+}
+
+void Context::save(llama_seq_id seq_id, uint8_t * state, size_t size) const {
+    if (llama_state_seq_get_data_ext(raw_, state, size, seq_id, 0) != size) {
+        throw Error(MTPBATCH_INTERNAL, with_reason("llama.cpp could not read a sequence's state"));
+    }
+}
+
+bool Context::load(llama_seq_id seq_id, const uint8_t * state, size_t size, int32_t length) {
+    llama_memory_t memory = llama_get_memory(raw_);
+    truncate(seq_id, 0);
+    if (llama_state_seq_set_data_ext(raw_, state, size, seq_id, 0) != size ||
+        llama_memory_seq_pos_max(memory, seq_id) != length - 1) {
+        llama_memory_seq_rm(memory, seq_id, -1, -1);
+        return false;
+    }
+    sequences_[seq_id] = { length, 0 };
+    return true;
+}
+
+bool Context::copy(llama_seq_id source, llama_seq_id target) {
+    const int32_t length = this->length(source);
+    if (!params_.kv_unified || model_->keeps_recurrent_state()) {
+        // There llama.cpp copies whole caches, at the next decode, or shares a state that may wait
+        // to be rolled back for one of the two.
+        std::vector<uint8_t> bytes(state_size(source));
+        save(source, bytes.data(), bytes.size());
+        return load(target, bytes.data(), bytes.size(), length);
+    }
+    truncate(target, 0);
+    llama_memory_seq_cp(llama_get_memory(raw_), source, target, -1, -1);
+    sequences_[target] = { length, 0 };
     return true;
 }
 
@@ -280,7 +404,11 @@ mtpbatch_status mtpbatch_context_create(const mtpbatch_model * model, const mtpb
                                         const mtpbatch_context * target, mtpbatch_context ** context,
                                         mtpbatch_error * error) {
     return guard(error, [&] {
-        auto impl = target ? std::make_shared<Context>(target->impl) : std::make_shared<Context>(model->impl, *params);
+        if (target) {
+            target->impl->require_free();
+        }
+        auto impl = target ? std::make_shared<Context>(target->impl, model->impl)
+                           : std::make_shared<Context>(model->impl, *params);
         *context  = new mtpbatch_context{ std::move(impl) };
     });
 }
@@ -300,6 +428,7 @@ bool mtpbatch_context_is_mtp(const mtpbatch_context * context) {
 mtpbatch_status mtpbatch_context_decode(mtpbatch_context * context, const mtpbatch_batch * batch,
                                         mtpbatch_error * error) {
     return guard(error, [&] {
+        context->impl->require_free();
         if (context->impl->is_mtp()) {
             refuse("an MTP context is decoded by its session, which knows the hidden rows");
         }
@@ -313,7 +442,7 @@ mtpbatch_status mtpbatch_context_decode(mtpbatch_context * context, const mtpbat
 }
 
 const float * mtpbatch_context_logits(mtpbatch_context * context, int32_t row) {
-    return context->impl->logits(row);
+    return context->impl->driven ? nullptr : context->impl->logits(row);
 }
 
 int32_t mtpbatch_context_length(const mtpbatch_context * context, int32_t seq_id) {
@@ -323,6 +452,7 @@ int32_t mtpbatch_context_length(const mtpbatch_context * context, int32_t seq_id
 mtpbatch_status mtpbatch_context_truncate(mtpbatch_context * context, int32_t seq_id, int32_t length,
                                           mtpbatch_error * error) {
     return guard(error, [&] {
+        context->impl->require_free();
         if (context->impl->is_mtp()) {
             refuse("an MTP context is truncated by its session");
         }

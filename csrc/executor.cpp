@@ -1,302 +1,213 @@
-// One step for all active sequences: draft, decode, verify, roll back.
-#include "internal.hpp"
+// The thread that runs plans.
+#include "stepper.hpp"
 
 #include <algorithm>
-#include <numeric>
-#include <optional>
-#include <tuple>
+#include <condition_variable>
+#include <deque>
+#include <mutex>
+#include <thread>
 
 namespace mtpbatch {
 
 class Executor {
   public:
-    Executor(std::shared_ptr<Context> target, std::shared_ptr<Session> session)
-        : target_(std::move(target)), session_(std::move(session)), requests_(target_->params().n_seq) {}
+    Executor(std::shared_ptr<Context> target, std::shared_ptr<Session> session);
+    ~Executor();
+    Executor(const Executor &)             = delete;
+    Executor & operator=(const Executor &) = delete;
 
-    void step(const mtpbatch_plan & plan, mtpbatch_outcome * outcomes, mtpbatch_step_report & report);
+    const std::vector<mtpbatch_step> & exchange(const mtpbatch_plan * plan, bool wait);
+    void                               wake();
 
   private:
-    struct Request {
-        Sampler                  sampler;
-        std::vector<llama_token> stop_tokens;
-        int32_t                  max_tokens;
-        int32_t                  n_generated = 0;
-        llama_token              last_token  = -1;  // sampled, not yet decoded; -1: the prompt is not complete
-        bool                     finished    = false;
+    // Takes the target for as long as the thread may use it.
+    class Drive {
+      public:
+        explicit Drive(std::shared_ptr<Context> target) : target_(std::move(target)) {
+            target_->require_free();
+            target_->driven = true;
+        }
+        ~Drive() { target_->driven = false; }
+        Drive(const Drive &)             = delete;
+        Drive & operator=(const Drive &) = delete;
+
+      private:
+        const std::shared_ptr<Context> target_;
     };
 
-    void             check(const mtpbatch_plan & plan) const;
-    void             run(const mtpbatch_plan & plan, mtpbatch_outcome * outcomes, mtpbatch_step_report & report);
-    void             release(llama_seq_id seq_id);
-    void             draft(const mtpbatch_plan & plan);
-    std::vector<Row> rows_of(const mtpbatch_plan & plan, int32_t i) const;
-    std::vector<std::vector<int32_t>> decodes(const mtpbatch_plan & plan) const;
-    void                              decode(const mtpbatch_plan & plan, const std::vector<int32_t> & group);
-    void verify(llama_seq_id seq_id, int32_t first_row, const std::vector<llama_token> & draft, mtpbatch_outcome & out);
-    void settle(const mtpbatch_entry & entry, int32_t i, mtpbatch_outcome & out);
+    void run();
+    bool begins() const;
+    void release_early();
+    void open_plan(std::unique_lock<std::mutex> & lock);
+    void step(Step & out);
 
-    const std::shared_ptr<Context>        target_;
-    const std::shared_ptr<Session>        session_;
-    std::vector<std::optional<Request>>   requests_;     // by seq_id
-    std::vector<std::vector<llama_token>> drafts_;       // by entry, of the current step
-    std::vector<int32_t>                  sample_rows_;  // by entry, its first row that is sampled
+    const Drive drive_;
+    PlanRules   rules_;  // of the thread that makes plans
+
+    std::mutex              mutex_;                 // guards what follows, down to the stepper
+    std::condition_variable changed_;               // for the thread: plans came, steps were taken in, or it is to stop
+    std::condition_variable ended_;                 // for who waits: a step has ended, or wake()
+    std::deque<Plan>        plans_;                 // handed over, not begun
+    std::vector<Step>       steps_;                 // ended, not yet given out
+    int32_t                 n_unseen_     = 0;      // steps begun that have not been taken in
+    bool                    worth_a_look_ = false;  // for who waits
+    bool                    stopping_     = false;
+
+    // Given out, until the next exchange.
+    std::vector<Step>          shown_;
+    std::vector<mtpbatch_step> reports_;
+
+    // From here on, of the thread alone.
+    Stepper             stepper_;
+    std::optional<Plan> standing_;
+    bool                stepped_   = false;  // whether the standing plan has had its first step
+    bool                under_way_ = false;  // whether sequences were left to go on when the last step ended
+    Stopwatch           since_step_;
+
+    std::thread thread_;  // last: it uses everything above
 };
 
-namespace {
+Executor::Executor(std::shared_ptr<Context> target, std::shared_ptr<Session> session)
+    : drive_(target),
+      rules_(*target, session.get()),
+      stepper_(std::move(target), std::move(session)),
+      thread_([this] { run(); }) {}
 
-[[noreturn]] void refuse(const std::string & message) {
-    throw Error(MTPBATCH_INVALID_ARGUMENT, "plan: " + message);
+Executor::~Executor() {
+    {
+        const std::lock_guard lock(mutex_);
+        stopping_ = true;
+    }
+    changed_.notify_one();
+    thread_.join();
 }
 
-}  // namespace
-
-// Refuses a plan that breaks a rule, before anything of it is carried out.
-void Executor::check(const mtpbatch_plan & plan) const {
-    const auto & params = target_->params();
-    const auto   name   = [](llama_seq_id seq_id) { return "sequence " + std::to_string(seq_id); };
-
-    std::vector<bool> active(requests_.size());
-    for (size_t s = 0; s < requests_.size(); ++s) {
-        active[s] = requests_[s].has_value();
+const std::vector<mtpbatch_step> & Executor::exchange(const mtpbatch_plan * plan, bool wait) {
+    std::optional<Plan> taken;
+    if (plan) {
+        rules_.accept(*plan);
+        taken.emplace(*plan);
     }
-    for (int32_t i = 0; i < plan.n_release; ++i) {
-        if (!target_->has_sequence(plan.release[i]) || !active[plan.release[i]]) {
-            refuse(name(plan.release[i]) + " is released but not active");
-        }
-        active[plan.release[i]] = false;
+    std::unique_lock lock(mutex_);
+    if (taken) {
+        plans_.push_back(std::move(*taken));
     }
-    std::vector<bool> fresh(requests_.size());
-    for (int32_t i = 0; i < plan.n_admit; ++i) {
-        const auto & admission = plan.admit[i];
-        if (!target_->has_sequence(admission.seq_id) || active[admission.seq_id]) {
-            refuse(name(admission.seq_id) + " is admitted but does not exist or is active");
-        }
-        if (admission.max_tokens < 1) {
-            refuse(name(admission.seq_id) + " may generate no token");
-        }
-        active[admission.seq_id] = fresh[admission.seq_id] = true;
+    n_unseen_ -= static_cast<int32_t>(shown_.size());
+    changed_.notify_one();
+    if (wait) {
+        ended_.wait(lock, [&] { return worth_a_look_; });
     }
-    int64_t           n_rows = 0, n_outputs = 0;
-    std::vector<bool> planned(requests_.size());
-    for (int32_t i = 0; i < plan.n_entries; ++i) {
-        const auto & entry = plan.entries[i];
-        if (!target_->has_sequence(entry.seq_id) || !active[entry.seq_id] || planned[entry.seq_id]) {
-            refuse(name(entry.seq_id) + " is not active, or planned twice");
-        }
-        planned[entry.seq_id] = true;
-        if (!fresh[entry.seq_id] && requests_[entry.seq_id]->finished) {
-            refuse(name(entry.seq_id) + " has finished");
-        }
-        const bool decodes = !fresh[entry.seq_id] && requests_[entry.seq_id]->last_token >= 0;
-        if (entry.n_tokens < 0 || decodes != (entry.n_tokens == 0)) {
-            refuse(name(entry.seq_id) + (decodes ? " has its whole prompt already" : " needs tokens of its prompt"));
-        }
-        if (decodes && !entry.sample) {
-            refuse(name(entry.seq_id) + " must sample");
-        }
-        for (int32_t j = 0; j < entry.n_tokens; ++j) {
-            if (!target_->model().has_token(entry.tokens[j])) {
-                refuse("no such token: " + std::to_string(entry.tokens[j]));
-            }
-        }
-        const int32_t n_draft_max = session_ ? session_->config().n_draft_max : 0;
-        if (entry.n_draft < 0 || entry.n_draft > (decodes ? n_draft_max : 0)) {
-            refuse(name(entry.seq_id) + " cannot draft " + std::to_string(entry.n_draft) + " tokens here");
-        }
-        const int64_t n_past = fresh[entry.seq_id] ? 0 : target_->length(entry.seq_id);
-        const int64_t n_own  = decodes ? 1 + entry.n_draft : entry.n_tokens;
-        if (n_past + n_own > params.n_ctx) {
-            refuse(name(entry.seq_id) + " would outgrow n_ctx=" + std::to_string(params.n_ctx));
-        }
-        n_rows += n_own;
-        n_outputs += decodes ? n_own : entry.sample;
+    worth_a_look_ = false;
+    shown_.clear();
+    shown_.swap(steps_);
+    reports_.clear();
+    for (Step & step : shown_) {
+        step.report.message = step.message.c_str();
+        step.report.n_words = static_cast<int32_t>(step.words.size());
+        step.report.words   = step.words.data();
+        reports_.push_back(step.report);
     }
-    if (n_rows > params.n_batch || n_outputs > params.n_outputs_max) {
-        refuse(std::to_string(n_rows) + " rows, " + std::to_string(n_outputs) + " of them outputs, exceed n_batch=" +
-               std::to_string(params.n_batch) + " or n_outputs_max=" + std::to_string(params.n_outputs_max));
-    }
+    return reports_;
 }
 
-void Executor::release(llama_seq_id seq_id) {
-    target_->truncate(seq_id, 0);
-    if (session_) {
-        session_->reset(seq_id);
+void Executor::wake() {
+    {
+        const std::lock_guard lock(mutex_);
+        worth_a_look_ = true;
     }
-    requests_[seq_id].reset();
+    ended_.notify_one();
 }
 
-void Executor::draft(const mtpbatch_plan & plan) {
-    drafts_.assign(plan.n_entries, {});
-    std::vector<Session::Request> wanted;
-    std::vector<int32_t>          owners;
-    for (int32_t i = 0; i < plan.n_entries; ++i) {
-        const auto & entry = plan.entries[i];
-        if (entry.n_draft > 0) {
-            wanted.push_back(
-                { entry.seq_id, target_->length(entry.seq_id), requests_[entry.seq_id]->last_token, entry.n_draft });
-            owners.push_back(i);
-        }
-    }
-    if (wanted.empty()) {
-        return;
-    }
-    std::vector<std::vector<llama_token>> results;
-    session_->draft(wanted, results);
-    for (size_t i = 0; i < owners.size(); ++i) {
-        drafts_[owners[i]] = std::move(results[i]);
-    }
-}
-
-// The rows of an entry: the next tokens of its prompt, or the last token and its draft.
-std::vector<Row> Executor::rows_of(const mtpbatch_plan & plan, int32_t i) const {
-    const auto &     entry    = plan.entries[i];
-    llama_pos        position = target_->length(entry.seq_id);
-    std::vector<Row> rows;
-    for (int32_t j = 0; j < entry.n_tokens; ++j) {
-        rows.push_back({ entry.tokens[j], position++, entry.seq_id, entry.sample && j + 1 == entry.n_tokens });
-    }
-    if (entry.n_tokens == 0) {
-        rows.push_back({ requests_[entry.seq_id]->last_token, position++, entry.seq_id, true });
-        for (const llama_token token : drafts_[i]) {
-            rows.push_back({ token, position++, entry.seq_id, true });
-        }
-    }
-    return rows;
-}
-
-// Groups entries by the decode they go into. One is enough, unless the model keeps recurrent state:
-// there a draft can only be taken back if its decode was one pass. That costs no pass, as drafts of
-// different lengths are different passes anyway.
-std::vector<std::vector<int32_t>> Executor::decodes(const mtpbatch_plan & plan) const {
-    std::vector<int32_t> order(plan.n_entries);
-    std::iota(order.begin(), order.end(), 0);
-    if (!target_->model().keeps_recurrent_state()) {
-        return { order };
-    }
-    // Undrafted ones first, with ascending lengths, which need the fewest passes.
-    const auto key = [&](int32_t i) {
-        return std::make_tuple(drafts_[i].size(), std::max(plan.entries[i].n_tokens, 1), plan.entries[i].seq_id);
-    };
-    std::sort(order.begin(), order.end(), [&](int32_t a, int32_t b) { return key(a) < key(b); });
-    std::vector<std::vector<int32_t>> groups;
-    std::vector<Row>                  group_rows;
-    for (const int32_t i : order) {
-        const auto rows = rows_of(plan, i);
-        group_rows.insert(group_rows.end(), rows.begin(), rows.end());
-        const bool drafted = !drafts_[i].empty();
-        if (groups.empty() ||
-            (drafted && (drafts_[groups.back().back()].empty() || !target_->is_one_pass(group_rows)))) {
-            groups.emplace_back();
-            group_rows = rows;
-        }
-        groups.back().push_back(i);
-    }
-    return groups;
-}
-
-void Executor::decode(const mtpbatch_plan & plan, const std::vector<int32_t> & group) {
-    std::vector<Row> rows;
-    for (const int32_t i : group) {
-        const auto own  = rows_of(plan, i);
-        sample_rows_[i] = static_cast<int32_t>(rows.size());
-        if (plan.entries[i].n_tokens > 0) {
-            sample_rows_[i] += static_cast<int32_t>(own.size()) - 1;
-        }
-        rows.insert(rows.end(), own.begin(), own.end());
-    }
-    target_->decode(rows);
-}
-
-// Samples row by row for as long as the sampled token is the drafted one: what comes out is what
-// sampling without drafts gives, with as many random draws.
-void Executor::verify(llama_seq_id seq_id, int32_t first_row, const std::vector<llama_token> & draft,
-                      mtpbatch_outcome & out) {
-    Request &     request = *requests_[seq_id];
-    const int32_t n_vocab = target_->model().n_vocab();
-    for (int32_t k = 0;; ++k) {
-        const llama_token token    = request.sampler.sample(target_->logits(first_row + k), n_vocab);
-        const bool        hit      = k < static_cast<int32_t>(draft.size()) && draft[k] == token;
-        out.tokens[out.n_tokens++] = token;
-        out.n_accepted += hit;
-        request.n_generated += 1;
-        request.last_token = token;
-        if (std::find(request.stop_tokens.begin(), request.stop_tokens.end(), token) != request.stop_tokens.end()) {
-            out.finish = MTPBATCH_STOP_TOKEN;
-        } else if (request.n_generated >= request.max_tokens) {
-            out.finish = MTPBATCH_TOKEN_LIMIT;
-        }
-        if (!hit || out.finish != MTPBATCH_GOES_ON) {
-            request.finished = out.finish != MTPBATCH_GOES_ON;
+void Executor::run() {
+    std::unique_lock lock(mutex_);
+    while (true) {
+        changed_.wait(lock, [&] { return stopping_ || !plans_.empty() || begins(); });
+        if (stopping_) {
             return;
         }
-    }
-}
-
-// Samples an entry, and takes back the part of its draft that was rejected.
-void Executor::settle(const mtpbatch_entry & entry, int32_t i, mtpbatch_outcome & out) {
-    if (!entry.sample) {
-        return;
-    }
-    out.n_drafted = static_cast<int32_t>(drafts_[i].size());
-    verify(entry.seq_id, sample_rows_[i], drafts_[i], out);
-    if (out.n_drafted == 0) {
-        return;
-    }
-    session_->accept(entry.seq_id, out.n_accepted);
-    const int32_t n_rejected = out.n_drafted - out.n_accepted;
-    if (!target_->truncate(entry.seq_id, target_->length(entry.seq_id) - n_rejected)) {
-        throw Error(MTPBATCH_INTERNAL, with_reason("rejected drafts could not be taken back"));
-    }
-}
-
-void Executor::step(const mtpbatch_plan & plan, mtpbatch_outcome * outcomes, mtpbatch_step_report & report) {
-    check(plan);
-    try {
-        run(plan, outcomes, report);
-    } catch (const Error & e) {
-        // The plan was right, so that this is not the caller's argument.
-        throw Error(e.status == MTPBATCH_INVALID_ARGUMENT ? MTPBATCH_INTERNAL : e.status, e.what());
-    }
-}
-
-void Executor::run(const mtpbatch_plan & plan, mtpbatch_outcome * outcomes, mtpbatch_step_report & report) {
-    for (int32_t i = 0; i < plan.n_release; ++i) {
-        release(plan.release[i]);
-    }
-    for (int32_t i = 0; i < plan.n_admit; ++i) {
-        const auto & admission = plan.admit[i];
-        release(admission.seq_id);  // whatever was decoded on it before
-        requests_[admission.seq_id].emplace(
-            Request{ Sampler(admission),
-                     { admission.stop_tokens, admission.stop_tokens + admission.n_stop },
-                     admission.max_tokens });
-    }
-    report = {};
-    std::fill(outcomes, outcomes + plan.n_entries, mtpbatch_outcome{});
-    if (plan.n_entries == 0) {
-        return;
-    }
-
-    Stopwatch     watch;
-    const int64_t n_draft_decodes = session_ ? session_->statistics.n_decodes : 0;
-    draft(plan);
-    report.draft_us = watch.lap();
-
-    sample_rows_.assign(plan.n_entries, -1);
-    for (const auto & group : decodes(plan)) {
-        decode(plan, group);
-        report.n_target_tokens += static_cast<int32_t>(target_->last_batch().size());
-        report.target_us += watch.lap();
-        if (session_) {
-            session_->process();
+        release_early();
+        // Every plan gets its step, before the next one's entries take its place.
+        while (!plans_.empty() && (!standing_ || stepped_ || plans_.front().entries.empty())) {
+            open_plan(lock);
         }
-        report.draft_us += watch.lap();
-        for (const int32_t i : group) {
-            settle(plan.entries[i], i, outcomes[i]);
+        if (!begins()) {
+            continue;
         }
-        report.sample_us += watch.lap();
+        const bool first = !stepped_;
+        n_unseen_ += 1;
+        lock.unlock();
+        Step out;
+        step(out);
+        lock.lock();
+        steps_.push_back(std::move(out));
+        // To wake somebody takes a processor away from the model: not for each of many steps that
+        // nobody waits for. The first one of a plan may be what the next plan waits for.
+        if (first || steps_.back().ends_any || standing_->followed || 2 * n_unseen_ > standing_->run_ahead) {
+            worth_a_look_ = true;
+            ended_.notify_one();
+        }
     }
-    report.n_draft_decodes = static_cast<int32_t>((session_ ? session_->statistics.n_decodes : 0) - n_draft_decodes);
+}
+
+// Whether the standing plan's next step may begin.
+bool Executor::begins() const {
+    if (!standing_) {
+        return false;
+    }
+    if (!stepped_) {
+        return true;
+    }
+    return standing_->run_ahead > 0 && n_unseen_ <= standing_->run_ahead && stepper_.can_repeat(*standing_);
+}
+
+// What is to be released does not wait for the plans before to be begun, unless one of them admits
+// it first: their entries for it are skipped.
+void Executor::release_early() {
+    std::vector<llama_seq_id> admitted;
+    const auto                to_come = [&](llama_seq_id seq_id) {
+        return std::find(admitted.begin(), admitted.end(), seq_id) != admitted.end();
+    };
+    for (Plan & plan : plans_) {
+        const auto now = std::stable_partition(plan.release.begin(), plan.release.end(), to_come);
+        std::for_each(now, plan.release.end(), [&](llama_seq_id seq_id) { stepper_.release(seq_id); });
+        plan.release.erase(now, plan.release.end());
+        for (const Admission & admission : plan.admit) {
+            admitted.push_back(admission.seq_id);
+        }
+    }
+    under_way_ = under_way_ && stepper_.any_left();
+}
+
+// Begins with the next plan: carries out what it says beside its steps.
+void Executor::open_plan(std::unique_lock<std::mutex> & lock) {
+    Plan plan = std::move(plans_.front());
+    plans_.pop_front();
+    lock.unlock();
+    for (const llama_seq_id seq_id : plan.release) {
+        stepper_.release(seq_id);
+    }
+    for (Admission & admission : plan.admit) {
+        stepper_.admit(std::move(admission));
+    }
+    if (!plan.entries.empty()) {
+        standing_ = std::move(plan);
+        stepped_  = false;
+    }
+    lock.lock();
+}
+
+void Executor::step(Step & out) {
+    out.report.plan   = standing_->number;
+    out.report.gap_us = under_way_ ? since_step_.lap() : 0;
+    mtpbatch_error error{};
+    out.report.status = guard(&error, [&] { stepper_.step(*standing_, stepped_, out); });
+    if (out.report.status == MTPBATCH_INVALID_ARGUMENT) {
+        out.report.status = MTPBATCH_INTERNAL;  // the plan was right, so that this is not the caller's argument
+    }
+    out.message = error.message;
+    stepped_    = true;
+    under_way_  = stepper_.any_left();
+    since_step_.lap();
 }
 
 }  // namespace mtpbatch
@@ -310,10 +221,13 @@ using namespace mtpbatch;
 mtpbatch_status mtpbatch_executor_create(const mtpbatch_context * target, const mtpbatch_session * session,
                                          mtpbatch_executor ** executor, mtpbatch_error * error) {
     return guard(error, [&] {
-        if (target->impl->is_mtp() || (session && &session->impl->target() != target->impl.get())) {
+        if (target->impl->is_mtp()) {
+            throw Error(MTPBATCH_INVALID_ARGUMENT, "the target is an MTP context; it must be a default one");
+        }
+        if (session && &session->impl->target() != target->impl.get()) {
             throw Error(MTPBATCH_INVALID_ARGUMENT, "the session drafts for another context than this one");
         }
-        *executor = new mtpbatch_executor{ Executor(target->impl, session ? session->impl : nullptr) };
+        *executor = new mtpbatch_executor{ { target->impl, session ? session->impl : nullptr } };
     });
 }
 
@@ -321,8 +235,15 @@ void mtpbatch_executor_free(mtpbatch_executor * executor) {
     delete executor;
 }
 
-mtpbatch_status mtpbatch_executor_step(mtpbatch_executor * executor, const mtpbatch_plan * plan,
-                                       mtpbatch_outcome * outcomes, mtpbatch_step_report * report,
-                                       mtpbatch_error * error) {
-    return guard(error, [&] { executor->impl.step(*plan, outcomes, *report); });
+mtpbatch_status mtpbatch_executor_exchange(mtpbatch_executor * executor, const mtpbatch_plan * plan, bool wait,
+                                           int32_t * n_steps, const mtpbatch_step ** steps, mtpbatch_error * error) {
+    return guard(error, [&] {
+        const auto & ended = executor->impl.exchange(plan, wait);
+        *n_steps           = static_cast<int32_t>(ended.size());
+        *steps             = ended.data();
+    });
+}
+
+void mtpbatch_executor_wake(mtpbatch_executor * executor) {
+    executor->impl.wake();
 }

@@ -4,6 +4,7 @@
 #include "llama_private.h"
 #include "mtpbatch.h"
 
+#include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <memory>
@@ -66,17 +67,21 @@ class Stopwatch {
 };
 
 struct Model {
-    explicit Model(llama_model * raw) : raw(raw), vocab(llama_model_get_vocab(raw)) {}
+    Model(llama_model * raw, int32_t n_mtp_heads)
+        : raw(raw), vocab(llama_model_get_vocab(raw)), n_mtp_heads(n_mtp_heads) {}
     ~Model() { llama_model_free(raw); }
     Model(const Model &)             = delete;
     Model & operator=(const Model &) = delete;
 
     int32_t n_vocab() const { return llama_vocab_n_tokens(vocab); }
     bool    has_token(int32_t token) const { return token >= 0 && token < n_vocab(); }
-    bool    keeps_recurrent_state() const { return llama_model_is_hybrid(raw) || llama_model_is_recurrent(raw); }
+    // A scalar of the model file as text; empty: there is none.
+    std::string metadata(const std::string & key) const;
+    bool        keeps_recurrent_state() const { return llama_model_is_hybrid(raw) || llama_model_is_recurrent(raw); }
 
     llama_model * const       raw;
     const llama_vocab * const vocab;
+    const int32_t             n_mtp_heads;  // those that the file has weights for
 };
 
 // One row of a decode. `hidden` is set on every row of an MTP context and on none of a default one.
@@ -93,33 +98,53 @@ class Context {
   public:
     // A default context.
     Context(std::shared_ptr<const Model> model, const mtpbatch_context_params & params);
-    // An MTP context that drafts for `target`.
-    explicit Context(std::shared_ptr<Context> target);
+    // An MTP context that drafts for `target`, with the heads of the target's own model or with an
+    // assistant, a model of its own that reads the target's memory.
+    Context(std::shared_ptr<Context> target, std::shared_ptr<const Model> model);
     ~Context();
     Context(const Context &)             = delete;
     Context & operator=(const Context &) = delete;
 
     void          decode(const std::vector<Row> & rows);
     const float * logits(int32_t row) const;  // nullptr: the row has none
-    const float * hidden(int32_t row) const;  // of any row, once keep_hidden() was called
+    // Hidden rows, once keep_hidden() was called: of a default context those of all rows in turn, of
+    // an MTP context that of an output.
+    const float * hidden() const;
+    const float * hidden(int32_t row) const;
     void          keep_hidden();
+    // Of several chained heads, the one that decodes from now on.
+    void select_head(int32_t head);
     // Whether a model that keeps recurrent state takes these rows in one forward pass: equally many
     // of each sequence, at most n_ubatch, and consecutive ids unless cells are shared.
     bool is_one_pass(const std::vector<Row> & rows) const;
-    // Takes back positions from `length` on; false if recurrent state does not allow it.
+    // Takes back positions from `length` on; false if recurrent state or a sliding window does not allow it.
     bool truncate(llama_seq_id seq_id, int32_t length);
 
-    bool            has_sequence(llama_seq_id seq_id) const { return seq_id >= 0 && seq_id < params_.n_seq; }
-    int32_t         length(llama_seq_id seq_id) const { return sequences_[seq_id].length; }
-    bool            is_mtp() const { return target_ != nullptr; }
-    const Context * target() const { return target_.get(); }
-    const Model &   model() const { return *model_; }
+    // What the memory holds of one sequence, which replaces another by load() or copy(): these
+    // leave it empty and return false if that does not fit.
+    size_t state_size(llama_seq_id seq_id) const;
+    void   save(llama_seq_id seq_id, uint8_t * state, size_t size) const;
+    bool   load(llama_seq_id seq_id, const uint8_t * state, size_t size, int32_t length);
+    bool   copy(llama_seq_id source, llama_seq_id target);
+
+    bool    has_sequence(llama_seq_id seq_id) const { return seq_id >= 0 && seq_id < params_.n_seq; }
+    int32_t length(llama_seq_id seq_id) const {
+        return shares_memory() ? target_->length(seq_id) : sequences_[seq_id].length;
+    }
+    bool                            is_mtp() const { return target_ != nullptr; }
+    bool                            shares_memory() const { return shares_memory_; }  // with the target it drafts for
+    int32_t                         n_heads() const { return n_heads_; }  // chained ones; 1: reused for each depth
+    const Context *                 target() const { return target_.get(); }
+    const Model &                   model() const { return *model_; }
     const mtpbatch_context_params & params() const { return params_; }
     const std::vector<Row> &        last_batch() const { return last_batch_; }
     int64_t                         n_decodes() const { return n_decodes_; }  // those that succeeded
 
     // A draft context serves one session at a time, which keeps track of what it holds.
     bool claimed = false;
+    // A target that an executor drives is decoded by its thread, and by nobody else.
+    std::atomic<bool> driven{ false };
+    void              require_free() const;
 
   private:
     struct SequenceState {
@@ -127,26 +152,36 @@ class Context {
         int32_t retractable = 0;  // of the last decode, how many can still be taken back (recurrent models)
     };
 
-    void create(const std::shared_ptr<Context> & target);
+    void check_assistant(const Context & target) const;
+    void create();
     void check(const std::vector<Row> & rows) const;
     void resynchronize(const std::vector<Row> & rows);
 
     const std::shared_ptr<const Model> model_;
     const std::shared_ptr<Context>     target_;
     mtpbatch_context_params            params_;
-    llama_context *                    raw_   = nullptr;
-    llama_batch_ext *                  batch_ = nullptr;
+    bool                               shares_memory_ = false;
+    int32_t                            n_heads_       = 1;
+    llama_context *                    raw_           = nullptr;
+    llama_batch_ext *                  batch_         = nullptr;
     std::vector<SequenceState>         sequences_;
     std::vector<Row>                   last_batch_;
     int64_t                            n_decodes_ = 0;
 };
 
-// Drafts with the model's MTP head for all sequences of a target context at once.
+// Drafts with a model's MTP heads for all sequences of a target context at once.
 //
 // The draft context's entry at position q pairs token x_q with the target's hidden row h_{q-1}.
 // It is caught up lazily: pairs of accepted tokens wait here until the sequence drafts (then they
 // go in one batch with the newly sampled token) or until too many wait. Rejected tokens are never
 // decoded there.
+//
+// Heads come in three modes:
+// - One head, reused for each depth: it adds the tokens it drafts to its own entries.
+// - Several, chained, one for each depth: each has entries of its own in the same cells. At its
+//   turn it decodes what waits for it and all the tokens that the heads before it drafted.
+// - An assistant that reads the target's memory has no entries, so that nothing waits for it. It
+//   decodes every token of a draft at the same position.
 class Session {
   public:
     struct Request {
@@ -168,50 +203,88 @@ class Session {
     void accept(llama_seq_id seq_id, int32_t n_accepted);
     // Forgets a sequence, also in the draft context.
     void reset(llama_seq_id seq_id);
+    // The sequence will not draft until it is reset: nothing is kept for it. It must be empty.
+    void ignore(llama_seq_id seq_id);
 
-    const Context &                 target() const { return *target_; }
+    // All of a sequence, in both contexts, which restore() puts into any other. save() returns how
+    // many bytes that takes, and writes them if they fit into `size`.
+    size_t save(llama_seq_id seq_id, uint8_t * state, size_t size);
+    void   restore(llama_seq_id seq_id, const uint8_t * state, size_t size);
+    void   fork(llama_seq_id source, llama_seq_id target);
+
+    Context &                       target() const { return *target_; }
     const mtpbatch_session_config & config() const { return config_; }
 
     mtpbatch_session_statistics statistics{};
 
   private:
     struct SequenceState {
-        int32_t                  n_past = 0;         // target positions taken in
-        std::vector<llama_token> waiting;            // tokens from the draft context's length on, up to n_past
+        int32_t                  n_past  = 0;        // target positions taken in
+        bool                     ignored = false;    // nothing below is kept
+        std::vector<int32_t>     decoded;            // positions that each head has entries for
+        std::vector<llama_token> waiting;            // tokens that some head has no entry for, up to n_past
         std::vector<float>       waiting_hidden;     // the hidden row each of them pairs with
         std::vector<float>       hidden;             // the row that the token at n_past pairs with
-        llama_token              drafted_from = -1;  // the token at n_past if a draft has decoded it already
+        llama_token              drafted_from = -1;  // the token at n_past if a head has an entry for it already
         int32_t                  n_drafted    = 0;   // of a draft that waits for accept
         int32_t                  n_verified   = 0;   // its rows in the processed batch; 0: not processed yet
+        std::vector<float>       chain;              // while drafting: the heads' hidden rows of the drafted tokens
+
+        int32_t first_waiting() const { return n_past - static_cast<int32_t>(waiting.size()); }
     };
 
     SequenceState & sequence(llama_seq_id seq_id);
+    SequenceState & settled(llama_seq_id seq_id);
+    void            take_in(const std::vector<Row> & rows, size_t begin, size_t end, const float * hidden);
+    void            take_back_last(llama_seq_id seq_id);
+    void            drop_waiting(SequenceState & s) const;
+    void            start_over(llama_seq_id seq_id);
     void            catch_up(const std::vector<llama_seq_id> & seq_ids);
-    void            decode(const std::vector<Row> & rows);
+    void            decode(int32_t head, const std::vector<Row> & rows);
+    uint64_t        fingerprint() const;
 
     const std::shared_ptr<Context> target_;
     const std::shared_ptr<Context> draft_;
     const mtpbatch_session_config  config_;
     const int32_t                  n_embd_;
+    const size_t                   max_waiting_;
     std::vector<SequenceState>     sequences_;
     int64_t                        n_seen_;  // decodes of the target when it was last processed
 };
 
-// How one request picks tokens from logits.
+// What of one row's logits can be picked; reused from row to row. Refers to the logits.
+struct Candidates {
+    const float *                 logits;
+    int32_t                       n_vocab;
+    std::vector<llama_token_data> few;        // empty: the whole vocabulary
+    bool                          sorted;     // by descending logit
+    size_t                        n_applied;  // filters of the sampler that are done with
+};
+
+struct FreeSampler {
+    void operator()(llama_sampler * sampler) const { llama_sampler_free(sampler); }
+};
+using SamplerPointer = std::unique_ptr<llama_sampler, FreeSampler>;
+
+// How one request picks tokens from logits: always the very tokens that llama.cpp's chain of top_k,
+// top_p, min_p, temp and dist picks from the whole vocabulary. A logit that is not a number counts
+// as -inf.
 class Sampler {
   public:
     explicit Sampler(const mtpbatch_admission & params);
-    // The logits of one row give one token; each call advances the random state by one draw.
-    llama_token sample(const float * logits, int32_t n_vocab);
+    // What of a row's logits can be picked at all. Any number of threads may call it at once.
+    void preselect(const float * logits, int32_t n_vocab, Candidates & candidates) const;
+    // Picks a token; each call advances the random state by one draw.
+    llama_token pick(Candidates & candidates);
 
   private:
-    struct Free {
-        void operator()(llama_sampler * chain) const { llama_sampler_free(chain); }
-    };
-    std::unique_ptr<llama_sampler, Free> chain_;  // null: greedy
-    std::vector<llama_token_data>        candidates_;
+    int32_t                     top_k_;
+    float                       top_p_;
+    float                       min_p_;
+    std::vector<SamplerPointer> chain_;  // empty: greedy
 };
 
+// The first of the greatest values.
 int32_t argmax(const float * values, int32_t n);
 // Probability of the best of n logits under their softmax.
 float probability_of(int32_t best, const float * logits, int32_t n);

@@ -7,7 +7,11 @@
 #include "llama.h"
 
 // The context keeps the hidden row that feeds an MTP head: of every row of a batch, in batch
-// order, if not `masked`. (Masked rows are those of the first n outputs, which are the wrong ones
-// for MTP graphs whenever some rows of a batch are not outputs.)
+// order, or if `masked` of outputs alone. The MTP graphs of some architectures keep all rows, those
+// of others outputs alone: the wrong setting gives wrong rows, or aborts, unless all rows are outputs.
 void    llama_set_embeddings_nextn(llama_context * ctx, bool value, bool masked);
+float * llama_get_embeddings_nextn(llama_context * ctx);
 float * llama_get_embeddings_nextn_ith(llama_context * ctx, int32_t i);
+
+// Of several chained heads, the one that an MTP context runs from now on.
+void llama_set_nextn_layer_offset(llama_context * ctx, int32_t offset);

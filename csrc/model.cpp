@@ -33,16 +33,18 @@ std::string trimmed(const std::string & text) {
 }
 
 // Refuses a file whose header holds numbers that libllama asserts on or divides by. A file that
-// cannot be read at all is left to the loader, which says why.
-void check_header(const char * path) {
+// cannot be read at all is left to the loader, which says why. Returns whether the file has MTP
+// heads that it announces but not their weights, as where these were split off: such heads load,
+// and abort when they run.
+bool lacks_heads(const char * path) {
     const std::unique_ptr<gguf_context, decltype(&gguf_free)> header(
         gguf_init_from_file(path, { /*no_alloc*/ true, /*ctx*/ nullptr }), gguf_free);
     if (!header) {
-        return;
+        return false;
     }
     const int64_t arch_key = gguf_find_key(header.get(), "general.architecture");
     if (arch_key < 0 || gguf_get_kv_type(header.get(), arch_key) != GGUF_TYPE_STRING) {
-        return;
+        return false;
     }
     const std::string arch = gguf_get_val_str(header.get(), arch_key);
 
@@ -60,13 +62,22 @@ void check_header(const char * path) {
     };
     constexpr int64_t MAX_LAYERS = 512;  // LLAMA_MAX_LAYERS
     const int64_t     n_layer    = check("block_count", 1, MAX_LAYERS);
-    check("nextn_predict_layers", 0, n_layer - 1);
+    const bool        assistant  = arch == "gemma4-assistant";  // has no layers but heads
+    const int64_t n_heads = check("nextn_predict_layers", assistant ? n_layer : 0, assistant ? n_layer : n_layer - 1);
     check("full_attention_interval", 1, MAX_LAYERS);
     check("rope.dimension_count", 2, check("attention.key_length", 1, INT32_MAX), 2);
     check("ssm.state_size", 1, INT32_MAX);
     check("ssm.group_count", 1, INT32_MAX);
     check("ssm.time_step_rank", 1, INT32_MAX);
     check("ssm.inner_size", 1, INT32_MAX);
+
+    const std::string heads_key = arch + ".nextn_predict_layers";
+    if (assistant || gguf_find_key(header.get(), heads_key.c_str()) < 0 ||
+        gguf_find_key(header.get(), "split.count") >= 0) {
+        return false;
+    }
+    const std::string weight = "blk." + std::to_string(n_layer - n_heads) + ".nextn.eh_proj.weight";
+    return gguf_find_tensor(header.get(), weight.c_str()) < 0;
 }
 
 }  // namespace
@@ -88,6 +99,11 @@ void set_message(mtpbatch_error * error, const char * message) noexcept {
     if (error) {
         std::snprintf(error->message, sizeof error->message, "%s", message);
     }
+}
+
+std::string Model::metadata(const std::string & key) const {
+    char text[256];
+    return llama_model_meta_val_str(raw, key.c_str(), text, sizeof text) < 0 ? "" : text;
 }
 
 }  // namespace mtpbatch
@@ -116,8 +132,8 @@ mtpbatch_status mtpbatch_model_load(const char * path, int32_t n_gpu_layers, mtp
             bool              stopped;
         } state{ progress, user, false };
 
-        check_header(path);
-        auto params         = llama_model_default_params();
+        const bool headless = lacks_heads(path);
+        auto       params   = llama_model_default_params();
         params.n_gpu_layers = n_gpu_layers;
         params.load_mtp     = true;  // without the heads an MTP context aborts on its first decode
         if (progress) {
@@ -133,7 +149,7 @@ mtpbatch_status mtpbatch_model_load(const char * path, int32_t n_gpu_layers, mtp
             throw state.stopped ? Error(MTPBATCH_LOAD_CANCELLED, "loading was stopped by the progress callback")
                                 : Error(MTPBATCH_LOAD_FAILED, with_reason("llama.cpp could not load the model"));
         }
-        auto impl = std::make_shared<Model>(raw);
+        auto impl = std::make_shared<Model>(raw, headless ? 0 : llama_model_n_layer_nextn(raw));
         if (llama_vocab_type(impl->vocab) == LLAMA_VOCAB_TYPE_NONE) {
             throw Error(MTPBATCH_LOAD_FAILED, "the model has no vocabulary");
         }
@@ -153,8 +169,9 @@ void mtpbatch_model_get_facts(const mtpbatch_model * model, mtpbatch_model_facts
     facts->n_vocab     = m.n_vocab();
     facts->n_embd      = llama_model_n_embd_out(m.raw);
     facts->n_layer     = llama_model_n_layer(m.raw);
-    facts->n_mtp_heads = llama_model_n_layer_nextn(m.raw);
+    facts->n_mtp_heads = m.n_mtp_heads;
     facts->n_ctx_train = llama_model_n_ctx_train(m.raw);
+    facts->n_swa       = llama_model_n_swa(m.raw);
     facts->bos         = llama_vocab_bos(m.vocab);
     facts->eos         = llama_vocab_eos(m.vocab);
     facts->eot         = llama_vocab_eot(m.vocab);

@@ -4,8 +4,8 @@
 // what they are built on: a model outlives its contexts, contexts outlive their session and
 // executor, whatever order they are freed in.
 //
-// Threads: any thread may call, one at a time for handles that share a target context. A model's
-// const functions may be called from several threads at once.
+// Threads: any thread may call, one at a time for handles that share a target context and for one
+// sampler. A model's const functions may be called from several threads at once.
 //
 // Errors: functions that can fail return a status and fill `error` with the reason in words. Unless
 // a status says otherwise, a call that fails has changed nothing.
@@ -38,6 +38,7 @@ typedef enum mtpbatch_status {
     MTPBATCH_SESSION_PROCESS,
     MTPBATCH_SESSION_DRAFT,
     MTPBATCH_SESSION_ACCEPT,
+    MTPBATCH_SESSION_STATE,  // save, restore, fork
     MTPBATCH_INTERNAL,
 } mtpbatch_status;
 
@@ -58,6 +59,7 @@ typedef struct mtpbatch_model_facts {
     int32_t  n_layer;
     int32_t  n_mtp_heads;  // 0: the model cannot draft
     int32_t  n_ctx_train;
+    int32_t  n_swa;          // positions in a sliding window of attention; 0: there is none
     int32_t  bos, eos, eot;  // -1: the model has none
     bool     add_bos;
     bool     hybrid;     // attention and recurrent layers
@@ -120,7 +122,7 @@ typedef struct mtpbatch_batch {
 
 // `target` NULL makes a default context; otherwise an MTP context that drafts for `target`, with
 // the target's own n_ctx, n_seq, n_batch, n_ubatch, n_threads, kv_type and kv_unified (`params` is
-// not read and may be NULL).
+// not read and may be NULL). `model` is then the target's own, or an assistant made for it.
 mtpbatch_status mtpbatch_context_create(const mtpbatch_model * model, const mtpbatch_context_params * params,
                                         const mtpbatch_context * target, mtpbatch_context ** context,
                                         mtpbatch_error * error);
@@ -131,7 +133,7 @@ bool            mtpbatch_context_is_mtp(const mtpbatch_context * context);
 mtpbatch_status mtpbatch_context_decode(mtpbatch_context * context, const mtpbatch_batch * batch,
                                         mtpbatch_error * error);
 // Logits of a row of the last batch that asked for them: n_vocab floats, valid until the next
-// decode. NULL: no such row.
+// decode. NULL: no such row, or an executor drives the context.
 const float * mtpbatch_context_logits(mtpbatch_context * context, int32_t row);
 // The number of positions a sequence has decoded; -1: no such sequence.
 int32_t mtpbatch_context_length(const mtpbatch_context * context, int32_t seq_id);
@@ -182,11 +184,33 @@ mtpbatch_status mtpbatch_session_draft(mtpbatch_session * session, int32_t n, co
                                        int32_t * drafts, int32_t * lengths, mtpbatch_error * error);
 mtpbatch_status mtpbatch_session_accept(mtpbatch_session * session, int32_t seq_id, int32_t n_accepted,
                                         mtpbatch_error * error);
+// All that both contexts and the session hold of a sequence. `n` returns how many bytes that takes;
+// if that is more than `size`, nothing was written. No draft may be under way.
+mtpbatch_status mtpbatch_session_save(mtpbatch_session * session, int32_t seq_id, uint8_t * state, size_t size,
+                                      size_t * n, mtpbatch_error * error);
+// Replaces a sequence by a saved one, of any session of the same model and settings (n_ctx may
+// differ, and n_seq if kv_unified). With recurrent layers or a sliding window the target cannot be
+// truncated into it. A state that is refused changes nothing; one that llama.cpp cannot take leaves
+// the sequence empty.
+mtpbatch_status mtpbatch_session_restore(mtpbatch_session * session, int32_t seq_id, const uint8_t * state, size_t size,
+                                         mtpbatch_error * error);
+// Replaces a sequence by a copy of another. No draft of `source` may be under way.
+mtpbatch_status mtpbatch_session_fork(mtpbatch_session * session, int32_t source, int32_t target,
+                                      mtpbatch_error * error);
 void mtpbatch_session_get_statistics(const mtpbatch_session * session, mtpbatch_session_statistics * statistics);
 
 // --- executor ------------------------------------------------------------------------------------
+//
+// Runs plans on a thread of its own, so that the next step begins when the last one ends, whatever
+// the caller is busy with. It keeps each sequence's position, last token and sampler: a plan says
+// what is new, and one that may be repeated stands until the next plan comes.
 
 typedef struct mtpbatch_executor mtpbatch_executor;
+
+typedef struct mtpbatch_text {
+    int32_t      n_bytes;
+    const char * bytes;
+} mtpbatch_text;
 
 // A sequence id taken by a new request.
 typedef struct mtpbatch_admission {
@@ -199,23 +223,35 @@ typedef struct mtpbatch_admission {
     int32_t         max_tokens;
     int32_t         n_stop;
     const int32_t * stop_tokens;
+    // Texts, in UTF-8 and not empty, with which the caller may end it: it takes part in no step after
+    // the one that completes one of them.
+    int32_t               n_stop_texts;
+    const mtpbatch_text * stop_texts;
+    bool                  drafts;  // false: it never will, so that nothing is kept for the MTP head
 } mtpbatch_admission;
 
 typedef struct mtpbatch_entry {
     int32_t         seq_id;
     int32_t         n_tokens;  // next tokens of the prompt; 0: go on from the token sampled last
     const int32_t * tokens;
-    bool            sample;  // false: more of the prompt is to come
-    int32_t         n_draft;
+    bool            sample;   // false: more of the prompt is to come
+    int32_t         n_draft;  // most tokens to draft in each step that goes on from a sampled token
 } mtpbatch_entry;
 
 typedef struct mtpbatch_plan {
+    int64_t                    number;  // comes back with the results
     int32_t                    n_release;
     const int32_t *            release;
     int32_t                    n_admit;
     const mtpbatch_admission * admit;
-    int32_t                    n_entries;
+    int32_t                    n_entries;  // 0: the plan before this one stands
     const mtpbatch_entry *     entries;
+    // 0: a single step. Otherwise the plan is repeated, without the prompts it fed, until the next
+    // one comes, and a step begins while at most this many steps have not been taken in.
+    int32_t run_ahead;
+    // Whether each step's result is waited for. Otherwise they may come together, but for those of
+    // the plan's first step and of steps in which a sequence ends.
+    bool followed;
 } mtpbatch_plan;
 
 typedef enum mtpbatch_finish {
@@ -224,32 +260,56 @@ typedef enum mtpbatch_finish {
     MTPBATCH_TOKEN_LIMIT,
 } mtpbatch_finish;
 
-typedef struct mtpbatch_outcome {
-    int32_t         n_tokens;  // accepted drafts, then the sampled token
-    int32_t         tokens[MTPBATCH_MAX_DRAFT + 1];
-    int32_t         n_drafted;
-    int32_t         n_accepted;
-    mtpbatch_finish finish;
-} mtpbatch_outcome;
+#define MTPBATCH_OUTCOME_WORDS 4
 
-typedef struct mtpbatch_step_report {
-    int32_t n_target_tokens;
-    int32_t n_draft_decodes;
-    int64_t draft_us, target_us, sample_us;
-} mtpbatch_step_report;
+typedef struct mtpbatch_step {
+    int64_t         plan;     // its number
+    mtpbatch_status status;   // not MTPBATCH_OK: the sequences of its entries are lost; release them
+    const char *    message;  // the reason
+    // Parallel to the plan's entries, each: how many tokens, of them how many accepted drafts, how
+    // many were drafted, and a mtpbatch_finish; then the tokens: accepted drafts and the sampled
+    // one. All 0 if the sequence took no part: it was released, has finished, met a stop text or was
+    // lost meanwhile, or waits for more of its prompt.
+    int32_t         n_words;
+    const int32_t * words;
+    int32_t         n_target_tokens;
+    int32_t         n_draft_decodes;
+    int64_t         gap_us;  // since the step before, if it left sequences to go on
+    int64_t         draft_us, target_us, sample_us;
+} mtpbatch_step;
 
-// `session` NULL: never drafts.
+// `session` NULL: never drafts. From here on the contexts and the session belong to the executor.
 mtpbatch_status mtpbatch_executor_create(const mtpbatch_context * target, const mtpbatch_session * session,
                                          mtpbatch_executor ** executor, mtpbatch_error * error);
-void            mtpbatch_executor_free(mtpbatch_executor * executor);
-// One step: free what the plan releases, take in what it admits, draft, decode, sample and verify,
-// take back what was rejected. All entries share one decode, except that on models with recurrent
-// layers drafts of each length have one of their own. `outcomes` is parallel to plan->entries.
-// After MTPBATCH_INVALID_ARGUMENT nothing has changed; after any other failure releases and
-// admissions stand and the sequences of plan->entries are lost: release them.
-mtpbatch_status mtpbatch_executor_step(mtpbatch_executor * executor, const mtpbatch_plan * plan,
-                                       mtpbatch_outcome * outcomes, mtpbatch_step_report * report,
-                                       mtpbatch_error * error);
+// Waits for the step under way.
+void mtpbatch_executor_free(mtpbatch_executor * executor);
+// Takes in that the steps of the last call were seen, hands over a plan (or NULL), and gives the
+// steps that have ended since; with `wait`, waits for one that is worth a look (see `followed`), or for
+// mtpbatch_executor_wake. They stay valid until the next call.
+//
+// A plan frees what it releases, takes in what it admits, and then each of its steps drafts,
+// decodes, samples and verifies, and takes back what was rejected. It begins when the step under
+// way ends; plans that wait are begun in order, each for one step at least. All entries share one
+// decode, except that on models with recurrent layers drafts of each length have one of their own.
+//
+// MTPBATCH_INVALID_ARGUMENT: the plan breaks a rule and was not taken.
+mtpbatch_status mtpbatch_executor_exchange(mtpbatch_executor * executor, const mtpbatch_plan * plan, bool wait,
+                                           int32_t * n_steps, const mtpbatch_step ** steps, mtpbatch_error * error);
+// Any thread: ends the wait of the exchange under way, or of the next one.
+void mtpbatch_executor_wake(mtpbatch_executor * executor);
+
+// --- sampler -------------------------------------------------------------------------------------
+
+typedef struct mtpbatch_sampler mtpbatch_sampler;
+
+// Picks tokens as the executor does for a request with these params, of which it reads temperature,
+// top_k, top_p, min_p and seed. Rows are looked through by up to `n_threads` threads.
+mtpbatch_status mtpbatch_sampler_create(const mtpbatch_admission * params, int32_t n_threads,
+                                        mtpbatch_sampler ** sampler, mtpbatch_error * error);
+void            mtpbatch_sampler_free(mtpbatch_sampler * sampler);
+// One token for each row of logits[n_rows][n_vocab]; each advances the random state by one draw.
+mtpbatch_status mtpbatch_sampler_sample(mtpbatch_sampler * sampler, const float * logits, int32_t n_rows,
+                                        int32_t n_vocab, int32_t * tokens, mtpbatch_error * error);
 
 /* cffi: end */
 

@@ -1,19 +1,77 @@
-// Drafting with a model's MTP head.
+// Drafting with a model's MTP heads.
 #include "internal.hpp"
 
 #include <algorithm>
-#include <numeric>
+#include <cstring>
 
 namespace mtpbatch {
 
 namespace {
 
-// Pairs a sequence may keep waiting. More are decoded in one go, so that memory stays bounded and
-// a sequence that starts to draft never has far to catch up.
-constexpr int32_t MAX_WAITING = 256;
+// Hidden rows that may wait in a session, shared equally by its sequences. When more of a sequence
+// wait, all of them are decoded, which takes time that is lost if it never drafts again: only long
+// sequences should come to it.
+constexpr size_t MAX_WAITING_BYTES = 64 << 20;
+constexpr size_t MIN_WAITING       = 256;  // pairs of each sequence, whatever they take
 
 std::string name(llama_seq_id seq_id) {
     return "sequence " + std::to_string(seq_id);
+}
+
+// What a saved sequence begins with. Behind it stand the hidden row and the states of both contexts.
+struct StateHeader {
+    char     magic[8];
+    uint64_t version;
+    uint64_t fingerprint;  // of the model and the contexts
+    uint64_t checksum;     // of all that follows
+    uint64_t n_target;     // bytes
+    uint64_t n_draft;
+    int32_t  n_past;
+    int32_t  ignored;
+};
+static_assert(sizeof(StateHeader) == 56);
+
+constexpr char     STATE_MAGIC[8] = { 'm', 't', 'p', 'b', 'a', 't', 'c', 'h' };
+constexpr uint64_t STATE_VERSION  = 1000 * 1 + LLAMA_STATE_SEQ_VERSION;
+constexpr size_t   CHECKED_FROM   = offsetof(StateHeader, n_target);
+
+// Notices damage, not malice: FNV-1a over words, then over the bytes that remain.
+class Checksum {
+  public:
+    void add(const void * data, size_t size) {
+        const auto * bytes = static_cast<const uint8_t *>(data);
+        for (; size >= sizeof(uint64_t); size -= sizeof(uint64_t), bytes += sizeof(uint64_t)) {
+            uint64_t word;
+            std::memcpy(&word, bytes, sizeof word);
+            mix(word);
+        }
+        for (; size > 0; --size, ++bytes) {
+            mix(*bytes);
+        }
+    }
+    uint64_t value() const { return value_; }
+
+  private:
+    void mix(uint64_t word) {
+        value_ = (value_ ^ word) * 0x100000001b3;
+        value_ ^= value_ >> 29;  // a product carries upwards only
+    }
+
+    uint64_t value_ = 0xcbf29ce484222325;
+};
+
+void add_model(Checksum & sum, const llama_model * model) {
+    std::vector<char> text(1 << 16);
+    const auto        add = [&](auto read, int32_t i) {
+        const int32_t n = read(model, i, text.data(), text.size());
+        sum.add(text.data(), std::min<size_t>(std::max(n, 0), text.size() - 1));
+    };
+    for (int32_t i = 0; i < llama_model_meta_count(model); ++i) {
+        add(llama_model_meta_key_by_index, i);
+        add(llama_model_meta_val_str_by_index, i);
+    }
+    const uint64_t sizes[] = { llama_model_n_params(model), llama_model_size(model) };
+    sum.add(sizes, sizeof sizes);
 }
 
 const mtpbatch_session_config & checked(const mtpbatch_session_config & config, const Context & target,
@@ -54,10 +112,15 @@ const mtpbatch_session_config & checked(const mtpbatch_session_config & config, 
         contexts_error("the model keeps recurrent state, so that the target needs n_rs_seq of at least n_draft_max=" +
                        std::to_string(config.n_draft_max) + "; it has " + std::to_string(target.params().n_rs_seq));
     }
-    const int32_t n_heads = llama_model_n_layer_nextn(target.model().raw);
-    if (n_heads > 1) {
-        throw Error(MTPBATCH_SESSION_INIT, "the model chains " + std::to_string(n_heads) +
-                                               " MTP heads; only models that reuse one head are supported");
+    if (draft.n_heads() > 1 && config.n_draft_max > draft.n_heads()) {
+        config_error("n_draft_max must be at most " + std::to_string(draft.n_heads()) +
+                     ", the MTP heads that the model chains, one for each depth; got " +
+                     std::to_string(config.n_draft_max));
+    }
+    if (llama_model_n_swa(target.model().raw) > 0 && target.params().kv_unified) {
+        // Cells that have left a sequence's window go to others. They are missed when the window
+        // moves back with a rejected draft.
+        contexts_error("the model has sliding-window attention, so that drafting needs kv_unified false");
     }
     return config;
 }
@@ -70,6 +133,7 @@ Session::Session(std::shared_ptr<Context> target, std::shared_ptr<Context> draft
       draft_(std::move(draft)),
       config_(checked(config, *target_, *draft_)),
       n_embd_(llama_model_n_embd_out(target_->model().raw)),
+      max_waiting_(std::max(MIN_WAITING, MAX_WAITING_BYTES / (config.n_seq * n_embd_ * sizeof(float)))),
       sequences_(config.n_seq),
       n_seen_(target_->n_decodes()) {
     for (llama_seq_id s = 0; s < config_.n_seq; ++s) {
@@ -77,7 +141,7 @@ Session::Session(std::shared_ptr<Context> target, std::shared_ptr<Context> draft
             throw Error(MTPBATCH_SESSION_SEQUENCE, name(s) + " of the target has decoded tokens that this session " +
                                                        "did not see: make the session first, or truncate it to 0");
         }
-        sequences_[s].hidden.assign(n_embd_, 0);
+        reset(s);
     }
     target_->keep_hidden();
     draft_->claimed = true;
@@ -94,8 +158,143 @@ Session::SequenceState & Session::sequence(llama_seq_id seq_id) {
 void Session::reset(llama_seq_id seq_id) {
     auto & s = sequence(seq_id);
     draft_->truncate(seq_id, 0);
-    s = {};
+    s.n_past  = 0;
+    s.ignored = false;
+    s.decoded.assign(draft_->n_heads(), 0);
+    s.waiting.clear();
+    s.waiting_hidden.clear();
     s.hidden.assign(n_embd_, 0);
+    s.drafted_from = -1;
+    s.n_drafted    = 0;
+    s.n_verified   = 0;
+}
+
+void Session::ignore(llama_seq_id seq_id) {
+    auto & s = sequence(seq_id);
+    if (s.n_past > 0) {
+        throw Error(MTPBATCH_SESSION_SEQUENCE, name(seq_id) + " has begun already");
+    }
+    s.ignored = true;
+}
+
+// A sequence that has no draft under way and is where the target is.
+Session::SequenceState & Session::settled(llama_seq_id seq_id) {
+    auto & s = sequence(seq_id);
+    if (s.n_drafted > 0) {
+        throw Error(MTPBATCH_SESSION_STATE, name(seq_id) + " has a draft that waits for " +
+                                                (s.n_verified > 0 ? "accept()" : "process() and accept()"));
+    }
+    if (n_seen_ != target_->n_decodes()) {
+        throw Error(MTPBATCH_SESSION_STATE, "the target's last decode was not processed yet");
+    }
+    if (s.n_past != target_->length(seq_id)) {
+        throw Error(MTPBATCH_SESSION_STATE, name(seq_id) + " has " + std::to_string(target_->length(seq_id)) +
+                                                " positions in the target, but the session has taken in " +
+                                                std::to_string(s.n_past) + ": truncate the target to them");
+    }
+    if (s.drafted_from >= 0) {
+        take_back_last(seq_id);
+    }
+    catch_up({ seq_id });
+    return s;
+}
+
+uint64_t Session::fingerprint() const {
+    Checksum sum;
+    add_model(sum, target_->model().raw);
+    add_model(sum, draft_->model().raw);
+    const auto &  p        = target_->params();
+    const bool    unified  = p.kv_unified && draft_->params().kv_unified;
+    const int32_t values[] = { p.kv_type, p.kv_unified, unified ? 0 : p.n_seq };
+    sum.add(values, sizeof values);
+    return sum.value();
+}
+
+size_t Session::save(llama_seq_id seq_id, uint8_t * state, size_t size) {
+    const auto & s        = settled(seq_id);
+    const bool   drafts   = !s.ignored && !draft_->shares_memory();
+    const size_t n_hidden = n_embd_ * sizeof(float);
+    const size_t n_target = target_->state_size(seq_id);
+    const size_t n_draft  = drafts ? draft_->state_size(seq_id) : 0;
+    const size_t n_total  = sizeof(StateHeader) + n_hidden + n_target + n_draft;
+    if (n_total > size) {
+        return n_total;
+    }
+    StateHeader header{ {}, STATE_VERSION, fingerprint(), 0, n_target, n_draft, s.n_past, s.ignored };
+    std::memcpy(header.magic, STATE_MAGIC, sizeof STATE_MAGIC);
+    std::memcpy(state, &header, sizeof header);
+    uint8_t * body = state + sizeof header;
+    std::memcpy(body, s.hidden.data(), n_hidden);
+    target_->save(seq_id, body + n_hidden, n_target);
+    if (drafts) {
+        draft_->save(seq_id, body + n_hidden + n_target, n_draft);
+    }
+    Checksum sum;
+    sum.add(state + CHECKED_FROM, n_total - CHECKED_FROM);
+    header.checksum = sum.value();
+    std::memcpy(state, &header, sizeof header);
+    return n_total;
+}
+
+void Session::restore(llama_seq_id seq_id, const uint8_t * state, size_t size) {
+    const auto refuse = [](const std::string & message) { throw Error(MTPBATCH_SESSION_STATE, message); };
+    auto &     s      = sequence(seq_id);
+    if (n_seen_ != target_->n_decodes()) {
+        refuse("the target's last decode was not processed yet");
+    }
+    StateHeader header;
+    if (size < sizeof header || std::memcmp(state, STATE_MAGIC, sizeof STATE_MAGIC) != 0) {
+        refuse("these bytes are not a saved sequence");
+    }
+    std::memcpy(&header, state, sizeof header);
+    if (header.version != STATE_VERSION) {
+        refuse("the sequence was saved by another version of mtpbatch");
+    }
+    if (header.fingerprint != fingerprint()) {
+        refuse("the sequence was saved with another model or other context settings");
+    }
+    Checksum sum;
+    sum.add(state + CHECKED_FROM, size - CHECKED_FROM);
+    const size_t n_hidden = n_embd_ * sizeof(float);
+    const size_t n_body   = size - sizeof header;
+    if (header.checksum != sum.value() || header.n_target > n_body || header.n_draft > n_body ||
+        n_hidden + header.n_target + header.n_draft != n_body || header.n_past < 0) {
+        refuse("the saved sequence is damaged");
+    }
+    if (header.n_past > target_->params().n_ctx) {
+        refuse("the saved sequence has " + std::to_string(header.n_past) +
+               " positions, more than n_ctx=" + std::to_string(target_->params().n_ctx));
+    }
+    reset(seq_id);
+    const uint8_t * body = state + sizeof header;
+    if (!target_->load(seq_id, body + n_hidden, header.n_target, header.n_past) ||
+        (header.n_draft > 0 &&
+         !draft_->load(seq_id, body + n_hidden + header.n_target, header.n_draft, header.n_past))) {
+        target_->truncate(seq_id, 0);
+        refuse(with_reason("llama.cpp could not restore " + name(seq_id) + ", which is empty now"));
+    }
+    std::memcpy(s.hidden.data(), body, n_hidden);
+    s.decoded.assign(s.decoded.size(), header.n_past);
+    s.n_past  = header.n_past;
+    s.ignored = header.ignored != 0;
+}
+
+void Session::fork(llama_seq_id source, llama_seq_id target) {
+    auto & copy = sequence(target);
+    if (source == target) {
+        throw Error(MTPBATCH_SESSION_STATE, name(source) + " cannot be forked onto itself");
+    }
+    const auto & s = settled(source);
+    reset(target);
+    if (!target_->copy(source, target) || !(s.ignored || draft_->shares_memory() || draft_->copy(source, target))) {
+        target_->truncate(target, 0);
+        throw Error(MTPBATCH_SESSION_STATE,
+                    with_reason("llama.cpp could not fork " + name(source) + "; " + name(target) + " is empty now"));
+    }
+    copy.hidden  = s.hidden;
+    copy.decoded = s.decoded;
+    copy.n_past  = s.n_past;
+    copy.ignored = s.ignored;
 }
 
 void Session::begin(llama_seq_id seq_id, int32_t n_prompt) {
@@ -136,34 +335,16 @@ void Session::process() {
         }
     }
 
-    n_seen_ = target_->n_decodes();
+    n_seen_                          = target_->n_decodes();
+    const float *             hidden = target_->hidden();
     std::vector<llama_seq_id> full;
     for (size_t begin = 0, end; begin < rows.size(); begin = end) {
         const llama_seq_id seq_id = rows[begin].seq_id;
         for (end = begin + 1; end < rows.size() && rows[end].seq_id == seq_id; ++end) {
         }
-        if (rows[begin].position == 0) {
-            reset(seq_id);  // a new generation on a used sequence
-        }
-        auto & s = sequences_[seq_id];
-        if (s.drafted_from >= 0 && s.drafted_from != rows[begin].token) {
-            // Drafted from one token, decoded another: that position must be decoded again.
-            draft_->truncate(seq_id, s.n_past);
-        }
-        s.drafted_from = -1;
-        for (size_t i = begin; i < end; ++i) {
-            // A draft has decoded its first token already.
-            if (rows[i].position >= draft_->length(seq_id)) {
-                const float * hidden = i == begin ? s.hidden.data() : target_->hidden(static_cast<int32_t>(i) - 1);
-                s.waiting.push_back(rows[i].token);
-                s.waiting_hidden.insert(s.waiting_hidden.end(), hidden, hidden + n_embd_);
-            }
-        }
-        const float * last = target_->hidden(static_cast<int32_t>(end) - 1);
-        s.hidden.assign(last, last + n_embd_);
-        s.n_past     = rows[end - 1].position + 1;
-        s.n_verified = s.n_drafted > 0 ? static_cast<int32_t>(end - begin) : 0;
-        if (s.n_verified == 0 && s.waiting.size() > MAX_WAITING) {
+        take_in(rows, begin, end, hidden);
+        const auto & s = sequences_[seq_id];
+        if (s.n_verified == 0 && s.waiting.size() > max_waiting_) {
             full.push_back(seq_id);
         }
     }
@@ -171,38 +352,103 @@ void Session::process() {
     statistics.process_us += watch.lap();
 }
 
+// Takes in one sequence's rows of a batch, given the hidden rows of all of it.
+void Session::take_in(const std::vector<Row> & rows, size_t begin, size_t end, const float * hidden) {
+    const llama_seq_id seq_id = rows[begin].seq_id;
+    auto &             s      = sequences_[seq_id];
+    if (rows[begin].position == 0 && s.n_past > 0) {
+        reset(seq_id);  // a new generation on a used sequence
+    }
+    if (s.ignored) {
+        s.n_past = rows[end - 1].position + 1;
+        return;
+    }
+    if (s.drafted_from >= 0 && s.drafted_from != rows[begin].token) {
+        take_back_last(seq_id);  // drafted from one token, decoded another
+    }
+    s.drafted_from = -1;
+    // An assistant needs no pairs; but accept() looks up the last accepted token's hidden row there.
+    if (!draft_->shares_memory() || s.n_drafted > 0) {
+        // A draft may have decoded the first token already.
+        const int32_t lowest = *std::min_element(s.decoded.begin(), s.decoded.end());
+        size_t        i      = begin + (rows[begin].position < lowest);
+        for (size_t j = i; j < end; ++j) {
+            s.waiting.push_back(rows[j].token);
+        }
+        if (i == begin) {
+            s.waiting_hidden.insert(s.waiting_hidden.end(), s.hidden.begin(), s.hidden.end());
+            i += 1;
+        }
+        s.waiting_hidden.insert(s.waiting_hidden.end(), hidden + (i - 1) * n_embd_, hidden + (end - 1) * n_embd_);
+    }
+    s.hidden.assign(hidden + (end - 1) * n_embd_, hidden + end * n_embd_);
+    s.n_past     = rows[end - 1].position + 1;
+    s.n_verified = s.n_drafted > 0 ? static_cast<int32_t>(end - begin) : 0;
+}
+
+// Takes back the entries of the token at n_past, which a draft made.
+void Session::take_back_last(llama_seq_id seq_id) {
+    auto & s = sequences_[seq_id];
+    for (int32_t & decoded : s.decoded) {
+        decoded = std::min(decoded, s.n_past);
+    }
+    draft_->truncate(seq_id, s.n_past);
+    s.drafted_from = -1;
+}
+
+// Drops the pairs that every head has entries for.
+void Session::drop_waiting(SequenceState & s) const {
+    const int32_t lowest = *std::min_element(s.decoded.begin(), s.decoded.end());
+    const int32_t n      = std::min(lowest, s.n_past) - s.first_waiting();
+    s.waiting.erase(s.waiting.begin(), s.waiting.begin() + n);
+    s.waiting_hidden.erase(s.waiting_hidden.begin(), s.waiting_hidden.begin() + n * n_embd_);
+}
+
+// After a failed decode: whatever waits must be decoded again by all heads.
+void Session::start_over(llama_seq_id seq_id) {
+    auto & s = sequences_[seq_id];
+    draft_->truncate(seq_id, s.first_waiting());
+    s.decoded.assign(s.decoded.size(), s.first_waiting());
+    s.drafted_from = -1;
+}
+
 // Decodes what waits in these sequences. If that fails it waits on.
 void Session::catch_up(const std::vector<llama_seq_id> & seq_ids) try {
-    std::vector<Row> rows;
-    for (const llama_seq_id seq_id : seq_ids) {
-        const auto &  s     = sequences_[seq_id];
-        const int32_t first = s.n_past - static_cast<int32_t>(s.waiting.size());
-        for (size_t i = 0; i < s.waiting.size(); ++i) {
-            if (static_cast<int32_t>(rows.size()) == draft_->params().n_batch) {
-                decode(rows);
-                rows.clear();
+    for (int32_t head = 0; head < draft_->n_heads(); ++head) {
+        std::vector<Row> rows;
+        for (const llama_seq_id seq_id : seq_ids) {
+            const auto &  s     = sequences_[seq_id];
+            const int32_t begin = std::max(s.decoded[head], s.first_waiting());
+            draft_->truncate(seq_id, begin);  // the entries of heads before this one
+            for (int32_t position = begin; position < s.n_past; ++position) {
+                if (static_cast<int32_t>(rows.size()) == draft_->params().n_batch) {
+                    decode(head, rows);
+                    rows.clear();
+                }
+                const int32_t i = position - s.first_waiting();
+                rows.push_back({ s.waiting[i], position, seq_id, false, s.waiting_hidden.data() + i * n_embd_ });
             }
-            rows.push_back({ s.waiting[i], first + static_cast<llama_pos>(i), seq_id, false,
-                             s.waiting_hidden.data() + i * n_embd_ });
         }
-    }
-    if (!rows.empty()) {
-        decode(rows);
+        if (!rows.empty()) {
+            decode(head, rows);
+        }
     }
     for (const llama_seq_id seq_id : seq_ids) {
         auto & s = sequences_[seq_id];
-        s.waiting.clear();
-        s.waiting_hidden.clear();
+        s.decoded.assign(s.decoded.size(), s.n_past);
+        drop_waiting(s);
     }
 } catch (...) {
     for (const llama_seq_id seq_id : seq_ids) {
-        const auto & s = sequences_[seq_id];
-        draft_->truncate(seq_id, s.n_past - static_cast<int32_t>(s.waiting.size()));
+        start_over(seq_id);
     }
     throw;
 }
 
-void Session::decode(const std::vector<Row> & rows) {
+void Session::decode(int32_t head, const std::vector<Row> & rows) {
+    if (draft_->n_heads() > 1) {
+        draft_->select_head(head);
+    }
     draft_->decode(rows);
     statistics.n_decodes += 1;
     statistics.n_rows += static_cast<int64_t>(rows.size());
@@ -217,6 +463,9 @@ void Session::draft(std::vector<Request> requests, std::vector<std::vector<llama
             throw Error(MTPBATCH_SESSION_DRAFT, name(request.seq_id) + " is asked for twice");
         }
         seen[request.seq_id] = true;
+        if (s.ignored) {
+            throw Error(MTPBATCH_SESSION_DRAFT, name(request.seq_id) + " is ignored: nothing was kept to draft from");
+        }
         if (s.n_drafted > 0) {
             throw Error(MTPBATCH_SESSION_DRAFT, name(request.seq_id) + " has a draft that waits for " +
                                                     (s.n_verified > 0 ? "accept()" : "process() and accept()"));
@@ -238,25 +487,29 @@ void Session::draft(std::vector<Request> requests, std::vector<std::vector<llama
     }
 
     const int32_t n_vocab = target_->model().n_vocab();
+    const bool    chained = draft_->n_heads() > 1;
     drafts.assign(requests.size(), {});
-    std::vector<Row>                        rows;
+    int32_t                                 depth = 0;               // tokens drafted so far
+    std::vector<int32_t>                    turns(requests.size());  // decodes that each request took part in
     std::vector<size_t>                     drafting;                // requests that go one token deeper
-    std::vector<std::vector<float>>         chain(requests.size());  // the hidden row each of them goes on from
-    std::vector<std::pair<size_t, int32_t>> outputs;                 // request, row of the batch being filled
+    std::vector<Row>                        rows;
+    std::vector<std::pair<size_t, int32_t>> outputs;  // request, row of the batch being filled
 
     // Decodes `rows` and picks one token for each of its outputs.
     const auto flush = [&] {
-        decode(rows);
+        decode(chained ? depth : 0, rows);
         for (const auto & [r, row] : outputs) {
             const float *     logits = draft_->logits(row);
             const llama_token token  = argmax(logits, n_vocab);
+            turns[r] += 1;
             if (config_.p_min > 0 && probability_of(token, logits, n_vocab) < config_.p_min) {
                 continue;
             }
             drafts[r].push_back(token);
-            if (static_cast<int32_t>(drafts[r].size()) < requests[r].depth) {
+            if (turns[r] < requests[r].depth) {
+                auto &        chain  = sequences_[requests[r].seq_id].chain;
                 const float * hidden = draft_->hidden(row);
-                chain[r].assign(hidden, hidden + n_embd_);
+                chain.insert(chain.end(), hidden, hidden + n_embd_);
                 drafting.push_back(r);
             }
         }
@@ -272,37 +525,46 @@ void Session::draft(std::vector<Request> requests, std::vector<std::vector<llama
         }
         rows.push_back({ token, position, requests[r].seq_id, output, hidden });
     };
+    // A request's rows of the current depth: what waits for the head, then the newly sampled token
+    // (t = 0) and those drafted after it, of which only a chained head lacks more than the last.
+    const auto add_turn = [&](size_t r) {
+        const auto & s = sequences_[requests[r].seq_id];
+        if (chained || depth == 0) {
+            const int32_t decoded = s.decoded[chained ? depth : 0];
+            draft_->truncate(requests[r].seq_id, decoded);
+            for (int32_t i = std::max(0, decoded - s.first_waiting()); i < static_cast<int32_t>(s.waiting.size());
+                 ++i) {
+                add(r, s.waiting[i], s.first_waiting() + i, s.waiting_hidden.data() + i * n_embd_, false);
+            }
+        }
+        for (int32_t t = chained ? 0 : depth; t <= depth; ++t) {
+            add(r, t == 0 ? requests[r].last_token : drafts[r][t - 1], s.n_past + (draft_->shares_memory() ? 0 : t),
+                t == 0 ? s.hidden.data() : s.chain.data() + (t - 1) * n_embd_, t == depth);
+        }
+    };
 
     try {
-        // The first batch: all that waits, then the newly sampled token.
         for (size_t r = 0; r < requests.size(); ++r) {
-            if (requests[r].depth == 0) {
-                continue;
+            if (requests[r].depth > 0) {
+                auto & s = sequences_[requests[r].seq_id];
+                if (s.drafted_from >= 0) {
+                    take_back_last(requests[r].seq_id);  // it was drafted from before, and nothing came of it
+                }
+                s.chain.clear();
+                drafting.push_back(r);
             }
-            const auto & s = sequences_[requests[r].seq_id];
-            if (s.drafted_from >= 0) {
-                // It was drafted from before, and nothing came of it.
-                draft_->truncate(requests[r].seq_id, s.n_past);
-            }
-            const int32_t first = s.n_past - static_cast<int32_t>(s.waiting.size());
-            for (size_t i = 0; i < s.waiting.size(); ++i) {
-                add(r, s.waiting[i], first + static_cast<llama_pos>(i), s.waiting_hidden.data() + i * n_embd_, false);
-            }
-            add(r, requests[r].last_token, s.n_past, s.hidden.data(), true);
         }
-        for (int32_t depth = 1; !rows.empty(); ++depth) {
-            flush();
-            std::vector<size_t> deeper;
-            deeper.swap(drafting);
-            for (const size_t r : deeper) {
-                add(r, drafts[r].back(), requests[r].n_past + depth, chain[r].data(), true);
+        for (; !drafting.empty(); ++depth) {
+            std::vector<size_t> now;
+            now.swap(drafting);
+            for (const size_t r : now) {
+                add_turn(r);
             }
+            flush();
         }
     } catch (...) {
         for (const auto & request : requests) {
-            auto & s = sequences_[request.seq_id];
-            draft_->truncate(request.seq_id, s.n_past - static_cast<int32_t>(s.waiting.size()));
-            s.drafted_from = -1;
+            start_over(request.seq_id);
         }
         drafts.assign(requests.size(), {});
         throw;
@@ -313,11 +575,13 @@ void Session::draft(std::vector<Request> requests, std::vector<std::vector<llama
             continue;
         }
         auto & s = sequences_[requests[r].seq_id];
-        s.waiting.clear();
-        s.waiting_hidden.clear();
-        // Positions beyond the first token hold the head's own hidden rows, not the target's.
-        draft_->truncate(requests[r].seq_id, s.n_past + 1);
-        s.drafted_from = requests[r].last_token;
+        if (!draft_->shares_memory()) {
+            std::fill_n(s.decoded.begin(), chained ? turns[r] : 1, s.n_past + 1);
+            drop_waiting(s);
+            // Entries beyond the first token's pair with the heads' own hidden rows, not the target's.
+            draft_->truncate(requests[r].seq_id, s.n_past + 1);
+            s.drafted_from = requests[r].last_token;
+        }
         if (static_cast<int32_t>(drafts[r].size()) < config_.n_min) {
             drafts[r].clear();
         }
@@ -358,6 +622,10 @@ void Session::accept(llama_seq_id seq_id, int32_t n_accepted) {
         s.waiting_hidden.resize(kept * n_embd_);
         s.n_past -= n_rejected;
     }
+    if (draft_->shares_memory()) {
+        s.waiting.clear();
+        s.waiting_hidden.clear();
+    }
     s.n_drafted  = 0;
     s.n_verified = 0;
     statistics.n_accepted += n_accepted;
@@ -375,6 +643,7 @@ mtpbatch_status mtpbatch_session_create(const mtpbatch_context * target, const m
                                         const mtpbatch_session_config * config, mtpbatch_session ** session,
                                         mtpbatch_error * error) {
     return guard(error, [&] {
+        target->impl->require_free();
         *session = new mtpbatch_session{ std::make_shared<Session>(target->impl, draft->impl, *config) };
     });
 }
@@ -385,12 +654,16 @@ void mtpbatch_session_free(mtpbatch_session * session) {
 
 mtpbatch_status mtpbatch_session_begin(mtpbatch_session * session, int32_t seq_id, int32_t n_prompt,
                                        mtpbatch_error * error) {
-    return guard(error, [&] { session->impl->begin(seq_id, n_prompt); });
+    return guard(error, [&] {
+        session->impl->target().require_free();
+        session->impl->begin(seq_id, n_prompt);
+    });
 }
 
 mtpbatch_status mtpbatch_session_process(mtpbatch_session * session, const mtpbatch_batch * batch,
                                          mtpbatch_error * error) {
     return guard(error, [&] {
+        session->impl->target().require_free();
         const auto & decoded = session->impl->target().last_batch();
         bool         same    = batch->n_tokens == static_cast<int32_t>(decoded.size());
         for (int32_t i = 0; same && i < batch->n_tokens; ++i) {
@@ -404,10 +677,35 @@ mtpbatch_status mtpbatch_session_process(mtpbatch_session * session, const mtpba
     });
 }
 
+mtpbatch_status mtpbatch_session_save(mtpbatch_session * session, int32_t seq_id, uint8_t * state, size_t size,
+                                      size_t * n, mtpbatch_error * error) {
+    return guard(error, [&] {
+        session->impl->target().require_free();
+        *n = session->impl->save(seq_id, state, size);
+    });
+}
+
+mtpbatch_status mtpbatch_session_restore(mtpbatch_session * session, int32_t seq_id, const uint8_t * state, size_t size,
+                                         mtpbatch_error * error) {
+    return guard(error, [&] {
+        session->impl->target().require_free();
+        session->impl->restore(seq_id, state, size);
+    });
+}
+
+mtpbatch_status mtpbatch_session_fork(mtpbatch_session * session, int32_t source, int32_t target,
+                                      mtpbatch_error * error) {
+    return guard(error, [&] {
+        session->impl->target().require_free();
+        session->impl->fork(source, target);
+    });
+}
+
 mtpbatch_status mtpbatch_session_draft(mtpbatch_session * session, int32_t n, const int32_t * seq_ids,
                                        const int32_t * n_past, const int32_t * last_tokens, const int32_t * depths,
                                        int32_t * drafts, int32_t * lengths, mtpbatch_error * error) {
     return guard(error, [&] {
+        session->impl->target().require_free();
         std::vector<Session::Request> requests;
         for (int32_t i = 0; i < n; ++i) {
             requests.push_back({ seq_ids[i], n_past[i], last_tokens[i], depths[i] });
@@ -423,7 +721,10 @@ mtpbatch_status mtpbatch_session_draft(mtpbatch_session * session, int32_t n, co
 
 mtpbatch_status mtpbatch_session_accept(mtpbatch_session * session, int32_t seq_id, int32_t n_accepted,
                                         mtpbatch_error * error) {
-    return guard(error, [&] { session->impl->accept(seq_id, n_accepted); });
+    return guard(error, [&] {
+        session->impl->target().require_free();
+        session->impl->accept(seq_id, n_accepted);
+    });
 }
 
 void mtpbatch_session_get_statistics(const mtpbatch_session * session, mtpbatch_session_statistics * statistics) {

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from mtpbatch.native import Batch, Context, DraftRequest, MtpSession
+from mtpbatch.backend import Backend
+from mtpbatch.native import Batch, Context, DraftRequest, Executor, MtpSession
+from mtpbatch.types import Plan, StepResult
 
 
 @dataclass(slots=True)
@@ -15,6 +17,17 @@ class Stream:
     tokens: list[int] = field(default_factory=list)
     drafted: int = 0
     accepted: int = 0
+
+
+def execute(executor: Executor | Backend, plan: Plan) -> StepResult:
+    """Run a plan of a single step, and wait for it."""
+    if not plan.entries:
+        assert executor.exchange(plan, wait=False) == []
+        return StepResult(plan.number, (), 0, 0, 0.0, 0.0, 0.0, 0.0)
+    [result] = executor.exchange(plan, wait=True)
+    if result.error:
+        raise result.error
+    return result
 
 
 def best(context: Context, row: int) -> int:

@@ -11,9 +11,9 @@ from mtpbatch.types import EngineConfig, ModelFacts, Plan, StepResult
 class Backend(Protocol):
     """A loaded model that executes plans.
 
-    The engine's thread makes it, executes plans and closes it. Only ``tokenize`` and
+    The engine's thread makes it, exchanges plans for results and closes it. ``tokenize`` and
     ``detokenize`` are called from other threads, several at once, and never after ``close``
-    began.
+    began; ``wake`` from any thread at any time.
     """
 
     @property
@@ -44,12 +44,24 @@ class Backend(Protocol):
         """The text of tokens that are in the vocabulary."""
         ...
 
-    def execute(self, plan: Plan) -> StepResult:
-        """Release, then admit, then run the entries of a plan.
+    def exchange(self, plan: Plan | None, *, wait: bool) -> list[StepResult]:
+        """Hand over a plan; the results of the steps that have ended since the last call.
 
-        A :class:`~mtpbatch.exceptions.NativeError` means that the step failed: releases and
-        admissions are done, the sequences of the entries are lost until they are released, and
-        all others are as before. Any other exception is a bug and ends the engine.
+        The backend runs ahead: when a step ends, the next one begins with the plan handed over
+        meanwhile, or repeats the last one. Plans are begun in order, each for one step at least.
+        With ``wait``, waits until there are some or :meth:`wake` is called. Calling again says
+        that the results given last have been taken in.
+
+        A result with an error says that the step failed: its plan's sequences are lost until they
+        are released, all others are as before. An exception is a bug and ends the engine.
+        """
+        ...
+
+    def wake(self) -> None:
+        """End the wait of the exchange under way, or of the next one.
+
+        From any thread, and from wherever the garbage collector runs: it must not wait for a lock
+        of Python's.
         """
         ...
 

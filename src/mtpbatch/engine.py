@@ -3,12 +3,14 @@
 ::
 
     event loops                               engine thread
-    submit ─────────────── inbox ───────────▶ drain · schedule · execute · update
+    submit ─────────────── inbox ───────────▶ drain · schedule · exchange · update
     Generation ◀── one call per step & loop ─ deliver
 
 Guarantees:
 
 - The engine's thread never waits for an event loop, and a loop never waits for a step.
+- A step waits for neither: while one runs, the engine's thread takes in the results of the last
+  and hands over the next plan; if it comes too late, the backend goes on without it.
 - Every request that was taken in gets exactly one last event. Who removes it from ``_live``
   sends that event, and only the engine's thread removes.
 - The backend is made, used and closed on the engine's thread; ``tokenize`` and ``detokenize``
@@ -53,7 +55,6 @@ from mtpbatch.exceptions import (
     InvalidParameterError,
     InvalidRequestError,
     MtpBatchError,
-    NativeError,
     PromptTooLongError,
 )
 from mtpbatch.generation import Generation
@@ -325,7 +326,13 @@ class Engine:
         depth = draft_limit(params.speculation, self._config, self._facts)
         request_id = next(self._request_ids)
         build = partial(
-            self._build, request_id, params, depth, _seed(params), submitted=self._clock()
+            self._build,
+            request_id,
+            params,
+            depth,
+            _seed(params),
+            followed=streaming,
+            submitted=self._clock(),
         )
         generation = Generation(request_id, loop, self._home, self._cancel)
         live = _Live(generation, loop, streaming, build)
@@ -343,7 +350,7 @@ class Engine:
             with self._gate:
                 self._check_open()
                 self._live[request_id] = live
-                self._inbox.put(_Add(sequence))
+                self._post(_Add(sequence))
         return generation
 
     def _prepare(
@@ -351,15 +358,15 @@ class Engine:
     ) -> None:
         """Tokenise a long prompt, on the tokenizer's thread."""
         try:
-            self._inbox.put(_Add(build(self._prompt_ids(prompt))))
+            self._post(_Add(build(self._prompt_ids(prompt))))
         except EngineError:
             pass  # the engine ends its requests itself
         except MtpBatchError as error:
-            self._inbox.put(_Refuse(request_id, error))
+            self._post(_Refuse(request_id, error))
         except Exception as error:
             failure = InternalError(f"tokenising the prompt failed: {error!r}")
             failure.__cause__ = error
-            self._inbox.put(_Refuse(request_id, failure))
+            self._post(_Refuse(request_id, failure))
 
     def _build(
         self,
@@ -369,6 +376,7 @@ class Engine:
         seed: int,
         prompt: tuple[int, ...],
         *,
+        followed: bool,
         submitted: float,
     ) -> Sequence:
         return Sequence(
@@ -379,6 +387,7 @@ class Engine:
             max_tokens=min(params.max_tokens, self._facts.n_ctx - len(prompt)),
             draft_limit=depth,
             n_draft_max=self._facts.n_draft_max,
+            followed=followed,
             assembler=TextAssembler(self._token_bytes, params.stop),
             submitted=submitted,
         )
@@ -441,12 +450,17 @@ class Engine:
 
     def _cancel(self, request_id: str) -> None:
         # No lock: this also runs where the garbage collector closes a waiting coroutine.
-        self._inbox.put(_Cancel(request_id))
+        self._post(_Cancel(request_id))
+
+    def _post(self, message: _Message) -> None:
+        self._inbox.put(message)
+        self._backend.wake()
 
     def _stop(self) -> None:
         with self._gate:
             self._closing = True
-        self._inbox.put(_Wake())
+        if hasattr(self, "_backend"):  # else its thread looks before it waits
+            self._backend.wake()
 
     def _stop_at_exit(self) -> None:
         if self._home.here:
@@ -494,30 +508,22 @@ class Engine:
     def _serve(self, backend: Backend, scheduler: Scheduler) -> None:
         while self._drain_inbox(scheduler):
             plan = scheduler.schedule(self._clock())
-            if plan is None:
-                continue
-            self._stats = scheduler.stats
-            try:
-                result = backend.execute(plan)
-            except NativeError as error:
-                log.warning("step.failed", sequences=len(plan.entries), error=str(error))
-                events = scheduler.fail(plan, error, self._clock())
-            else:
-                events = scheduler.update(plan, result, self._clock())
-            self._deliver(scheduler, events)
+            if plan is not None:
+                self._stats = scheduler.stats
+            # With a plan on its way there may be another one to make; without, it is time to wait.
+            for result in backend.exchange(plan, wait=plan is None):
+                events = scheduler.update(result, self._clock())
+                if result.error is not None:
+                    log.warning("step.failed", requests=len(events), error=str(result.error))
+                self._deliver(scheduler, events)
         everyone = [request_id for request_id, _ in self._requests()]
         self._deliver(scheduler, self._abort(scheduler, everyone))
 
     def _drain_inbox(self, scheduler: Scheduler) -> bool:
-        """Take in what has come, waiting for it if there is nothing else to do.
-
-        ``False`` once the engine is to stop.
-        """
+        """Take in what has come; ``False`` once the engine is to stop."""
         cancelled: list[str] = []
         refused: list[Event] = []
-        idle = not scheduler.has_work
-        while idle or not self._inbox.empty():
-            idle = False
+        while not self._inbox.empty():
             match self._inbox.get():
                 case _Add(sequence):
                     if sequence.request_id in self._live:  # not cancelled while it was tokenised
@@ -551,8 +557,7 @@ class Engine:
         parcels: dict[EventLoop, list[tuple[_Live, Event]]] = {}
         for event in events:
             live = self._live[event.request_id]
-            if event.last or live.streaming:
-                parcels.setdefault(live.loop, []).append((live, event))
+            parcels.setdefault(live.loop, []).append((live, event))
         for event in events:
             if event.last:
                 del self._live[event.request_id]
@@ -600,11 +605,7 @@ class _Cancel(NamedTuple):
     request_id: str
 
 
-class _Wake(NamedTuple):
-    """Nothing to take in, but something to notice."""
-
-
-_Message: TypeAlias = _Add | _Refuse | _Cancel | _Wake
+_Message: TypeAlias = _Add | _Refuse | _Cancel
 
 
 def _receive(parcel: list[tuple[_Live, Event]]) -> None:

@@ -15,13 +15,14 @@
     │   ├── ContextError                    a context could not be made or was used wrongly
     │   ├── DecodeError                     a decode failed
     │   └── MtpSessionError                 speculative drafting
-    │       ├── MtpInitError                the session could not be made
+    │       ├── MtpInitError                the model's MTP heads cannot be used
     │       ├── MtpInvalidConfigError       a value of its config is out of range
     │       ├── MtpIncompatibleContextsError  these two contexts cannot work together
     │       ├── MtpBadSequenceError         no such sequence, or not at that position
     │       ├── MtpProcessError             a decoded batch could not be taken in
     │       ├── MtpDraftError               drafting was asked for out of turn or wrongly
-    │       └── MtpAcceptError              accept without a draft, or of more than was drafted
+    │       ├── MtpAcceptError              accept without a draft, or of more than was drafted
+    │       └── MtpStateError               a sequence cannot be saved, restored or forked
     ├── LibraryMismatchError (ImportError)  another llama-cpp-python than the one compiled against
     └── InternalError                       a bug in mtpbatch: please report it
 """
@@ -112,7 +113,7 @@ class MtpSessionError(NativeError):
 
 
 class MtpInitError(MtpSessionError):
-    """The session could not be created: the model's MTP heads are of a kind not supported."""
+    """The model's MTP heads are of a kind that llama.cpp cannot run."""
 
 
 class MtpInvalidConfigError(MtpSessionError):
@@ -137,6 +138,10 @@ class MtpDraftError(MtpSessionError):
 
 class MtpAcceptError(MtpSessionError):
     """``accept`` without a draft to accept from, or of more tokens than were drafted."""
+
+
+class MtpStateError(MtpSessionError):
+    """A sequence cannot be saved or forked now, or what was saved cannot be restored here."""
 
 
 class LibraryMismatchError(MtpBatchError, ImportError):

@@ -1,11 +1,11 @@
-"""Which sequence does what in the next step.
+"""Which sequence does what in the next steps.
 
 Four verbs, called by one owner, one after another:
 
 - :meth:`Scheduler.add` and :meth:`Scheduler.abort` let requests in and out;
-- :meth:`Scheduler.schedule` says what the next step does, as a :class:`~mtpbatch.types.Plan`;
-- :meth:`Scheduler.update` (or :meth:`Scheduler.fail`) takes in how that went, and returns the
-  :class:`Event` of every request that got something.
+- :meth:`Scheduler.schedule` says what is to be done, as a :class:`~mtpbatch.types.Plan`;
+- :meth:`Scheduler.update` takes in how a step of it went, and returns the :class:`Event` of every
+  request that got something.
 
 Pure: no native code, clock, thread or event loop. Time is a number that callers hand in.
 """
@@ -13,13 +13,13 @@ Pure: no native code, clock, thread or event loop. Time is a number that callers
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict
+from collections import OrderedDict, deque
+from typing import Final
 
 from msgspec import Struct
 
-from mtpbatch.exceptions import DecodeError, InternalError, MtpBatchError
-from mtpbatch.sequence import Sequence
-from mtpbatch.speculation import step_depth
+from mtpbatch.exceptions import DecodeError, InternalError, MtpBatchError, NativeError
+from mtpbatch.sequence import Sequence, at_least
 from mtpbatch.types import (
     Admission,
     Completion,
@@ -31,6 +31,9 @@ from mtpbatch.types import (
     PlanEntry,
     StepResult,
 )
+
+_MAX_AHEAD: Final = 2  # plans of which no result has come: the one that runs, and the next
+_RUN_AHEAD: Final = 64  # steps: Python may be busy elsewhere for a while
 
 
 class Event(Struct, frozen=True):
@@ -51,30 +54,49 @@ class Event(Struct, frozen=True):
         return self.completion is not None or self.error is not None
 
 
+class _InFlight(Struct, gc=False):
+    """A plan whose results come."""
+
+    plan: Plan
+    sequences: list[Sequence]
+    """Those of its entries."""
+    stepped: bool = False
+    """Whether its first result has come: further ones are of repetitions."""
+
+
 class Scheduler:
     """Shares one model's steps among requests, first come, first served.
 
+    The executor runs ahead, so plans are made before the results of earlier ones are known, and
+    only when something changes: a plan stands until the next one.
+
     State: a request is in ``_waiting`` or in ``_running`` until its last event; each sequence id
     is free, held by a running request, or in ``_released`` until the next plan tells the
-    executor. ``_in_flight`` is the plan whose result is awaited, with its sequences; those that
-    are aborted meanwhile leave at once, and their part of the result is dropped. Totals only
-    grow. Every method but the properties changes it, so all calls belong to one thread.
+    executor. ``_in_flight`` are the plans of which results can come, oldest first; a sequence
+    that ends meanwhile leaves at once, and what still comes for it is dropped. ``_prompting`` is
+    the running one of whose prompt a part has not been planned: the next is admitted only when
+    that leaves room. Totals only grow. Every method but the properties changes it, so all calls
+    belong to one thread.
     """
 
     def __init__(self, facts: ModelFacts) -> None:
         self._facts = facts
         self._waiting: OrderedDict[str, Sequence] = OrderedDict()  # pops its first in O(1)
         self._running: dict[str, Sequence] = {}
+        self._prompting: Sequence | None = None
         self._free = list(range(facts.n_seq))  # a heap: low ids close together decode fastest
         self._released: list[int] = []
-        self._in_flight: tuple[Plan, list[Sequence]] | None = None
+        self._in_flight: deque[_InFlight] = deque()
+        self._n_plans = 0
 
         self._finished: dict[FinishReason, int] = {"stop": 0, "length": 0, "abort": 0, "error": 0}
         self._prompt_tokens = 0
         self._generated_tokens = 0
-        self._drafted_by_depth = [0] * facts.n_draft_max
-        self._accepted_by_depth = [0] * facts.n_draft_max
+        # Drafts by their length, and by how much of them was accepted.
+        self._n_drafting = [0] * (facts.n_draft_max + 1)
+        self._n_accepting = [0] * (facts.n_draft_max + 1)
         self._steps = 0
+        self._gap_time = 0.0
         self._draft_time = 0.0
         self._target_time = 0.0
         self._sample_time = 0.0
@@ -98,107 +120,114 @@ class Scheduler:
     # ---------------------------------------------------------------------- the step
 
     def schedule(self, now: float) -> Plan | None:
-        """The next step; ``None`` when there is nothing to do.
+        """What is to be done from now on; ``None`` while that is what was planned already.
 
         Every running sequence takes part. Those that generate come first, with one token and
         their drafts, so that no prompt makes them wait; what is left of ``n_batch`` goes to
         prompts, oldest first, and as long as some is left, waiting requests are admitted.
+
+        One plan is made ahead of the one whose results are awaited, not more: later ones would
+        know too little, and a request that comes meanwhile would wait behind them.
         """
-        if self._in_flight is not None:
-            raise InternalError("schedule() before the last plan was settled")
         release = self._take_released()
+        n_ahead = sum(not flight.stepped for flight in self._in_flight)
+        something_new = (
+            self._prompting is not None or (self._waiting and self._free) or self._followed_in_vain
+        )
+        if release and (n_ahead or not something_new):
+            # By itself, lest it wait behind a plan that may still have entries for these.
+            return Plan(release, (), ())
+        if not something_new or n_ahead == _MAX_AHEAD:
+            return None
+
         admit: list[Admission] = []
         entries: list[PlanEntry] = []
-        taking_part: list[Sequence] = []
+        sequences: list[Sequence] = []
+        # There is a row for everyone: who runs was admitted when there was. What can be short are
+        # drafts.
+        budget = self._facts.n_batch - len(self._running)
+        for sequence in self._running.values():
+            if sequence is not self._prompting:
+                n_draft = min(sequence.draft_limit, budget)
+                budget -= n_draft
+                entries.append(PlanEntry(_id(sequence), (), True, n_draft))
+                sequences.append(sequence)
 
-        def feed_prompt(sequence: Sequence, budget: int) -> int:
-            chunk = sequence.chunk(budget)
-            last = sequence.n_computed + len(chunk) == len(sequence.prompt)
-            entries.append(PlanEntry(_id(sequence), chunk, last, 0))
-            taking_part.append(sequence)
-            return len(chunk)
-
-        generating = [s for s in self._running.values() if s.generating]
-        prompting = [s for s in self._running.values() if not s.generating]
-
-        # There is a token for everyone: who runs was admitted to a step that had one to spare.
-        # What is short if n_batch is small are drafts.
-        budget = self._facts.n_batch - len(generating)
-        spare = budget - len(prompting)
-        for sequence in generating:
-            n_draft = min(step_depth(sequence.draft_limit, sequence.remaining), spare)
-            entries.append(PlanEntry(_id(sequence), (), True, n_draft))
-            taking_part.append(sequence)
-            spare -= n_draft
-            budget -= n_draft
-
-        # At most one: the next request is admitted only when this one's prompt leaves room.
-        for sequence in prompting:
-            budget -= feed_prompt(sequence, budget)
-
+        chunks: list[tuple[Sequence, tuple[int, ...]]] = []
+        spare = budget  # rows for the drafts of these when the plan is repeated
+        if self._prompting is not None:
+            chunks.append((self._prompting, self._prompting.take_chunk(budget + 1)))
+            budget -= len(chunks[0][1]) - 1
         while budget and self._waiting and self._free:
             sequence = self._admit_next(now)
             admit.append(self._admission(sequence))
-            budget -= feed_prompt(sequence, budget)
+            chunks.append((sequence, sequence.take_chunk(budget)))
+            budget -= len(chunks[-1][1])
+            spare -= 1
+        for sequence, chunk in chunks:
+            n_draft = min(sequence.draft_limit, spare) if sequence.prompt_planned else 0
+            spare -= n_draft
+            entries.append(PlanEntry(_id(sequence), chunk, sequence.prompt_planned, n_draft))
+            sequences.append(sequence)
+        # The others had room for their whole prompt, or nobody would have come after them.
+        self._prompting = None
+        if chunks and not chunks[-1][0].prompt_planned:
+            self._prompting = chunks[-1][0]
 
-        if not release and not entries:
-            return None
-        plan = Plan(release, tuple(admit), tuple(entries))
-        self._in_flight = plan, taking_part
+        self._n_plans += 1
+        plan = Plan(
+            release,
+            tuple(admit),
+            tuple(entries),
+            number=self._n_plans,
+            run_ahead=_RUN_AHEAD,
+            followed=any(sequence.followed for sequence in self._running.values()),
+        )
+        self._in_flight.append(_InFlight(plan, sequences))
         return plan
 
-    def update(self, plan: Plan, result: StepResult, now: float) -> list[Event]:
-        """Take in the result of ``plan``: an event for each request that generated."""
-        taking_part = self._settle(plan)
+    def update(self, result: StepResult, now: float) -> list[Event]:
+        """Take in a result: an event for each request that ended, or is followed and generated."""
+        flight = self._flight_of(result)
+        plan, repeated = flight.plan, flight.stepped
+        flight.stepped = True
+        if result.error is not None:
+            return self._fail(flight.sequences, result.error, now)
         if len(result.entries) != len(plan.entries):
             raise InternalError(f"{len(plan.entries)} entries gave {len(result.entries)} results")
-        self._steps += bool(plan.entries)
+        self._steps += result.n_target_tokens > 0  # not if all its sequences had ended by then
+        self._gap_time += result.gap_time
         self._draft_time += result.draft_time
         self._target_time += result.target_time
         self._sample_time += result.sample_time
 
         events = []
-        for sequence, entry, outcome in zip(taking_part, plan.entries, result.entries, strict=True):
-            if sequence.finished:  # aborted while the step ran
+        for sequence, entry, outcome in zip(
+            flight.sequences, plan.entries, result.entries, strict=True
+        ):
+            if sequence.finish_reason is not None:  # since the step began
                 continue
-            delta = sequence.absorb(entry, outcome, now)
-            self._prompt_tokens += len(entry.tokens)
-            if delta is None:
-                continue
-            self._generated_tokens += len(delta.token_ids)
-            for depth in range(outcome.n_drafted):
-                self._drafted_by_depth[depth] += 1
-            for depth in range(delta.n_accepted):
-                self._accepted_by_depth[depth] += 1
-            completion = self._retire(sequence) if sequence.finished else None
-            events.append(Event(sequence.request_id, delta, completion))
-        return events
-
-    def fail(self, plan: Plan, error: Exception, now: float) -> list[Event]:
-        """``plan`` failed with ``error``: the sequences in it end, and only those."""
-        events = []
-        for sequence in self._settle(plan):
-            if sequence.finished:
-                continue
-            delta = sequence.end("error", now)
-            # Each request gets an error of its own, since it carries that request's completion.
-            failure = DecodeError(f"the step this request took part in failed: {error}")
-            # Without its traceback, whose frames would keep native objects alive after closing.
-            failure.__cause__ = error.with_traceback(None)
-            failure.completion = self._retire(sequence)
-            events.append(Event(sequence.request_id, delta, error=failure))
+            n_before = len(sequence.token_ids)
+            delta = sequence.absorb(entry, outcome, now, repeated=repeated)
+            if not repeated:
+                self._prompt_tokens += len(entry.tokens)
+            n_tokens = len(sequence.token_ids) - n_before
+            if n_tokens:
+                self._generated_tokens += n_tokens
+                self._n_drafting[outcome.n_drafted] += 1
+                self._n_accepting[min(outcome.n_accepted, n_tokens)] += 1
+            if delta is not None:
+                completion = self._retire(sequence) if sequence.finished else None
+                events.append(Event(sequence.request_id, delta, completion))
         return events
 
     # ----------------------------------------------------------------------- figures
 
     @property
-    def has_work(self) -> bool:
-        """Whether :meth:`schedule` has a plan to give, now or once the current one is settled."""
-        return bool(self._waiting or self._running or self._released)
-
-    @property
     def stats(self) -> EngineStats:
         """The figures as they are now. A sequence id counts as free once its request ended."""
+        drafted = at_least(self._n_drafting)
+        accepted = at_least(self._n_accepting)
         return EngineStats(
             running=len(self._running),
             waiting=len(self._waiting),
@@ -208,11 +237,12 @@ class Scheduler:
             finished=self._finished.copy(),
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
-            drafted=sum(self._drafted_by_depth),
-            accepted=sum(self._accepted_by_depth),
-            drafted_by_depth=tuple(self._drafted_by_depth),
-            accepted_by_depth=tuple(self._accepted_by_depth),
+            drafted=sum(drafted),
+            accepted=sum(accepted),
+            drafted_by_depth=drafted,
+            accepted_by_depth=accepted,
             steps=self._steps,
+            gap_time=self._gap_time,
             draft_time=self._draft_time,
             target_time=self._target_time,
             sample_time=self._sample_time,
@@ -243,6 +273,10 @@ class Scheduler:
             trail = sequence.n_tokens - sequence.n_computed
             _hold(not sequence.finished, f"{sequence!r} is not finished")
             _hold(trail == 1 or (trail > 0 and not sequence.token_ids), f"{sequence!r} trails by 1")
+            _hold(
+                sequence.prompt_planned == (sequence is not self._prompting),
+                f"{sequence!r} is known to have more of its prompt to come",
+            )
             _hold(sequence.remaining > 0, f"{sequence!r} may generate")
             _hold(
                 len(sequence.prompt) + sequence.max_tokens <= self._facts.n_ctx,
@@ -252,15 +286,35 @@ class Scheduler:
                 sequence.accepted == sum(sequence.accepted_by_depth) <= sequence.drafted,
                 f"the counts of {sequence!r} add up",
             )
-        if self._in_flight is not None:
-            plan, taking_part = self._in_flight
-            tokens = sum((len(e.tokens) or 1) + e.n_draft for e in plan.entries)
-            _hold(tokens <= self._facts.n_batch, "a plan fits into n_batch")
-            _hold(len(taking_part) == len(plan.entries), "each entry has its sequence")
-            idle = [s for s in self._running.values() if s not in taking_part]
-            _hold(not idle, f"every running sequence takes part in the step, {idle} do not")
+        _hold(
+            self._prompting is None or self._prompting.request_id in self._running,
+            "who has more of its prompt to come is running",
+        )
+        for flight in self._in_flight:
+            entries = flight.plan.entries
+            _hold(len(flight.sequences) == len(entries), "each entry has its sequence")
+            for rows in (
+                sum(len(e.tokens) or 1 + e.n_draft for e in entries),
+                sum(1 + e.n_draft for e in entries if e.sample),
+            ):
+                _hold(rows <= self._facts.n_batch, "each step of a plan fits into n_batch")
+        n_ahead = sum(not flight.stepped for flight in self._in_flight)
+        _hold(n_ahead <= _MAX_AHEAD, "no plan is made too far ahead")
+        newest = self._in_flight[-1].sequences if self._in_flight else []
+        idle = [s for s in self._running.values() if s not in newest]
+        _hold(not idle, f"every running sequence takes part in the newest plan, {idle} do not")
 
     # ----------------------------------------------------------------------- details
+
+    @property
+    def _followed_in_vain(self) -> bool:
+        """Whether the plan that stands reports every step though nobody is left to follow."""
+        return bool(
+            self._running
+            and self._in_flight
+            and self._in_flight[-1].plan.followed
+            and not any(sequence.followed for sequence in self._running.values())
+        )
 
     def _take_released(self) -> tuple[int, ...]:
         """Ids for the plan to release, from here on free to be taken again in the same plan."""
@@ -282,21 +336,44 @@ class Scheduler:
         if not params.ignore_eos:
             stop |= self._facts.eog_token_ids
         return Admission(
-            _id(sequence), params, sequence.seed, tuple(sorted(stop)), sequence.max_tokens
+            _id(sequence),
+            params,
+            sequence.seed,
+            tuple(sorted(stop)),
+            sequence.max_tokens,
+            drafts=sequence.draft_limit > 0,
         )
 
-    def _settle(self, plan: Plan) -> list[Sequence]:
-        """The sequences of the plan whose outcome has come."""
-        if self._in_flight is None or self._in_flight[0] is not plan:
-            raise InternalError("this plan is not the one whose outcome is awaited")
-        taking_part = self._in_flight[1]
-        self._in_flight = None
-        return taking_part
+    def _flight_of(self, result: StepResult) -> _InFlight:
+        """The plan of a result; those before it are done with."""
+        flights = self._in_flight
+        while flights and flights[0].stepped and flights[0].plan.number != result.plan:
+            flights.popleft()
+        if not flights or flights[0].plan.number != result.plan:
+            raise InternalError(f"a result came of plan {result.plan}, which is not its turn")
+        return flights[0]
+
+    def _fail(self, sequences: list[Sequence], error: NativeError, now: float) -> list[Event]:
+        """A step failed: the sequences of its plan end."""
+        events = []
+        for sequence in sequences:
+            if sequence.finished:
+                continue
+            delta = sequence.end("error", now)
+            # Each request gets an error of its own, since it carries that request's completion.
+            failure = DecodeError(f"the step this request took part in failed: {error}")
+            # Without its traceback, whose frames would keep native objects alive after closing.
+            failure.__cause__ = error.with_traceback(None)
+            failure.completion = self._retire(sequence)
+            events.append(Event(sequence.request_id, delta, error=failure))
+        return events
 
     def _retire(self, sequence: Sequence) -> Completion:
         """Forget a sequence that has ended; its id goes into the next plan's releases."""
         completion = sequence.completion()
         self._finished[completion.finish_reason] += 1
+        if sequence is self._prompting:
+            self._prompting = None
         if self._running.pop(sequence.request_id, None) is not None:
             self._released.append(_id(sequence))
         return completion

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
+
 from mtpbatch.exceptions import InternalError
 from mtpbatch.text import TextAssembler
 from mtpbatch.types import (
+    NO_RESULT,
     Completion,
     Delta,
     EntryResult,
@@ -22,35 +25,40 @@ class Sequence:
     There is no prefill or decode phase. A sequence has tokens, the prompt's and the generated
     ones, and ``n_computed`` of them have been through the model; every step lets the computed
     ones chase the rest. A long prompt is a long chase; a generating sequence trails by exactly
-    one token, the one sampled last.
+    one token, the one sampled last. Of the prompt, ``n_planned`` tokens have been handed out:
+    plans are ahead of results.
 
-    Mutable state, all of it: ``seq_id``, ``n_computed``, ``token_ids``, the text assembler and
-    its pieces, the counters ``drafted``, ``accepted``, ``accepted_by_depth`` and ``steps``, the
-    times ``admitted``, ``first_token`` and ``ended``, and ``finish_reason``. It changes only in
-    :meth:`admit`, :meth:`absorb` and :meth:`end`, and only the scheduler that holds the sequence
-    calls these, in this order: once, once per step, once. Times are seconds of the caller's
-    clock; everything else is fixed when the sequence is made.
+    Text is assembled as tokens come if somebody may need it before the end: who follows the
+    request, or a stop text. Otherwise it is at the end, which is much cheaper.
+
+    Mutable state, all of it: ``seq_id``, ``n_planned``, ``token_ids``, the text assembler and its
+    pieces, the counters ``_n_fed``, ``_n_accepting`` and ``drafted``, the times ``admitted``,
+    ``first_token`` and ``ended``, and ``finish_reason``. It changes only in :meth:`admit`,
+    :meth:`take_chunk`, :meth:`absorb` and :meth:`end`, and only the scheduler that holds the
+    sequence calls these. Times are seconds of the caller's clock; everything else is fixed when
+    the sequence is made.
     """
 
     __slots__ = (
         "_assembler",
+        "_n_accepting",
+        "_n_fed",
         "_pieces",
-        "accepted",
-        "accepted_by_depth",
+        "_reads_along",
         "admitted",
         "draft_limit",
         "drafted",
         "ended",
         "finish_reason",
         "first_token",
+        "followed",
         "max_tokens",
-        "n_computed",
+        "n_planned",
         "params",
         "prompt",
         "request_id",
         "seed",
         "seq_id",
-        "steps",
         "submitted",
         "token_ids",
     )
@@ -65,6 +73,7 @@ class Sequence:
         max_tokens: int,
         draft_limit: int,
         n_draft_max: int,
+        followed: bool,
         assembler: TextAssembler,
         submitted: float,
     ) -> None:
@@ -74,17 +83,18 @@ class Sequence:
         self.seed = seed
         self.max_tokens = max_tokens
         self.draft_limit = draft_limit
+        self.followed = followed
         self.submitted = submitted
+        self._reads_along = followed or bool(params.stop)
 
         self.seq_id: int | None = None
-        self.n_computed = 0
+        self.n_planned = 0
         self.token_ids: list[int] = []
         self._assembler = assembler
         self._pieces: list[str] = []
+        self._n_fed = 0  # prompt tokens that have been through the model
+        self._n_accepting = [0] * (n_draft_max + 1)  # steps by how many drafts they accepted
         self.drafted = 0
-        self.accepted = 0
-        self.accepted_by_depth = [0] * n_draft_max
-        self.steps = 0
         self.admitted: float | None = None
         self.first_token: float | None = None
         self.ended: float | None = None
@@ -98,6 +108,11 @@ class Sequence:
         )
 
     @property
+    def n_computed(self) -> int:
+        """Tokens that have been through the model: of generated ones all but the last."""
+        return self._n_fed + max(0, len(self.token_ids) - 1)
+
+    @property
     def n_tokens(self) -> int:
         """Tokens known so far: the prompt's and the generated ones."""
         return len(self.prompt) + len(self.token_ids)
@@ -108,60 +123,82 @@ class Sequence:
         return self.max_tokens - len(self.token_ids)
 
     @property
-    def generating(self) -> bool:
-        """Whether its prompt has been computed, so that a step goes on from a sampled token."""
-        return self.n_computed >= len(self.prompt)
+    def prompt_planned(self) -> bool:
+        """Whether plans have handed out its whole prompt, so that it generates from then on."""
+        return self.n_planned == len(self.prompt)
+
+    @property
+    def steps(self) -> int:
+        """Decodes that produced tokens of it."""
+        return sum(self._n_accepting)
+
+    @property
+    def accepted(self) -> int:
+        """Drafted tokens that were accepted."""
+        return sum(self.accepted_by_depth)
+
+    @property
+    def accepted_by_depth(self) -> tuple[int, ...]:
+        """How often the draft at depth 1, 2, … was accepted."""
+        return at_least(self._n_accepting)
 
     @property
     def finished(self) -> bool:
         """Whether it has ended, for whatever reason."""
         return self.finish_reason is not None
 
-    def chunk(self, budget: int) -> tuple[int, ...]:
-        """The next part of its prompt, at most ``budget`` tokens."""
-        return self.prompt[self.n_computed : self.n_computed + budget]
+    def take_chunk(self, budget: int) -> tuple[int, ...]:
+        """Plan the next part of its prompt, at most ``budget`` tokens."""
+        chunk = self.prompt[self.n_planned : self.n_planned + budget]
+        self.n_planned += len(chunk)
+        return chunk
 
     def admit(self, seq_id: int, now: float) -> None:
         """A sequence id was taken for it."""
         self.seq_id = seq_id
         self.admitted = now
 
-    def absorb(self, entry: PlanEntry, result: EntryResult, now: float) -> Delta | None:
-        """Take in what a step gave; the delta, if the step generated.
+    def absorb(
+        self, entry: PlanEntry, result: EntryResult, now: float, *, repeated: bool
+    ) -> Delta | None:
+        """Take in what a step gave; a delta, if somebody follows the request or it has ended.
 
-        Raises :class:`InternalError` for a result that the entry cannot have.
+        ``repeated``: the entry's prompt tokens were fed by an earlier step. Raises
+        :class:`InternalError` for a result that the entry cannot have.
         """
-        self._check(entry, result)
-        self.n_computed += len(entry.tokens)
+        if not self._fits(entry, result):
+            raise InternalError(f"{self!r} was given {result} for {entry}")
+        if not repeated:
+            self._n_fed += len(entry.tokens)
         if not entry.sample:
             return None
 
-        # A stop token ends the answer and is no part of its text.
-        visible = result.token_ids[:-1] if result.finish_reason == "stop" else result.token_ids
-        text, n_taken = self._assembler.feed(visible)
-        kept, reason = result.token_ids, result.finish_reason
-        if self._assembler.stopped:
-            kept, reason = kept[:n_taken], "stop"
-        accepted = min(result.n_accepted, len(kept))
-
-        self.token_ids.extend(kept)
-        self.n_computed = self.n_tokens - 1
-        self.steps += 1
+        kept, accepted, reason = result.token_ids, result.n_accepted, result.finish_reason
+        text = ""
+        if self._reads_along or reason is not None:
+            unread = kept if self._reads_along else (*self.token_ids, *kept)
+            # A stop token ends the answer and is no part of its text.
+            text, n_taken = self._assembler.feed(unread[:-1] if reason == "stop" else unread)
+            if self._assembler.stopped:
+                kept, reason = kept[:n_taken], "stop"
+                accepted = min(accepted, n_taken)
+        self.token_ids += kept
+        self._n_accepting[accepted] += 1
         self.drafted += result.n_drafted
-        self.accepted += accepted
-        for depth in range(accepted):
-            self.accepted_by_depth[depth] += 1
         if self.first_token is None:
             self.first_token = now
         if reason is not None:
             text += self._finish(reason, now)
         if text:
             self._pieces.append(text)
+        if reason is None and not self.followed:
+            return None
         return Delta(text, kept, accepted, reason)
 
     def end(self, reason: FinishReason, now: float) -> Delta:
         """End it from outside; the delta holds the text that was still held back."""
-        text = self._finish(reason, now)
+        text = "" if self._reads_along else self._assembler.feed(self.token_ids)[0]
+        text += self._finish(reason, now)
         if text:
             self._pieces.append(text)
         return Delta(text, (), 0, reason)
@@ -178,7 +215,7 @@ class Sequence:
             finish_reason=self.finish_reason,
             drafted=self.drafted,
             accepted=self.accepted,
-            accepted_by_depth=tuple(self.accepted_by_depth),
+            accepted_by_depth=self.accepted_by_depth,
             steps=self.steps,
             usage=Usage(len(self.prompt), len(self.token_ids)),
             timings=self._timings(self.ended),
@@ -199,20 +236,20 @@ class Sequence:
             total=ended - self.submitted,
         )
 
-    def _check(self, entry: PlanEntry, result: EntryResult) -> None:
+    def _fits(self, entry: PlanEntry, result: EntryResult) -> bool:
+        """Whether it is a result that the entry can have."""
+        if not entry.sample:
+            return result == NO_RESULT
         n_tokens, n_accepted = len(result.token_ids), result.n_accepted
-        if entry.sample:
-            ended = result.finish_reason is not None
-            right = (
-                0 <= n_accepted <= result.n_drafted <= entry.n_draft
-                and 1 <= n_tokens <= self.remaining
-                and (n_tokens == n_accepted + 1 or (ended and n_tokens == n_accepted))
-                and (ended or n_tokens < self.remaining)
-            )
-        else:
-            right = result == _NOTHING
-        if not right:
-            raise InternalError(f"{self!r} was given {result} for {entry}")
+        ended = result.finish_reason is not None
+        room = self.max_tokens - len(self.token_ids)
+        return (
+            0 <= n_accepted <= result.n_drafted <= entry.n_draft
+            and 1 <= n_tokens <= (room if ended else room - 1)
+            and (n_tokens == n_accepted + 1 or (ended and n_tokens == n_accepted))
+        )
 
 
-_NOTHING = EntryResult(token_ids=(), n_drafted=0, n_accepted=0, finish_reason=None)
+def at_least(counts: list[int]) -> tuple[int, ...]:
+    """From how often something was 0, 1, 2, …: how often it was at least 1, 2, …"""
+    return tuple(accumulate(reversed(counts[1:])))[::-1]

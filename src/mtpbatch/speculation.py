@@ -24,15 +24,6 @@ def draft_limit(requested: Speculation | None, config: EngineConfig, facts: Mode
     return wish
 
 
-def step_depth(limit: int, remaining: int) -> int:
-    """Tokens to draft in the next step for a sequence that may still generate ``remaining``.
-
-    A step yields at most one token more than were drafted, so drafting deeper would be wasted.
-    This keeps the drafts inside the context as well: ``remaining`` never exceeds its free cells.
-    """
-    return min(limit, remaining - 1)
-
-
 def _refusal(wish: int, facts: ModelFacts) -> str:
     if facts.n_draft_max == 0:
         return (

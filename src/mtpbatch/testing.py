@@ -21,14 +21,17 @@ import itertools
 import random
 import threading
 import zlib
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from queue import SimpleQueue
 from typing import Literal
 
 from mtpbatch._loops import ThreadEvent
 from mtpbatch.engine import Engine
 from mtpbatch.exceptions import DecodeError, InternalError, NativeError
 from mtpbatch.types import (
+    NO_RESULT,
     Admission,
     EngineConfig,
     EntryResult,
@@ -108,7 +111,10 @@ class ScriptedBackend:
     or a pattern of right and wrong drafts that is repeated over the positions. It changes how
     many steps an answer takes, never the answer. ``mtp=False`` plays a model without MTP heads.
 
-    Each step takes ``step_time`` seconds of ``clock``, which the engine uses as well.
+    Each step takes ``step_time`` seconds of ``clock``, which the engine uses as well. Steps run
+    when their results are asked for, one at a time. ``lag=1`` lets each run before the result of
+    the one before it is given out, as a real model does that is quicker than Python; larger
+    numbers play an app that keeps Python busy.
 
     It keeps its own record of every sequence, and raises :class:`InternalError` for a plan that
     a real model could not execute.
@@ -125,10 +131,12 @@ class ScriptedBackend:
         mtp: bool = True,
         acceptance: float | Sequence[bool] = 0.75,
         step_time: float = 0.01,
+        lag: int = 0,
     ) -> None:
         self._script = script or _default_script
         self._acceptance = acceptance
         self._step_time = step_time
+        self._lag = lag
         self.clock = VirtualClock()
         self.config = EngineConfig(
             n_seq=n_seq,
@@ -150,9 +158,16 @@ class ScriptedBackend:
         self.token_bytes: Sequence[bytes] = _TOKEN_BYTES
         self.description = "scripted model"
         self.n_steps = 0
-        """Steps executed or begun; plans that only release are not counted."""
+        """Steps played or begun."""
         self.closed = False
         self._sequences: dict[int, _ScriptedSequence] = {}
+        self._plans: deque[Plan] = deque()  # handed over, not begun
+        self._standing: Plan | None = None
+        self._repeated = False  # whether the standing plan has had its first step
+        self._results: deque[StepResult] = deque()
+        self._n_unseen = 0  # steps whose results have not been taken in
+        self._n_shown = 0  # of those, given out by the last exchange
+        self._wakes: SimpleQueue[None] = SimpleQueue()  # may be put from a garbage collection
         self._gates: dict[int, StepGate] = {}
         self._errors: dict[int, Exception] = {}
 
@@ -172,7 +187,7 @@ class ScriptedBackend:
         return gate
 
     def fail_step(self, index: int, error: Exception | None = None) -> None:
-        """Have the step of that index raise ``error``, by default a :class:`DecodeError`.
+        """Have the step of that index end in ``error``, by default a :class:`DecodeError`.
 
         A :class:`~mtpbatch.exceptions.NativeError` fails the step; anything else is played as a
         bug and kills the engine.
@@ -198,39 +213,29 @@ class ScriptedBackend:
         """Bytes that are not UTF-8 become U+FFFD."""
         return b"".join(_TOKEN_BYTES[i] for i in token_ids).decode(errors="replace")
 
-    def execute(self, plan: Plan) -> StepResult:
-        """Play one step."""
+    def exchange(self, plan: Plan | None, *, wait: bool) -> list[StepResult]:
+        """Take a plan; with ``wait``, play steps until there is a result to give, or wait."""
         _require(not self.closed, "the backend is closed")
-        for seq_id in plan.release:
-            _require(seq_id in self._sequences, f"release of free sequence {seq_id}")
-            del self._sequences[seq_id]
-        for admission in plan.admit:
-            self._admit(admission)
-        if not plan.entries:
-            return StepResult((), 0, 0, 0.0, 0.0, 0.0)
+        self._n_unseen -= self._n_shown
+        self._n_shown = 0
+        if plan is not None:
+            self._plans.append(plan)
+        if not wait:
+            return []
+        while len(self._results) <= self._lag and self._begins():
+            self._results.append(self._step())
+        if not self._results:
+            self._wakes.get()
+        while not self._wakes.empty():
+            self._wakes.get()
+        if not self._results:
+            return []
+        self._n_shown = 1
+        return [self._results.popleft()]
 
-        index = self.n_steps
-        self.n_steps += 1
-        gate = self._gates.pop(index, None)
-        if gate is not None:
-            gate._pass()
-        self._check_batch(plan.entries)
-        error = self._errors.pop(index, None)
-        if error is not None:
-            if isinstance(error, NativeError):
-                for entry in plan.entries:
-                    self._sequences[entry.seq_id].lost = True
-            raise error
-        results = tuple(self._run(entry) for entry in plan.entries)
-        self.clock.advance(self._step_time)
-        return StepResult(
-            entries=results,
-            n_target_tokens=sum(_n_rows(entry) for entry in plan.entries),
-            n_draft_decodes=max(entry.n_draft for entry in plan.entries),
-            draft_time=0.0,
-            target_time=self._step_time,
-            sample_time=0.0,
-        )
+    def wake(self) -> None:
+        """End the wait of an exchange that has nothing to do."""
+        self._wakes.put(None)
 
     def close(self) -> None:
         """Forget all sequences; nothing can be executed any more."""
@@ -242,6 +247,78 @@ class ScriptedBackend:
     def _one_answer(self, prompt_ids: Sequence[int]) -> list[int]:
         return [*self.tokenize(self._script(self.detokenize(prompt_ids))), _EOS]
 
+    def _begins(self) -> bool:
+        """Take in what plans say beside their steps; whether there is a step to play."""
+        while self._plans and (
+            self._standing is None or self._repeated or not self._plans[0].entries
+        ):
+            plan = self._plans.popleft()
+            for seq_id in plan.release:
+                _require(seq_id in self._sequences, f"release of free sequence {seq_id}")
+                del self._sequences[seq_id]
+            for admission in plan.admit:
+                self._admit(admission)
+            if plan.entries:
+                self._standing, self._repeated = plan, False
+                self._check_plan(plan)
+        standing = self._standing
+        if standing is None:
+            return False
+        if not self._repeated:
+            return True
+        in_time = 0 < standing.run_ahead >= self._n_unseen
+        return in_time and any(self._takes_part(entry) for entry in standing.entries)
+
+    def _takes_part(self, entry: PlanEntry) -> bool:
+        sequence = self._sequences.get(entry.seq_id)
+        if sequence is None or sequence.lost or sequence.over:
+            return False
+        return not self._repeated or sequence.n_generated > 0
+
+    def _step(self) -> StepResult:
+        plan, repeated = self._standing, self._repeated
+        assert plan is not None
+        self._n_unseen += 1
+        failure = None
+        if any(self._takes_part(entry) for entry in plan.entries):
+            failure = self._play_step()
+        results: list[EntryResult] = []
+        n_rows = 0
+        for entry in plan.entries:
+            if failure is not None and entry.seq_id in self._sequences:
+                self._sequences[entry.seq_id].lost = True
+            if not self._takes_part(entry):
+                results.append(NO_RESULT)
+                continue
+            results.append(self._run(entry, repeated))
+            n_rows += len(entry.tokens) if entry.tokens and not repeated else 1
+            n_rows += results[-1].n_drafted
+        self._repeated = True
+        return StepResult(
+            plan=plan.number,
+            entries=tuple(results),
+            n_target_tokens=n_rows,
+            n_draft_decodes=max((result.n_drafted for result in results), default=0),
+            gap_time=0.0,
+            draft_time=0.0,
+            target_time=self._step_time if n_rows else 0.0,
+            sample_time=0.0,
+            error=failure,
+        )
+
+    def _play_step(self) -> NativeError | None:
+        """Held, failing, and taking its time, as it was said beforehand."""
+        index = self.n_steps
+        self.n_steps += 1
+        gate = self._gates.pop(index, None)
+        if gate is not None:
+            gate._pass()
+        self.clock.advance(self._step_time)
+        failure = self._errors.pop(index, None)
+        if failure is not None and not isinstance(failure, NativeError):
+            raise failure
+        return failure
+
     def _admit(self, admission: Admission) -> None:
         seq_id = admission.seq_id
         _require(0 <= seq_id < self.facts.n_seq, f"admission to sequence {seq_id}")
@@ -249,45 +326,49 @@ class ScriptedBackend:
         _require(admission.max_tokens >= 1, "admission of a request that may not generate")
         self._sequences[seq_id] = _ScriptedSequence(admission)
 
-    def _check_batch(self, entries: Sequence[PlanEntry]) -> None:
+    def _check_plan(self, plan: Plan) -> None:
         n_batch = self.facts.n_batch
-        n_rows = sum(_n_rows(entry) for entry in entries)
-        _require(n_rows <= n_batch, f"{n_rows} tokens in a batch of {n_batch}")
-        seq_ids = {entry.seq_id for entry in entries}
-        _require(len(seq_ids) == len(entries), "two entries for one sequence")
-        for entry in entries:
+        for n_rows in (
+            sum(len(e.tokens) or 1 + e.n_draft for e in plan.entries),
+            sum(1 + e.n_draft for e in plan.entries if e.sample),
+        ):
+            _require(n_rows <= n_batch, f"{n_rows} tokens in a batch of {n_batch}")
+        seq_ids = {entry.seq_id for entry in plan.entries}
+        _require(len(seq_ids) == len(plan.entries), "two entries for one sequence")
+        for entry in plan.entries:
+            _require(0 <= entry.n_draft <= self.facts.n_draft_max, "draft deeper than the heads")
             _require(entry.seq_id in self._sequences, f"entry for free sequence {entry.seq_id}")
             sequence = self._sequences[entry.seq_id]
-            _require(not sequence.lost, f"entry for sequence {entry.seq_id}, which was lost")
-            _require(not sequence.ended, f"entry for sequence {entry.seq_id}, which has ended")
-            _require(
-                sequence.n_past + _n_rows(entry) <= self.facts.n_ctx,
-                f"sequence {entry.seq_id} grows past n_ctx",
-            )
-            _require(0 <= entry.n_draft <= self.facts.n_draft_max, "draft deeper than the heads")
             if entry.tokens:
                 _require(sequence.n_generated == 0, "prompt tokens after a sampled one")
-                _require(entry.n_draft == 0, "drafting behind a prompt chunk")
-            else:
+            elif not sequence.lost:
                 _require(entry.sample, "a sampled token is fed without sampling the next")
                 _require(sequence.n_generated > 0, "no sampled token to go on from")
 
-    def _run(self, entry: PlanEntry) -> EntryResult:
+    def _run(self, entry: PlanEntry, repeated: bool) -> EntryResult:
         sequence = self._sequences[entry.seq_id]
-        sequence.prompt.extend(entry.tokens)
+        n_draft = 0
+        if entry.tokens and not repeated:
+            sequence.prompt.extend(entry.tokens)
+        else:
+            n_draft = min(entry.n_draft, sequence.remaining - 1)
+        _require(
+            sequence.n_past + n_draft <= self.facts.n_ctx,
+            f"sequence {entry.seq_id} grows past n_ctx",
+        )
         if not entry.sample:
-            return EntryResult((), 0, 0, None)
+            return NO_RESULT
         if not sequence.answer:
             sequence.answer = self._one_answer(sequence.prompt)
             sequence.luck = zlib.crc32(repr(sequence.prompt).encode())
         n_accepted = 0
         token_ids: list[int] = []
-        while not sequence.ended and n_accepted < entry.n_draft and self._hit(sequence):
+        while not sequence.ended and n_accepted < n_draft and self._hit(sequence):
             token_ids.append(sequence.generate())
             n_accepted += 1
         if not sequence.ended:
             token_ids.append(sequence.generate())
-        return EntryResult(tuple(token_ids), entry.n_draft, n_accepted, sequence.ended)
+        return EntryResult(tuple(token_ids), n_draft, n_accepted, sequence.ended)
 
     def _hit(self, sequence: _ScriptedSequence) -> bool:
         """Whether the draft of the sequence's next token is right."""
@@ -303,6 +384,8 @@ class _ScriptedSequence:
 
     def __init__(self, admission: Admission) -> None:
         self._stop = frozenset(admission.stop_token_ids)
+        self._stop_texts = [text.encode() for text in admission.params.stop]
+        self._generated = b""
         self._max_tokens = admission.max_tokens
         self.prompt: list[int] = []
         self.answer: list[int] = []
@@ -316,9 +399,20 @@ class _ScriptedSequence:
         """Tokens computed: all but the one sampled last."""
         return len(self.prompt) + max(0, self.n_generated - 1)
 
+    @property
+    def remaining(self) -> int:
+        """Tokens it may still generate."""
+        return self._max_tokens - self.n_generated
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing goes on until it is released."""
+        return bool(self.ended) or any(text in self._generated for text in self._stop_texts)
+
     def generate(self) -> int:
         token_id = self.answer[self.n_generated % len(self.answer)]
         self.n_generated += 1
+        self._generated += _TOKEN_BYTES[token_id]
         if token_id in self._stop:
             self.ended = "stop"
         elif self.n_generated == self._max_tokens:
@@ -342,11 +436,6 @@ async def open_scripted_engine(backend: ScriptedBackend) -> AsyncIterator[Engine
 def _default_script(prompt: str) -> str:
     chance = random.Random(zlib.crc32(prompt.encode()))
     return " ".join(chance.choices(_WORDS, k=chance.randint(0, 12)))
-
-
-def _n_rows(entry: PlanEntry) -> int:
-    """Tokens of the target batch: the chunk, or the token sampled last, and the drafts."""
-    return (len(entry.tokens) or 1) + entry.n_draft
 
 
 def _require(rule: bool, broken: str) -> None:

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 import msgspec
 from msgspec import Meta, Struct
 
-from mtpbatch.exceptions import InvalidParameterError
+from mtpbatch.exceptions import InvalidParameterError, NativeError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 KvType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
@@ -38,6 +38,9 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Tokens per sequence, prompt and answer together. None: the model's, at most 4096."""
     n_draft_max: Annotated[int, Meta(ge=0, le=32)] = 3
     """Most tokens drafted per sequence and step. 0 opens the engine without MTP heads."""
+    draft_model: str | None = None
+    """GGUF file of an assistant, which drafts for the model and reads its memory (gemma4).
+    None: the model's own MTP heads draft."""
     n_batch: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
     """Most tokens in one step, over all sequences. None: 2048, or what n_seq needs if more."""
     n_ubatch: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
@@ -50,7 +53,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Element type of the KV cache. With "f32", and f32 weights, a text does not depend on who
     shares its batch; with the others a near-tie can fall either way."""
     kv_unified: bool = True
-    """One pool of KV cells for all sequences, instead of an equal share for each."""
+    """One pool of KV cells for all sequences, instead of an equal share for each. Always equal
+    shares where a model with sliding-window attention drafts."""
     speculation: Speculation = "auto"
     """Draft depth of requests that do not say: 0 off, n a fixed depth, "auto" n_draft_max."""
 
@@ -91,6 +95,11 @@ class SamplingParams(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         for name in ("temperature", "top_p", "min_p"):
             if not math.isfinite(getattr(self, name)):
                 raise InvalidParameterError(name, "must be a finite number")
+        for text in self.stop:
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                raise InvalidParameterError("stop", f"is not valid Unicode: {error}") from None
 
 
 def parse(kind: type[_S], values: Mapping[str, Any]) -> _S:
@@ -153,10 +162,12 @@ class Admission(Struct, frozen=True, gc=False):
     stop_token_ids: tuple[int, ...]
     max_tokens: int
     """Tokens it may generate: the request's limit or the context's, whichever is less."""
+    drafts: bool = True
+    """Whether it may ever draft; if not, nothing is kept for the MTP head."""
 
 
 class PlanEntry(Struct, frozen=True, gc=False):
-    """One sequence's part in a step.
+    """One sequence's part in a plan.
 
     ``tokens`` is the next chunk of its prompt. Empty means: go on from the token sampled last,
     which the executor remembers.
@@ -167,22 +178,37 @@ class PlanEntry(Struct, frozen=True, gc=False):
     sample: bool
     """Sample after this chunk: false while more of the prompt is to come."""
     n_draft: int
-    """Most tokens to draft; only for entries that go on from a sampled token."""
+    """Most tokens to draft in each step that goes on from a sampled token."""
 
 
 class Plan(Struct, frozen=True, gc=False):
-    """One step: sequence ids to free, ids to take, then one row set per active sequence."""
+    """Sequence ids to free, ids to take, then what each active sequence does from now on.
+
+    A plan that may run ahead stands until the next one comes: the executor repeats it, without
+    the prompts it has fed, and needs nobody in between. One without entries leaves the plan
+    before it standing.
+    """
 
     release: tuple[int, ...]
     admit: tuple[Admission, ...]
     entries: tuple[PlanEntry, ...]
+    number: int = 0
+    """Names the plan in its results."""
+    run_ahead: int = 0
+    """0: a single step. Otherwise it is repeated, and a step begins while the results of at most
+    this many steps have not been taken in."""
+    followed: bool = True
+    """Whether each step's result is waited for. Otherwise they may come together, but for those of
+    the plan's first step and of steps in which a sequence ends."""
 
 
 class EntryResult(Struct, frozen=True, gc=False):
     """What a step gave one sequence, parallel to ``Plan.entries``.
 
     Of ``token_ids`` the first ``n_accepted`` are accepted drafts and the last one was sampled
-    (a draft that ends the request, by a stop token or its limit, is the last itself).
+    (a draft that ends the request, by a stop token or its limit, is the last itself). A sequence
+    that took no part, or has more of its prompt to come, has none. After a step that completes
+    one of its stop texts it takes no part.
     """
 
     token_ids: tuple[int, ...]
@@ -191,15 +217,24 @@ class EntryResult(Struct, frozen=True, gc=False):
     finish_reason: Literal["stop", "length"] | None
 
 
-class StepResult(Struct, frozen=True, gc=False):
-    """The outcome of one executed plan. Durations are seconds."""
+NO_RESULT = EntryResult(token_ids=(), n_drafted=0, n_accepted=0, finish_reason=None)
 
+
+class StepResult(Struct, frozen=True, gc=False):
+    """The outcome of one step of a plan. Durations are seconds."""
+
+    plan: int
+    """The plan's number."""
     entries: tuple[EntryResult, ...]
     n_target_tokens: int
     n_draft_decodes: int
+    gap_time: float
+    """From the end of the step before to its begin, if that left sequences to go on."""
     draft_time: float
     target_time: float
     sample_time: float
+    error: NativeError | None = None
+    """The step failed: the plan's sequences have lost their state."""
 
 
 # ----------------------------------------------------------------------- back to the app
@@ -284,6 +319,8 @@ class EngineStats(Struct, frozen=True, kw_only=True):
     drafted_by_depth: tuple[int, ...]
     accepted_by_depth: tuple[int, ...]
     steps: int
+    gap_time: float
+    """In which no step ran although sequences were left to go on."""
     draft_time: float
     target_time: float
     sample_time: float

@@ -156,9 +156,10 @@ async def test_requests_without_a_seed_get_one_each_and_a_given_one_is_passed_on
     seeds: list[int] = []
 
     class Recording(ScriptedBackend):
-        def execute(self, plan: Plan) -> StepResult:
-            seeds.extend(admission.seed for admission in plan.admit)
-            return super().execute(plan)
+        def exchange(self, plan: Plan | None, *, wait: bool) -> list[StepResult]:
+            if plan is not None:
+                seeds.extend(admission.seed for admission in plan.admit)
+            return super().exchange(plan, wait=wait)
 
     async with open_scripted_engine(Recording()) as engine:
         await engine.generate_many(["x"] * 8)
@@ -226,6 +227,44 @@ async def test_a_loop_is_called_once_per_step_however_many_requests_it_has(
         await engine.generate("x")
         assert calls == 1, "who does not stream is called at the end only"
         monkeypatch.undo()
+
+
+# ----------------------------------------------------------------------------- running ahead
+
+
+@pytest.mark.parametrize("lag", [1, 5, 30])
+async def test_answers_do_not_depend_on_how_far_the_model_is_ahead(lag: int) -> None:
+    prompts = [f"{i} " * (1 + 3 * i) for i in range(12)]
+    async with open_scripted_engine(ScriptedBackend(n_seq=3, n_batch=16)) as engine:
+        expected = await engine.generate_many(prompts, stop=["tower", "日"])
+    backend = ScriptedBackend(n_seq=3, n_batch=16, lag=lag)
+    async with open_scripted_engine(backend) as engine:
+        found = await engine.generate_many(prompts, stop=["tower", "日"])
+        assert engine.stats().free_sequences == 3
+    assert [c.text for c in found] == [c.text for c in expected]
+    assert [c.token_ids for c in found] == [c.token_ids for c in expected]
+
+
+@pytest.mark.parametrize("lag", [0, 1, 30])
+async def test_a_stop_text_costs_no_step_more(lag: int) -> None:
+    backend = ScriptedBackend(lambda _: "abcdefgh" * 20, n_seq=1, n_draft_max=0, lag=lag)
+    async with open_scripted_engine(backend) as engine:
+        completion = await engine.generate("x", stop="fg")
+        assert completion.text == "abcde"
+        await engine.generate("y", max_tokens=1)  # its step comes behind what was under way
+        assert backend.n_steps - 1 == completion.steps
+
+
+async def test_an_app_that_keeps_python_busy_lets_the_model_run_ahead() -> None:
+    backend = ScriptedBackend(lambda _: "x" * 100, n_seq=1, n_draft_max=0, lag=8)
+    gate = backend.hold_step(12)
+    async with open_scripted_engine(backend) as engine:
+        generation = engine.submit("x", max_tokens=50)
+        await gate.reached()
+        deltas = [await anext(generation) for _ in range(4)]
+        assert [delta.text for delta in deltas] == ["x"] * 4, "of twelve that were generated"
+        gate.release()
+        assert (await generation).text == "x" * 50
 
 
 # --------------------------------------------------------------------------- cancelling

@@ -43,6 +43,7 @@ def test_the_package_exports_exactly_these_names() -> None:
         "MtpInvalidConfigError",
         "MtpProcessError",
         "MtpSessionError",
+        "MtpStateError",
         "NativeError",
         "PromptTooLongError",
         "SamplingParams",
@@ -89,8 +90,8 @@ def test_the_engines_surface() -> None:
     [
         (
             mtpbatch.EngineConfig,
-            "n_seq n_ctx n_draft_max n_batch n_ubatch n_threads n_gpu_layers kv_type kv_unified "
-            "speculation",
+            "n_seq n_ctx n_draft_max draft_model n_batch n_ubatch n_threads n_gpu_layers kv_type "
+            "kv_unified speculation",
         ),
         (
             mtpbatch.SamplingParams,
@@ -108,8 +109,8 @@ def test_the_engines_surface() -> None:
         (
             mtpbatch.EngineStats,
             "running waiting free_sequences n_seq mtp finished prompt_tokens generated_tokens "
-            "drafted accepted drafted_by_depth accepted_by_depth steps draft_time target_time "
-            "sample_time acceptance",
+            "drafted accepted drafted_by_depth accepted_by_depth steps gap_time draft_time "
+            "target_time sample_time acceptance",
         ),
     ],
 )

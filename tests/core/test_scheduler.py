@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from typing import Any
 
@@ -12,7 +13,6 @@ from hypothesis.stateful import (
     RuleBasedStateMachine,
     initialize,
     invariant,
-    precondition,
     rule,
     run_state_machine_as_test,
 )
@@ -38,6 +38,7 @@ def make_sequence(
     prompt: list[int],
     *,
     depth: int | None = None,
+    followed: bool = True,
     **params: Any,
 ) -> Sequence:
     parsed = SamplingParams(**params)
@@ -50,22 +51,44 @@ def make_sequence(
         max_tokens=min(parsed.max_tokens, facts.n_ctx - len(prompt)),
         draft_limit=facts.n_draft_max if depth is None else depth,
         n_draft_max=facts.n_draft_max,
+        followed=followed,
         assembler=TextAssembler(backend.token_bytes, parsed.stop),
         submitted=backend.clock(),
     )
 
 
-def run_step(scheduler: Scheduler, backend: ScriptedBackend) -> list[Event]:
+def hand_over(scheduler: Scheduler, backend: ScriptedBackend) -> Plan:
     plan = scheduler.schedule(backend.clock())
     assert plan is not None
-    return scheduler.update(plan, backend.execute(plan), backend.clock())
+    assert backend.exchange(plan, wait=False) == []
+    return plan
+
+
+def step(scheduler: Scheduler, backend: ScriptedBackend) -> list[Event]:
+    """What the next result does, if there is one."""
+    backend.wake()
+    return [
+        event
+        for result in backend.exchange(None, wait=True)
+        for event in scheduler.update(result, backend.clock())
+    ]
+
+
+def run_step(scheduler: Scheduler, backend: ScriptedBackend) -> list[Event]:
+    """As the engine does it: plans while there are any to make, then a step."""
+    while plan := scheduler.schedule(backend.clock()):
+        assert backend.exchange(plan, wait=False) == []
+    return step(scheduler, backend)
 
 
 def run_to_end(scheduler: Scheduler, backend: ScriptedBackend) -> list[Event]:
     events: list[Event] = []
-    while scheduler.has_work:
+    while scheduler.stats.running or scheduler.stats.waiting:
         events += run_step(scheduler, backend)
         scheduler.check_integrity()
+        assert backend._n_shown, f"nothing goes on: {scheduler!r}"
+    while backend.active or backend._plans:  # what was under way, and the last releases
+        assert run_step(scheduler, backend) == []
     assert scheduler.schedule(backend.clock()) is None
     return events
 
@@ -87,9 +110,10 @@ def undrafted(backend: ScriptedBackend, sequence: Sequence) -> tuple[list[int], 
         if token_id in stop_ids:
             return token_ids, text, "stop"
         text = backend.detokenize(token_ids)
-        found = [text.find(stop) for stop in params.stop if stop in text]
+        found = [(text.find(stop) + len(stop), -len(stop)) for stop in params.stop if stop in text]
         if found:
-            return token_ids, text[: min(found)], "stop"
+            end, minus_length = min(found)  # the first that is complete; of several the longest
+            return token_ids, text[: end + minus_length], "stop"
     return token_ids, text, "length"
 
 
@@ -101,20 +125,21 @@ class SchedulerMachine(RuleBasedStateMachine):
         n_batch=st.integers(1, 24),
         n_draft_max=st.integers(0, 4),
         acceptance=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
+        lag=st.sampled_from([0, 1, 3, 20]),
     )
-    def open(self, n_seq: int, n_batch: int, n_draft_max: int, acceptance: float) -> None:
+    def open(self, n_seq: int, n_batch: int, n_draft_max: int, acceptance: float, lag: int) -> None:
         self.backend = ScriptedBackend(
             n_seq=n_seq,
             n_ctx=24,
             n_batch=n_batch,
             n_draft_max=n_draft_max,
             acceptance=acceptance,
+            lag=lag,
         )
         self.scheduler = Scheduler(self.backend.facts)
         self.sequences: dict[str, Sequence] = {}
         self.last_events: dict[str, Event] = {}
         self.texts: dict[str, str] = {}
-        self.plan: Plan | None = None
 
     @rule(
         n_prompt=st.integers(1, 23),
@@ -124,6 +149,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         stop=st.lists(st.sampled_from(["e", "th", "d t", "日本", "ing the", "öß"]), max_size=2),
         stop_token_ids=st.lists(st.sampled_from([32, 101, 257]), max_size=1),
         ignore_eos=st.booleans(),
+        followed=st.booleans(),
     )
     def add(self, n_prompt: int, first: int, depth: int, **params: Any) -> None:
         request_id = f"r{len(self.sequences)}"
@@ -151,37 +177,20 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert event.completion.finish_reason == "abort"
             self.take([event])
 
-    @precondition(lambda self: self.plan is None)
     @rule()
     def schedule(self) -> None:
-        has_work = self.scheduler.has_work
-        self.plan = self.scheduler.schedule(self.backend.clock())
-        assert (self.plan is not None) == has_work
+        plan = self.scheduler.schedule(self.backend.clock())
+        if plan is not None:
+            assert self.backend.exchange(plan, wait=False) == []
 
-    @precondition(lambda self: self.plan is not None)
     @rule()
-    def update(self) -> None:
-        assert self.plan is not None
-        result = self.backend.execute(self.plan)
-        events = self.scheduler.update(self.plan, result, self.backend.clock())
-        self.plan = None
-        self.take(events)
+    def step(self) -> None:
+        self.take(step(self.scheduler, self.backend))
 
-    @precondition(lambda self: self.plan is not None and self.plan.entries)
     @rule()
-    def fail(self) -> None:
-        assert self.plan is not None
-        plan, self.plan = self.plan, None
+    def step_that_fails(self) -> None:
         self.backend.fail_step(self.backend.n_steps)
-        with pytest.raises(DecodeError) as caught:
-            self.backend.execute(plan)
-        events = self.scheduler.fail(plan, caught.value, self.backend.clock())
-        for event in events:
-            assert isinstance(event.error, DecodeError)
-            assert event.error.__cause__ is caught.value
-            assert event.error.completion is not None
-            assert event.error.completion.finish_reason == "error"
-        self.take(events)
+        self.take(step(self.scheduler, self.backend))
 
     def take(self, events: list[Event]) -> None:
         for event in events:
@@ -189,6 +198,11 @@ class SchedulerMachine(RuleBasedStateMachine):
             if event.delta is not None:
                 text = self.texts.get(event.request_id, "") + event.delta.text
                 self.texts[event.request_id] = text
+            if event.error is not None:
+                assert isinstance(event.error, DecodeError)
+                assert isinstance(event.error.__cause__, DecodeError)
+                assert event.error.completion is not None
+                assert event.error.completion.finish_reason == "error"
             if event.last:
                 self.last_events[event.request_id] = event
                 self.check_end(event)
@@ -199,7 +213,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         sequence = self.sequences[event.request_id]
         token_ids, text, reason = undrafted(self.backend, sequence)
         n_tokens = len(completion.token_ids)
-        assert self.texts[event.request_id] == completion.text
+        if sequence.followed:
+            assert self.texts[event.request_id] == completion.text
         assert list(completion.token_ids) == token_ids[:n_tokens]
         if completion.finish_reason in ("stop", "length"):
             assert n_tokens == len(token_ids)
@@ -226,8 +241,6 @@ class SchedulerMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
             return
-        if self.plan is not None:
-            self.update()
         self.take(run_to_end(self.scheduler, self.backend))
         assert self.last_events.keys() == self.sequences.keys(), "no request is lost"
         assert not self.backend.active, "the executor was told of every release"
@@ -256,14 +269,12 @@ def test_requests_are_admitted_in_order_to_the_lowest_free_ids() -> None:
     scheduler = Scheduler(backend.facts)
     for i, n_prompt in enumerate([9, 1, 9, 1, 1]):
         scheduler.add(make_sequence(backend, f"r{i}", [65] * n_prompt))
-    plan = scheduler.schedule(0.0)
-    assert plan is not None
+    plan = hand_over(scheduler, backend)
     assert [a.seq_id for a in plan.admit] == [0, 1, 2]
     assert [len(e.tokens) for e in plan.entries] == [9, 1, 9]
-    scheduler.update(plan, backend.execute(plan), 0.0)
-    assert run_step(scheduler, backend)[1].completion is not None
-    plan = scheduler.schedule(0.0)
-    assert plan is not None
+    step(scheduler, backend)
+    assert step(scheduler, backend)[1].completion is not None
+    plan = hand_over(scheduler, backend)
     assert plan.release == (1,)
     assert [a.seq_id for a in plan.admit] == [1], "a freed id is taken again in the same plan"
 
@@ -275,13 +286,53 @@ def test_generating_sequences_do_not_wait_for_a_long_prompt() -> None:
     run_step(scheduler, backend)
     scheduler.add(make_sequence(backend, "long", [66] * 40))
     for n_tokens in (12, 12, 12, 4):
-        plan = scheduler.schedule(0.0)
-        assert plan is not None
+        plan = hand_over(scheduler, backend)
         short, long = plan.entries
         assert (short.tokens, short.n_draft, short.sample) == ((), 3, True)
         assert len(long.tokens) == n_tokens
         assert long.sample == (n_tokens == 4), "sampling begins with the prompt's last chunk"
-        assert len(scheduler.update(plan, backend.execute(plan), 0.0)) == 1 + long.sample
+        assert len(step(scheduler, backend)) == 1 + long.sample
+
+
+def test_the_next_chunk_of_a_prompt_is_planned_while_this_one_runs() -> None:
+    backend = ScriptedBackend(lambda _: "x" * 50, n_seq=2, n_batch=16, n_draft_max=0)
+    scheduler = Scheduler(backend.facts)
+    scheduler.add(make_sequence(backend, "long", [66] * 40))
+    plans = [hand_over(scheduler, backend), hand_over(scheduler, backend)]
+    assert scheduler.schedule(0.0) is None, "one ahead is enough"
+    for _ in range(2):
+        assert step(scheduler, backend) == []
+        if plan := scheduler.schedule(0.0):
+            backend.exchange(plan, wait=False)
+            plans.append(plan)
+    assert [(len(p.entries[0].tokens), p.entries[0].sample) for p in plans] == [
+        (16, False),
+        (16, False),
+        (8, True),
+    ]
+
+
+def test_a_plan_is_made_only_when_something_is_new() -> None:
+    backend = ScriptedBackend(lambda _: "x" * 50, n_seq=2, acceptance=0.0)
+    scheduler = Scheduler(backend.facts)
+    scheduler.add(make_sequence(backend, "r0", [65]))
+    first = hand_over(scheduler, backend)
+    for _ in range(5):
+        assert len(step(scheduler, backend)) == 1
+        assert scheduler.schedule(0.0) is None, "the plan stands"
+    scheduler.add(make_sequence(backend, "r1", [65]))
+    second = hand_over(scheduler, backend)
+    assert (first.number, second.number) == (1, 2)
+    assert [(e.seq_id, e.tokens) for e in second.entries] == [(0, ()), (1, (65,))]
+
+
+def test_results_are_waited_for_step_by_step_only_if_somebody_follows() -> None:
+    backend = ScriptedBackend(lambda _: "x" * 50, n_seq=2)
+    scheduler = Scheduler(backend.facts)
+    scheduler.add(make_sequence(backend, "r0", [65], followed=False))
+    assert not hand_over(scheduler, backend).followed
+    scheduler.add(make_sequence(backend, "r1", [65], followed=True))
+    assert hand_over(scheduler, backend).followed
 
 
 def test_a_small_batch_cuts_drafts_before_it_leaves_anyone_out() -> None:
@@ -289,9 +340,7 @@ def test_a_small_batch_cuts_drafts_before_it_leaves_anyone_out() -> None:
     scheduler = Scheduler(backend.facts)
     for i in range(3):
         scheduler.add(make_sequence(backend, f"r{i}", [65]))
-    run_step(scheduler, backend)
-    plan = scheduler.schedule(0.0)
-    assert plan is not None
+    plan = hand_over(scheduler, backend)
     assert [e.n_draft for e in plan.entries] == [2, 0, 0]
 
 
@@ -320,27 +369,25 @@ def test_stop_tokens_end_a_request_and_are_not_shown() -> None:
     backend = ScriptedBackend(lambda _: "hi!there")
     scheduler = Scheduler(backend.facts)
     scheduler.add(make_sequence(backend, "r", [65], stop_token_ids=(33,)))
-    plan = scheduler.schedule(0.0)
-    assert plan is not None
+    plan = hand_over(scheduler, backend)
     assert set(plan.admit[0].stop_token_ids) == {33, *backend.facts.eog_token_ids}
-    scheduler.update(plan, backend.execute(plan), 0.0)
     completion = completions(run_to_end(scheduler, backend))["r"]
     assert (completion.text, completion.token_ids[-1]) == ("hi", 33)
 
 
-def test_an_abort_between_schedule_and_update_drops_the_result() -> None:
-    backend = ScriptedBackend(n_seq=1)
+def test_an_abort_while_a_step_runs_drops_its_result() -> None:
+    backend = ScriptedBackend(n_seq=1, lag=1)
     scheduler = Scheduler(backend.facts)
     scheduler.add(make_sequence(backend, "r", [65], max_tokens=50, ignore_eos=True))
     run_step(scheduler, backend)
-    plan = scheduler.schedule(0.0)
-    assert plan is not None
     event = scheduler.abort("r", 0.0)
     assert event is not None
     assert event.completion is not None
     assert len(event.completion.token_ids) == 1, "what had come before is kept"
-    assert scheduler.update(plan, backend.execute(plan), 0.0) == []
-    assert scheduler.schedule(0.0) == Plan(release=(0,), admit=(), entries=())
+    assert hand_over(scheduler, backend) == Plan(release=(0,), admit=(), entries=())
+    assert step(scheduler, backend) == [], "the result of the step that ran meanwhile"
+    assert backend.n_steps == 2
+    assert not backend.active
     assert scheduler.abort("r", 0.0) is None
 
 
@@ -388,24 +435,30 @@ def test_a_result_that_the_plan_cannot_have_is_noticed(outcome: EntryResult) -> 
     scheduler = Scheduler(backend.facts)
     scheduler.add(make_sequence(backend, "r", [65], max_tokens=9))
     run_step(scheduler, backend)
-    plan = scheduler.schedule(0.0)
-    assert plan is not None
     with pytest.raises(InternalError, match="was given"):
-        scheduler.update(plan, StepResult((outcome,), 1, 0, 0.0, 0.0, 0.0), 0.0)
+        scheduler.update(StepResult(1, (outcome,), 1, 0, 0.0, 0.0, 0.0, 0.0), 0.0)
 
 
-def test_results_are_taken_for_the_plan_under_way_only() -> None:
+def test_results_are_taken_in_the_order_of_the_plans() -> None:
     backend = ScriptedBackend()
     scheduler = Scheduler(backend.facts)
-    scheduler.add(make_sequence(backend, "r", [65]))
-    plan = scheduler.schedule(0.0)
-    assert plan is not None
-    with pytest.raises(InternalError, match="before the last plan was settled"):
-        scheduler.schedule(0.0)
-    result = backend.execute(plan)
-    scheduler.update(plan, result, 0.0)
-    with pytest.raises(InternalError, match="not the one"):
-        scheduler.update(plan, result, 0.0)
+
+    def result(plan: int) -> StepResult:
+        return StepResult(plan, (EntryResult((65,), 0, 0, None),), 1, 0, 0.0, 0.0, 0.0, 0.0)
+
+    with pytest.raises(InternalError, match="of plan 1, which is not its turn"):
+        scheduler.update(result(1), 0.0)
+    scheduler.add(make_sequence(backend, "r0", [65]))
+    assert scheduler.schedule(0.0)
+    scheduler.add(make_sequence(backend, "r1", [65]))
+    assert scheduler.schedule(0.0)
+    with pytest.raises(InternalError, match="of plan 2, which is not its turn"):
+        scheduler.update(result(2), 0.0)
+    scheduler.update(result(1), 0.0)
+    with pytest.raises(InternalError, match="1 results"):
+        scheduler.update(result(2), 0.0)
+    with pytest.raises(InternalError, match="of plan 1, which is not its turn"):
+        scheduler.update(result(1), 0.0)
 
 
 def test_thousands_may_wait_and_leave_without_slowing_anyone() -> None:
@@ -423,12 +476,14 @@ def test_thousands_may_wait_and_leave_without_slowing_anyone() -> None:
             count += event == "line"
             return trace
 
+        gc.disable()  # it may run finalizers of other tests, whose lines would be counted
         sys.settrace(trace)
         try:
             scheduler.abort(f"r{n_waiting // 2}", 0.0)
             plan = scheduler.schedule(0.0)
         finally:
             sys.settrace(None)
+            gc.enable()
         assert plan is not None
         return count
 
@@ -445,12 +500,13 @@ def test_check_integrity_notices_a_lost_sequence_id() -> None:
 
 def test_the_scripted_model_refuses_plans_that_no_executor_could_run() -> None:
     backend = ScriptedBackend(n_seq=1)
+    backend.exchange(Plan((0,), (), ()), wait=False)
     with pytest.raises(InternalError, match="release of free sequence 0"):
-        backend.execute(Plan((0,), (), ()))
+        backend.exchange(None, wait=True)
+    backend = ScriptedBackend(n_seq=1)
     scheduler = Scheduler(backend.facts)
     scheduler.add(make_sequence(backend, "r", [65]))
-    plan = scheduler.schedule(0.0)
-    assert plan is not None
-    backend.execute(plan)
+    plan = hand_over(scheduler, backend)
+    backend.exchange(plan, wait=True)
     with pytest.raises(InternalError, match="taken sequence"):
-        backend.execute(plan)
+        backend.exchange(None, wait=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mtpbatch.exceptions import InvalidParameterError
-from mtpbatch.speculation import draft_limit, step_depth
+from mtpbatch.speculation import draft_limit
 from mtpbatch.types import EngineConfig, ModelFacts, Speculation
 
 
@@ -52,12 +52,3 @@ def test_without_heads_asking_for_drafts_is_an_error_that_says_what_to_do() -> N
 def test_deeper_than_the_engine_drafts_is_an_error() -> None:
     with pytest.raises(InvalidParameterError, match="4 is deeper than n_draft_max=3"):
         draft_limit(4, EngineConfig(), facts(3))
-
-
-@pytest.mark.parametrize(
-    ("limit", "remaining", "depth"), [(3, 100, 3), (3, 4, 3), (3, 3, 2), (3, 1, 0), (0, 9, 0)]
-)
-def test_a_step_drafts_no_more_than_the_request_may_still_generate(
-    limit: int, remaining: int, depth: int
-) -> None:
-    assert step_depth(limit, remaining) == depth

@@ -1,4 +1,4 @@
-"""Executor: one plan is one native call, right token for token, and wrong plans change nothing."""
+"""Executor: right token for token, whatever the plans; wrong plans change nothing."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ import itertools
 import random
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 
 import loops
 from mtpbatch.exceptions import ContextError, InternalError
-from mtpbatch.native import Context, Executor, Model, MtpSession
-from mtpbatch.types import Admission, Plan, PlanEntry, SamplingParams, StepResult
+from mtpbatch.native import Batch, Context, Executor, Model, MtpSession
+from mtpbatch.types import NO_RESULT, Admission, Plan, PlanEntry, SamplingParams, StepResult
 
 DEPTH = 3
 PROMPT = (40, 50, 60, 70, 80)
@@ -26,7 +27,7 @@ PROMPT = (40, 50, 60, 70, 80)
 def make_target(model: Model, **params: Any) -> Context:
     given: dict[str, Any] = {
         "n_seq": 4,
-        "n_ctx": 64,
+        "n_ctx": 96,
         "n_rs_seq": DEPTH,
         "kv_type": "f32",
         "n_threads": 1,
@@ -41,9 +42,13 @@ def make(model: Model, **params: Any) -> tuple[Context, Executor]:
 
 
 def admit(
-    seq_id: int, max_tokens: int = 99, stop: tuple[int, ...] = (), **params: Any
+    seq_id: int,
+    max_tokens: int = 32,
+    stop: tuple[int, ...] = (),
+    stop_texts: tuple[str, ...] = (),
+    **params: Any,
 ) -> Admission:
-    sampling = SamplingParams(**params)
+    sampling = SamplingParams(stop=stop_texts, **params)
     return Admission(seq_id, sampling, sampling.seed or 0, stop, max_tokens)
 
 
@@ -65,10 +70,10 @@ def generate(executor: Executor, seq_id: int, count: int, n_draft: int) -> list[
     plan = Plan((), (admit(seq_id, count),), (prefill(seq_id),))
     tokens: list[int] = []
     while True:
-        [result] = executor.execute(plan).entries
+        [result] = loops.execute(executor, plan).entries
         tokens += result.token_ids
         if result.finish_reason:
-            executor.execute(Plan((seq_id,), (), ()))
+            loops.execute(executor, Plan((seq_id,), (), ()))
             return tokens
         plan = Plan((), (), (step(seq_id, n_draft),))
 
@@ -92,13 +97,22 @@ WRONG = {
     "more prompt after sampling": Plan((), (), (prefill(0, [5]),)),
     "decode without sampling": Plan((), (), (PlanEntry(0, (), False, 0),)),
     "no prompt": Plan((), (admit(1),), (step(1),)),
-    "draft with the prompt": Plan((), (admit(1),), (PlanEntry(1, PROMPT, True, 1),)),
+    "more prompt and answer than the context holds": Plan((), (admit(1),), (prefill(1, [5] * 66),)),
+    "draft of a request that never drafts": Plan(
+        (),
+        (Admission(1, SamplingParams(), 0, (), 9, drafts=False),),
+        (PlanEntry(1, PROMPT, True, 1),),
+    ),
+    "negative run_ahead": Plan((), (), (step(0),), run_ahead=-1),
+    "more outputs than n_outputs_max when repeated": Plan(
+        (), (admit(2),), (step(0, 2), step(3, 2), PlanEntry(2, PROMPT, True, 2)), run_ahead=1
+    ),
     "draft deeper than the session": Plan((), (), (step(0, DEPTH + 1),)),
     "negative draft": Plan((), (), (step(0, -1),)),
     "token not in the vocabulary": Plan((), (admit(1),), (prefill(1, [5, 300]),)),
     "negative token": Plan((), (admit(1),), (prefill(1, [-1]),)),
     "number that fits no integer": Plan((), (admit(1),), (prefill(1, [2**40]),)),
-    "prompt longer than the context": Plan((), (admit(1),), (prefill(1, [5] * 65),)),
+    "prompt longer than the context": Plan((), (admit(1),), (prefill(1, [5] * 97),)),
     "more rows than n_batch": Plan(
         (), (admit(1), admit(2)), (prefill(1, [5] * 60), prefill(2, [5] * 41))
     ),
@@ -114,19 +128,21 @@ def test_a_wrong_plan_changes_nothing(tiny: Model, plan: Plan) -> None:
     def run(wrong: Plan | None) -> tuple[StepResult, ...]:
         target, executor = make(tiny, n_batch=100, n_outputs_max=8)
         results = [
-            executor.execute(Plan((), (admit(0), admit(3)), (prefill(0), prefill(3, [99])))),
-            executor.execute(Plan((), (), (step(0, 2), step(3, 3)))),
+            loops.execute(executor, Plan((), (admit(0), admit(3)), (prefill(0), prefill(3, [99])))),
+            loops.execute(executor, Plan((), (), (step(0, 2), step(3, 3)))),
         ]
         if wrong:
             lengths = [target.length(s) for s in range(4)]
             with pytest.raises(InternalError):
-                executor.execute(wrong)
+                loops.execute(executor, wrong)
             assert lengths == [target.length(s) for s in range(4)]
         # Sequences 1 and 2 are still free, 0 and 3 go on.
         results.append(
-            executor.execute(Plan((), (admit(1), admit(2)), (prefill(1), prefill(2, [5, 6]))))
+            loops.execute(
+                executor, Plan((), (admit(1), admit(2)), (prefill(1), prefill(2, [5, 6])))
+            )
         )
-        results.append(executor.execute(Plan((), (), (step(0, 3), step(3, 3)))))
+        results.append(loops.execute(executor, Plan((), (), (step(0, 3), step(3, 3)))))
         return tuple(
             (result.entries, result.n_target_tokens, result.n_draft_decodes)  # type: ignore[misc]
             for result in results
@@ -137,35 +153,33 @@ def test_a_wrong_plan_changes_nothing(tiny: Model, plan: Plan) -> None:
 
 def test_a_finished_sequence_does_not_go_on(tiny: Model) -> None:
     _, executor = make(tiny)
-    [result] = executor.execute(Plan((), (admit(0, 1),), (prefill(0),))).entries
+    [result] = loops.execute(executor, Plan((), (admit(0, 1),), (prefill(0),))).entries
     assert result.finish_reason == "length"
-    with pytest.raises(InternalError, match="has finished"):
-        executor.execute(Plan((), (), (step(0),)))
-    executor.execute(Plan((0,), (), ()))
+    assert loops.execute(executor, Plan((), (), (step(0),))).entries == (NO_RESULT,)
+    loops.execute(executor, Plan((0,), (), ()))
 
 
-def test_a_full_context_ends_before_the_plan_that_outgrows_it(tiny: Model) -> None:
+def test_a_context_is_used_to_its_end(tiny: Model) -> None:
     target, executor = make(tiny, n_ctx=8)
-    executor.execute(Plan((), (admit(0),), (prefill(0),)))
+    loops.execute(executor, Plan((), (admit(0, 4),), (prefill(0),)))
     with pytest.raises(InternalError, match="outgrow"):
-        executor.execute(Plan((), (), (step(0, 3),)))
-    executor.execute(Plan((), (), (step(0, 2),)))
-    while target.length(0) < 8:
-        executor.execute(Plan((), (), (step(0),)))
-    with pytest.raises(InternalError, match="outgrow"):
-        executor.execute(Plan((), (), (step(0),)))
+        loops.execute(executor, Plan((), (admit(1, 5),), (prefill(1),)))
+    plan = Plan((), (), (step(0, 3),))
+    while not loops.execute(executor, plan).entries[0].finish_reason:
+        pass
+    assert target.length(0) in (7, 8), "the last token needs no place, unless it was drafted"
 
 
 def test_an_empty_plan_does_nothing(tiny: Model) -> None:
     _, executor = make(tiny)
-    assert executor.execute(Plan((), (), ())).entries == ()
+    assert loops.execute(executor, Plan((), (), ())).entries == ()
 
 
 def test_without_a_session_nothing_can_be_drafted(tiny: Model) -> None:
     executor = Executor(make_target(tiny))
-    executor.execute(Plan((), (admit(0),), (prefill(0),)))
+    loops.execute(executor, Plan((), (admit(0),), (prefill(0),)))
     with pytest.raises(InternalError, match="cannot draft"):
-        executor.execute(Plan((), (), (step(0, 1),)))
+        loops.execute(executor, Plan((), (), (step(0, 1),)))
     assert generate(executor, 1, 20, 0) == undrafted(tiny, PROMPT, 20)
 
 
@@ -176,6 +190,30 @@ def test_the_session_must_draft_for_the_target(tiny: Model) -> None:
         Executor(target, session)
     with pytest.raises(ContextError):
         Executor(Context.mtp(target))
+
+
+def test_a_context_that_is_driven_is_left_alone(tiny: Model) -> None:
+    target = make_target(tiny)
+    session = MtpSession(target, Context.mtp(target), 4, DEPTH)
+    executor = Executor(target, session)
+    batch = Batch()
+    batch.add_sequence(PROMPT, 0, 0)
+    uses: list[Callable[[], object]] = [
+        lambda: target.decode(batch),
+        lambda: target.truncate(0, 0),
+        lambda: session.process(batch),
+        lambda: session.draft(0, 5, 60),
+        lambda: session.accept(0, 0),
+        lambda: session.save(0),
+        lambda: session.restore(0, b""),
+        lambda: session.fork(0, 1),
+        lambda: Executor(target, session),
+    ]
+    for use in uses:
+        with pytest.raises(ContextError, match="an executor drives this context"):
+            use()
+    executor.close()
+    target.decode(batch)
 
 
 def test_what_a_context_had_decoded_before_is_cleared(tiny: Model) -> None:
@@ -198,7 +236,7 @@ def test_closed_parts_stay_for_as_long_as_the_executor_runs(tiny_path: Path) -> 
     executor.close()
     executor.close()
     with pytest.raises(ContextError, match="Executor is closed"):
-        executor.execute(Plan((), (), ()))
+        loops.execute(executor, Plan((), (), ()))
 
 
 # ---------------------------------------------------------------------------------- ends of text
@@ -213,7 +251,7 @@ def one_request(
     tokens: list[int] = []
     steps: list[tuple[int, int, int]] = []
     while True:
-        [result] = executor.execute(plan).entries
+        [result] = loops.execute(executor, plan).entries
         tokens += result.token_ids
         steps.append((len(result.token_ids), result.n_drafted, result.n_accepted))
         if result.finish_reason:
@@ -230,13 +268,13 @@ def test_limits_and_stop_tokens_end_at_the_same_token_whatever_is_drafted(
     for count in range(1, 24):
         tokens, reason, steps = one_request(tiny, n_draft, count, ())
         assert (tokens, reason) == (text[:count], "length")
-        inside += steps[-1][1] > 0 and steps[-1][2] == steps[-1][0]
         for produced, drafted, accepted in steps:
             assert accepted <= drafted <= n_draft
             assert produced in (accepted, accepted + 1)
     for stop in set(text):
-        tokens, reason, steps = one_request(tiny, n_draft, 99, (299, stop))
+        tokens, reason, steps = one_request(tiny, n_draft, 60, (299, stop))
         assert (tokens, reason) == (text[: text.index(stop) + 1], "stop")
+        inside += steps[-1][1] > 0 and steps[-1][2] == steps[-1][0]
     if n_draft == DEPTH:
         assert inside > 0  # some ended with an accepted draft
 
@@ -304,7 +342,7 @@ def test_random_plans_give_what_undrafted_decoding_gives(
             else:
                 entries.append(step(s, draw.randint(0, DEPTH)))
                 room -= 1 + entries[-1].n_draft
-        results = executor.execute(Plan(release, tuple(admissions), tuple(entries))).entries
+        results = loops.execute(executor, Plan(release, tuple(admissions), tuple(entries))).entries
         for entry, result in zip(entries, results, strict=True):
             request = active[entry.seq_id]
             request.tokens += result.token_ids
@@ -327,23 +365,46 @@ def new_request(draw: random.Random, texts: list[tuple[list[int], list[int]]]) -
     if draw.random() < 0.3:
         stop = (draw.choice(text),)
         expected, reason = text[: text.index(stop[0]) + 1], "stop"
-    limit = len(expected) if reason == "length" else 99
+    limit = len(expected) if reason == "length" else 60
     return Request(prompt, limit, stop, expected, reason)
 
 
 def test_a_sequence_is_released_and_taken_anew_in_one_plan(tiny: Model) -> None:
     _, executor = make(tiny)
     expected = undrafted(tiny, PROMPT, 30)
-    executor.execute(Plan((), (admit(0), admit(1)), (prefill(0, [99] * 30), prefill(1, [98]))))
+    loops.execute(
+        executor, Plan((), (admit(0), admit(1)), (prefill(0, [99] * 30), prefill(1, [98])))
+    )
     tokens: list[int] = []
     for _ in range(3):
-        executor.execute(Plan((), (), (step(0, DEPTH), step(1, DEPTH))))
+        loops.execute(executor, Plan((), (), (step(0, DEPTH), step(1, DEPTH))))
         plan = Plan((0,), (admit(0, 30),), (prefill(0), step(1, 1)))
         tokens = []
         for _ in range(4):
-            tokens += executor.execute(plan).entries[0].token_ids
+            tokens += loops.execute(executor, plan).entries[0].token_ids
             plan = Plan((), (), (step(0, DEPTH),))
         assert tokens == expected[: len(tokens)]
+
+
+def test_an_id_drafts_or_never_does_from_one_request_to_the_next(tiny: Model) -> None:
+    _, executor = make(tiny)
+    expected = {s: undrafted(tiny, [50 + s], 24) for s in range(2)}
+    for turn in range(4):
+        drafting = {0: turn % 2 == 0, 1: turn % 2 == 1}
+        admissions = tuple(
+            msgspec.structs.replace(admit(s, 24), drafts=drafts) for s, drafts in drafting.items()
+        )
+        plan = Plan((), admissions, tuple(prefill(s, [50 + s]) for s in drafting))
+        tokens: dict[int, list[int]] = {0: [], 1: []}
+        accepted = 0
+        while min(map(len, tokens.values())) < 24:
+            for s, result in enumerate(loops.execute(executor, plan).entries):
+                tokens[s] += result.token_ids
+                accepted += result.n_accepted
+            plan = Plan((), (), tuple(step(s, DEPTH * drafts) for s, drafts in drafting.items()))
+        assert tokens == expected
+        assert accepted > 0
+        loops.execute(executor, Plan((0, 1), (), ()))
 
 
 # ---------------------------------------------------------------------------------- sampling
@@ -357,12 +418,12 @@ def sampled(
     others = [s for s in range(4) if s != seq_id][:neighbours]
     admissions = (
         admit(seq_id, 30, **params),
-        *(admit(s, 99, temperature=2.0, seed=s) for s in others),
+        *(admit(s, 60, temperature=2.0, seed=s) for s in others),
     )
     plan = Plan((), admissions, (prefill(seq_id), *(prefill(s, [30 + s]) for s in others)))
     tokens: list[int] = []
     while True:
-        result = executor.execute(plan).entries[0]
+        result = loops.execute(executor, plan).entries[0]
         tokens += result.token_ids
         if result.finish_reason:
             return tokens
@@ -416,7 +477,7 @@ def test_huge_values_are_harmless(tiny: Model, params: dict[str, Any]) -> None:
     sampled(tiny, 1, seed=3, **({"temperature": 1.0} | params))
 
 
-# ---------------------------------------------------------------------------- in one native call
+# ------------------------------------------------------------------------------- without the GIL
 
 
 def test_other_threads_run_while_a_step_does(tiny: Model) -> None:
@@ -445,12 +506,175 @@ def test_other_threads_run_while_a_step_does(tiny: Model) -> None:
         for _ in range(50):  # a busy machine may hold the thread up for other reasons
             wait_for_tick()
             longest = 0.0
-            result = executor.execute(Plan((), (admit(0),), (prefill(0, [50] * 1000),)))
+            result = loops.execute(executor, Plan((), (admit(0),), (prefill(0, [50] * 990),)))
             wait_for_tick()
             if longest < result.target_time / 2:
                 return
-            executor.execute(Plan((0,), (), ()))
+            loops.execute(executor, Plan((0,), (), ()))
     finally:
         stop.set()
         thread.join()
     pytest.fail("no step let the other thread run")
+
+
+# --------------------------------------------------------------------------------- running ahead
+
+
+@pytest.mark.parametrize("run_ahead", [1, 3, 100])
+def test_a_plan_stands_until_the_next_one(tiny: Model, run_ahead: int) -> None:
+    _, executor = make(tiny)
+    expected = {s: undrafted(tiny, [50 + s], 30) for s in range(3)}
+    tokens: dict[int, list[int]] = {s: [] for s in range(3)}
+
+    def take(results: list[StepResult], number: int, seq_ids: list[int]) -> None:
+        assert len(results) <= run_ahead + 1
+        for result in results:
+            assert result.plan == number
+            for seq_id, entry in zip(seq_ids, result.entries, strict=True):
+                tokens[seq_id] += entry.token_ids
+                assert tokens[seq_id] == expected[seq_id][: len(tokens[seq_id])]
+                assert (entry.finish_reason is None) == (
+                    entry == NO_RESULT or len(tokens[seq_id]) < 30
+                )
+
+    plan = Plan(
+        (),
+        (admit(0, 30), admit(1, 30)),
+        (PlanEntry(0, (50,), True, 2), PlanEntry(1, (51,), True, DEPTH)),
+        number=1,
+        run_ahead=run_ahead,
+    )
+    take(executor.exchange(plan, wait=True), 1, [0, 1])
+    while not (len(tokens[0]) > 10 or len(tokens[1]) > 10):
+        take(executor.exchange(None, wait=True), 1, [0, 1])
+    plan = Plan(
+        (),
+        (admit(2, 30),),
+        (step(0, 1), step(1, 0), prefill(2, [52])),
+        number=2,
+        run_ahead=run_ahead,
+    )
+    results = executor.exchange(plan, wait=True)
+    while min(map(len, tokens.values())) < 30:
+        for result in results:  # some may be of the first plan still
+            take([result], result.plan, [0, 1, 2][: 1 + result.plan])
+        results = executor.exchange(None, wait=min(map(len, tokens.values())) < 30)
+    assert tokens == expected
+    assert results == []
+
+
+def test_what_is_released_sits_out_and_the_others_go_on(tiny: Model) -> None:
+    target, executor = make(tiny)
+    admissions = (admit(0, 40), admit(1, 40))
+    entries = tuple(PlanEntry(s, PROMPT, True, s) for s in range(2))
+    tokens: list[int] = []
+    results = executor.exchange(Plan((), admissions, entries, run_ahead=1), wait=True)
+    results += executor.exchange(Plan((0,), (), ()), wait=True)
+    while True:
+        for result in results:
+            tokens += result.entries[1].token_ids
+        if result.entries[1].finish_reason:
+            break
+        results = executor.exchange(None, wait=True)
+        assert len(results) <= 2
+    assert tokens == undrafted(tiny, PROMPT, 40)
+    assert result.entries[0] == NO_RESULT
+    assert target.length(0) == 0
+
+
+def test_a_prompt_in_parts_waits_for_its_next_part(tiny: Model) -> None:
+    _, executor = make(tiny)
+    admissions = (admit(0, 20), admit(1, 20))
+    first = Plan(
+        (), admissions, (prefill(0), prefill(1, PROMPT[:2], sample=False)), number=1, run_ahead=9
+    )
+    tokens: list[int] = []
+    results = executor.exchange(first, wait=True)
+    while len(tokens) < 10:
+        for result in results:
+            tokens += result.entries[0].token_ids
+            assert result.entries[1] == NO_RESULT
+        results = executor.exchange(None, wait=True)
+    second = Plan((), (), (step(0), prefill(1, PROMPT[2:])), number=2, run_ahead=9)
+    others: list[int] = []
+    results += executor.exchange(second, wait=True)
+    while len(others) < 20:
+        for result in results:
+            if result.plan == 2:
+                others += result.entries[1].token_ids
+        results = executor.exchange(None, wait=len(others) < 20)
+    assert others == undrafted(tiny, PROMPT, 20)
+
+
+@pytest.mark.parametrize("n_draft", [0, DEPTH])
+def test_a_sequence_stops_where_its_text_is_complete(tiny: Model, n_draft: int) -> None:
+    """Python ends it; until then it takes part in no further step."""
+    text = undrafted(tiny, PROMPT, 60)
+    pieces = [tiny.token_bytes(token) for token in text]
+    whole = b"".join(pieces).decode()
+    for begin in range(3, 40, 4):
+        stops = ("never", whole[begin : begin + 5], whole[begin : begin + 3] + "never")
+        found = whole.index(stops[1])
+        _, executor = make(tiny)
+        admission = admit(0, 60, stop=(), stop_texts=stops)
+        entries = (PlanEntry(0, PROMPT, True, n_draft),)
+        results = executor.exchange(Plan((), (admission,), entries, run_ahead=100), wait=True)
+        tokens: list[int] = []
+        while len(b"".join(map(tiny.token_bytes, tokens))) < found + 5:
+            for result in results:
+                tokens += result.entries[0].token_ids
+            results = executor.exchange(None, wait=not results)
+        executor.wake()
+        assert executor.exchange(None, wait=True) == []
+        assert tokens == text[: len(tokens)]
+        before_last_step = len(b"".join(pieces[: len(tokens) - 1 - n_draft]))
+        assert before_last_step < found + 5, "no step more"
+
+
+def test_a_waiting_exchange_can_be_woken(tiny: Model) -> None:
+    _, executor = make(tiny)
+    executor.wake()
+    assert executor.exchange(None, wait=True) == [], "the next one, if none waits"
+    thread = threading.Thread(target=executor.wake)
+    thread.start()
+    assert executor.exchange(None, wait=True) == []
+    thread.join()
+    executor.close()
+    executor.wake()
+
+
+def test_gaps_are_counted_only_while_sequences_are_left_to_go_on(tiny: Model) -> None:
+    _, executor = make(tiny)
+    first = loops.execute(executor, Plan((), (admit(0, 2),), (prefill(0),)))
+    second = loops.execute(executor, Plan((), (), (step(0),)))
+    third = loops.execute(executor, Plan((), (admit(1, 1),), (prefill(1),)))
+    assert second.entries[0].finish_reason
+    assert first.gap_time == third.gap_time == 0
+    assert second.gap_time > 0
+    loops.execute(executor, Plan((0, 1), (admit(2),), (prefill(2),)))
+    loops.execute(executor, Plan((2,), (), ()))
+    after_release = loops.execute(executor, Plan((), (admit(3),), (prefill(3),)))
+    assert after_release.gap_time == 0
+
+
+def test_what_is_released_does_not_wait_for_plans_that_have_not_begun(tiny: Model) -> None:
+    """Their entries for it are skipped; who takes the id after that is not confused with it."""
+    _, executor = make(tiny)
+    loops.execute(executor, Plan((), (admit(0), admit(1)), (prefill(0), prefill(1, [51]))))
+    plans = [
+        Plan((), (admit(2),), (step(0), step(1), prefill(2, [52])), number=1),
+        Plan((), (), (step(0), step(1), step(2)), number=2),
+        Plan((0,), (), ()),
+        Plan((), (admit(0),), (prefill(0, [53]), step(1), step(2)), number=3),
+        Plan((0,), (admit(0),), (prefill(0, [54]), step(1), step(2)), number=4),
+    ]
+    results: list[StepResult] = []
+    for plan in plans:
+        results += executor.exchange(plan, wait=False)
+    while len(results) < 4:
+        results += executor.exchange(None, wait=True)
+    assert [result.plan for result in results] == [1, 2, 3, 4]
+    assert list(results[2].entries[0].token_ids) == undrafted(tiny, [53], 1)
+    assert list(results[3].entries[0].token_ids) == undrafted(tiny, [54], 1)
+    others = [t for result in results for t in result.entries[1].token_ids]
+    assert others == undrafted(tiny, [51], 5)[1:]

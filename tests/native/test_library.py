@@ -136,10 +136,10 @@ model = Model(sys.argv[1])
 target = Context(model, n_ctx=32, n_rs_seq=2, n_threads=2)
 draft = Context.mtp(target)
 session = MtpSession(target, draft, 1, 2)
-executor = Executor(target, session)
 batch = Batch()
 batch.add_sequence([40, 50], 0, 0)
 target.decode(batch)
+executor = Executor(target, session)
 
 uses = [
     lambda: model.tokenize("a"), lambda: model.token_bytes(5), lambda: Context(model),
@@ -148,7 +148,7 @@ uses = [
     lambda: session.process(batch), lambda: session.draft(0, 2, 60), lambda: session.statistics(),
     lambda: session.draft_many([DraftRequest(0, 2, 60)]), lambda: session.accept(0, 0),
     lambda: session.begin(0, [40, 50]), lambda: MtpSession(target, draft, 1, 2),
-    lambda: executor.execute(Plan((), (), ())), lambda: Executor(target, session),
+    lambda: executor.exchange(None, wait=False), lambda: Executor(target, session),
 ]
 
 def child():
@@ -183,6 +183,7 @@ if pid == 0:
 _, status = os.waitpid(pid, 0)
 go_on.set()
 thread.join()
+executor.close()
 target.truncate(0, 0)
 target.decode(batch)  # the parent is unharmed
 print(os.waitstatus_to_exitcode(status))

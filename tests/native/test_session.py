@@ -363,28 +363,6 @@ def test_drafts_stop_at_the_end_of_the_context(tiny: Model) -> None:
 # ------------------------------------------------------------------------------ lazy catch-up
 
 
-@pytest.mark.parametrize("pause", [1, 40, 300])
-def test_acceptance_after_a_pause_is_as_without(tiny: Model, pause: int) -> None:
-    """Tokens decoded undrafted are caught up, whether they still wait or filled the buffer."""
-    text = [*PROMPT, *undrafted(tiny, PROMPT, pause)]
-
-    def stream(whole: bool) -> tuple[loops.Stream, int]:
-        target, draft = make_pair(tiny, n_ctx=512, n_batch=512, n_outputs_max=16)
-        session = MtpSession(target, draft, 4, DEPTH)
-        if whole:  # everything is prompt
-            return loops.drafted(target, session, {3: text}, COUNT, lambda *_: DEPTH)[3], 0
-        loops.feed(target, 3, PROMPT, session)
-        for token in text[len(PROMPT) : -1]:
-            loops.feed(target, 3, [token], session)
-        caught_up = session.statistics().rows
-        return loops.drafted(target, session, {3: text[-1:]}, COUNT, lambda *_: DEPTH)[3], caught_up
-
-    expected, _ = stream(whole=True)
-    paused, caught_up = stream(whole=False)
-    assert paused == expected
-    assert (caught_up > 0) == (pause == 300)
-
-
 def test_long_prompts_in_chunks_are_as_in_one(tiny: Model) -> None:
     prompt = list(itertools.islice(itertools.cycle(range(30, 117)), 700))
     streams = []
@@ -666,7 +644,7 @@ class TestContextsAreRefused:
     def test_if_they_are_of_two_models(self, tiny_path: Path, target: Context) -> None:
         with Model(tiny_path) as other:
             draft = Context.mtp(make_target(other))
-            with pytest.raises(MtpIncompatibleContextsError, match="two different models"):
+            with pytest.raises(MtpIncompatibleContextsError, match="another target"):
                 MtpSession(target, draft, 4, DEPTH)
 
     def test_if_too_few_states_are_kept(self, tiny: Model) -> None:

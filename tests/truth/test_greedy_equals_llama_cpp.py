@@ -11,6 +11,7 @@ from pathlib import Path
 import anyio
 import pytest
 
+import loops
 import mtpbatch
 from mtpbatch.native import NativeBackend
 from mtpbatch.types import Admission, EngineConfig, Plan, PlanEntry, SamplingParams
@@ -125,7 +126,7 @@ def test_plans(
             fed[i] += len(chunk)
             room -= len(chunk)
             entries.append(PlanEntry(i, tuple(chunk), fed[i] == len(prompts[i]), 0))
-        result = backend.execute(Plan(release, admit, tuple(entries)))
+        result = loops.execute(backend, Plan(release, admit, tuple(entries)))
         admit = ()
         for entry, outcome in zip(entries, result.entries, strict=True):
             texts[entry.seq_id] += outcome.token_ids

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+import loops
 import random_model
 from mtpbatch.native import NativeBackend
 from mtpbatch.types import Admission, EngineConfig, Plan, PlanEntry, SamplingParams
@@ -79,7 +80,7 @@ def _sample(path: Path, depth: int, params: dict[str, Any]) -> Samples:
         active = {s: PlanEntry(s, PROMPT, True, 0) for s in range(N_SEQ)}
         found: list[tuple[int, ...]] = [()] * N_SEQ
         while active:
-            result = backend.execute(Plan(release, admit, tuple(active.values())))
+            result = loops.execute(backend, Plan(release, admit, tuple(active.values())))
             release, admit = (), ()
             for s, outcome in zip(list(active), result.entries, strict=True):
                 found[s] += outcome.token_ids

@@ -8,6 +8,7 @@ from mtpbatch.native.backend import NativeBackend
 from mtpbatch.native.context import Batch, Context
 from mtpbatch.native.executor import Executor
 from mtpbatch.native.model import Model
+from mtpbatch.native.sampler import Sampler
 from mtpbatch.native.session import (
     DraftRequest,
     MtpSession,
@@ -25,4 +26,5 @@ __all__ = [
     "MtpSessionConfig",
     "MtpSessionStatistics",
     "NativeBackend",
+    "Sampler",
 ]

@@ -25,6 +25,7 @@ from mtpbatch.exceptions import (
     MtpInitError,
     MtpInvalidConfigError,
     MtpProcessError,
+    MtpStateError,
     NativeError,
 )
 
@@ -62,6 +63,7 @@ _ERRORS: dict[int, type[MtpBatchError]] = {
     lib.MTPBATCH_SESSION_PROCESS: MtpProcessError,
     lib.MTPBATCH_SESSION_DRAFT: MtpDraftError,
     lib.MTPBATCH_SESSION_ACCEPT: MtpAcceptError,
+    lib.MTPBATCH_SESSION_STATE: MtpStateError,
     lib.MTPBATCH_INTERNAL: InternalError,
 }
 
@@ -81,8 +83,14 @@ def call(
     except OverflowError as overflow:
         raise invalid(str(overflow)) from None
     if status != lib.MTPBATCH_OK:
-        message = ffi.string(error.message).decode("utf-8", "replace")
-        raise _ERRORS.get(status, invalid)(message)
+        raise error_of(status, error.message, invalid)
+
+
+def error_of(
+    status: int, message: Any, invalid: Callable[[str], MtpBatchError] = ContextError
+) -> MtpBatchError:
+    """The exception a status other than MTPBATCH_OK stands for; ``message`` is a C string."""
+    return _ERRORS.get(status, invalid)(ffi.string(message).decode("utf-8", "replace"))
 
 
 def _free_at_home(home: HomeProcess, free: Callable[[Any], None], pointer: Any) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from mtpbatch.exceptions import InvalidParameterError
+from mtpbatch.exceptions import InvalidParameterError, MtpInitError
 from mtpbatch.machine import available_cpus
 from mtpbatch.native.context import Context
 from mtpbatch.native.executor import Executor
@@ -28,7 +28,10 @@ class NativeBackend:
         progress: Callable[[float], bool | None] | None = None,
     ) -> None:
         self._model = model = Model(path, n_gpu_layers=config.n_gpu_layers, progress=progress)
-        config = _resolve(config, model)
+        assistant = None
+        if config.draft_model is not None and config.n_draft_max:
+            assistant = Model(config.draft_model, n_gpu_layers=config.n_gpu_layers)
+        config = _resolve(config, model, assistant)
         assert config.n_ctx is not None  # resolved
         per_step = config.n_seq * (1 + config.n_draft_max)
         target = Context(
@@ -48,7 +51,12 @@ class NativeBackend:
             config = _without_drafts(config, f"{model.architecture} models cannot take back tokens")
         session = None
         if config.n_draft_max:
-            session = MtpSession(target, Context.mtp(target), config.n_seq, config.n_draft_max)
+            try:
+                draft = Context.mtp(target, assistant)
+            except MtpInitError as error:
+                config = _without_drafts(config, str(error))
+            else:
+                session = MtpSession(target, draft, config.n_seq, config.n_draft_max)
         self._executor = Executor(target, session)
         self.config = config
         self.facts = ModelFacts(
@@ -68,22 +76,23 @@ class NativeBackend:
     def detokenize(self, token_ids: Sequence[int]) -> str:
         return self._model.detokenize(token_ids)
 
-    def execute(self, plan: Plan) -> StepResult:
-        return self._executor.execute(plan)
+    def exchange(self, plan: Plan | None, *, wait: bool) -> list[StepResult]:
+        return self._executor.exchange(plan, wait=wait)
+
+    def wake(self) -> None:
+        self._executor.wake()
 
     def close(self) -> None:
         self._executor.close()
         self._model.close()
 
 
-def _resolve(config: EngineConfig, model: Model) -> EngineConfig:
+def _resolve(config: EngineConfig, model: Model, assistant: Model | None) -> EngineConfig:
     """Fill in what the config leaves to the model and the machine; refuse what cannot work."""
-    if not model.n_mtp_heads:
+    if assistant is None and not model.n_mtp_heads:
         config = _without_drafts(config, "the model has no MTP heads")
-    elif model.n_mtp_heads > 1:
-        config = _without_drafts(
-            config, "the model chains several MTP heads, which is not supported"
-        )
+    elif assistant is None and model.n_mtp_heads > 1:
+        config = _as_deep_as_the_chain(config, model.n_mtp_heads)
     depth = config.n_draft_max
     n_ctx = config.n_ctx or min(model.n_ctx_train, _DEFAULT_N_CTX)
     if n_ctx < depth + 2:
@@ -112,6 +121,8 @@ def _resolve(config: EngineConfig, model: Model) -> EngineConfig:
         n_batch=n_batch,
         n_ubatch=n_ubatch,
         n_threads=config.n_threads or available_cpus(),
+        # Drafting with a sliding window needs cells of each sequence's own: see MtpSession.
+        kv_unified=config.kv_unified and not (depth and model.n_swa),
     )
 
 
@@ -121,6 +132,18 @@ def _short(n_params: int) -> str:
         if n_params >= unit:
             return f"{n_params / unit:.1f}{letter}"
     return f"{n_params / 10**3:.0f}K"
+
+
+def _as_deep_as_the_chain(config: EngineConfig, n_heads: int) -> EngineConfig:
+    """At most one draft for each head; more is refused if it was asked for."""
+    asked = {"n_draft_max": config.n_draft_max, "speculation": config.speculation}
+    for name, value in asked.items():
+        by_default = value == getattr(EngineConfig(), name)
+        if isinstance(value, int) and value > n_heads and not by_default:
+            raise InvalidParameterError(
+                name, f"must be at most {n_heads}, the MTP heads that the model chains; got {value}"
+            )
+    return msgspec.structs.replace(config, n_draft_max=min(config.n_draft_max, n_heads))
 
 
 def _without_drafts(config: EngineConfig, reason: str) -> EngineConfig:

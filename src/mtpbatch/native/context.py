@@ -153,17 +153,24 @@ class Context(Handle):
         self._create(model, params, ffi.NULL)
 
     @classmethod
-    def mtp(cls, target: Context) -> Context:
+    def mtp(cls, target: Context, model: Model | None = None) -> Context:
         """A context that drafts for ``target``, with its sizes.
 
+        Args:
+            target: a default context. For an assistant it must not have decoded anything yet.
+            model: an assistant, which drafts for another model and reads that one's memory; None:
+                the target's own MTP heads draft.
+
         Raises:
-            ContextError: the model has no MTP heads, or ``target`` is an MTP context itself.
+            ContextError: the model has no MTP heads, the assistant was made for another model, or
+                ``target`` is an MTP context itself.
+            MtpInitError: the model has several heads, and llama.cpp cannot chain them.
         """
         context = cls.__new__(cls)
         context._lock = target._lock
         native = target._native
         with target._lock:
-            context._create(target.model, ffi.NULL, native)
+            context._create(model or target.model, ffi.NULL, native)
         return context
 
     def _create(self, model: Model, params: Any, target: Any) -> None:
@@ -248,7 +255,8 @@ class Context(Handle):
                 for that position: only the last decode can be taken back, once, by at most
                 n_rs_seq tokens and not as a whole; and only if it was one forward pass: of a
                 single sequence, or with equally many rows of each sequence, at most n_ubatch in
-                all, and consecutive sequence ids unless kv_unified.
+                all, and consecutive sequence ids unless kv_unified. Or the sequence was restored
+                on a model with sliding-window attention, and ``length`` is before its end.
         """
         native = self._native
         with self._lock:

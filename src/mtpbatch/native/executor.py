@@ -1,81 +1,109 @@
-"""Runs plans: one native call per step."""
+"""Runs plans, on a native thread of its own."""
 
 from __future__ import annotations
 
+import threading
 from typing import Any, Literal
 
-from mtpbatch.exceptions import InternalError
-from mtpbatch.native._library import Handle, call, ffi, lib
+from mtpbatch.exceptions import InternalError, NativeError
+from mtpbatch.native._library import Handle, call, error_of, ffi, lib
 from mtpbatch.native.context import Context
 from mtpbatch.native.session import MtpSession
-from mtpbatch.types import EntryResult, Plan, StepResult
+from mtpbatch.types import NO_RESULT, EntryResult, Plan, StepResult
 
 _INT32_MAX = 2**31 - 1
+_OUTCOME_WORDS: int = lib.MTPBATCH_OUTCOME_WORDS
 
-_FINISH: dict[int, Literal["stop", "length"] | None] = {
-    lib.MTPBATCH_GOES_ON: None,
-    lib.MTPBATCH_STOP_TOKEN: "stop",
-    lib.MTPBATCH_TOKEN_LIMIT: "length",
-}
+# By mtpbatch_finish.
+_FINISH: tuple[Literal["stop", "length"] | None, ...] = (None, "stop", "length")
 
 
 class Executor(Handle):
     """Carries out plans on a target context, with drafts if it has a session.
 
-    It remembers each sequence's position, last token and sampler, so that a plan only says what
-    is new. Once a context has an executor, leave its sequences to it.
+    Steps run on a native thread, one after the other. It remembers each sequence's position, last
+    token and sampler, so that a plan only says what is new and the next step needs no Python.
+    From here on the contexts and the session belong to it: their own calls are refused.
     """
 
     def __init__(self, target: Context, session: MtpSession | None = None) -> None:
         out = ffi.new("mtpbatch_executor **")
-        self._lock = target._lock
         natives = target._native, session._native if session else ffi.NULL
-        with self._lock:
+        with target._lock:
             call(lib.mtpbatch_executor_create, *natives, out)
         super().__init__(out[0], lib.mtpbatch_executor_free)
-        self._outcomes = ffi.new("mtpbatch_outcome[]", target.n_seq)
-        self._report = ffi.new("mtpbatch_step_report *")
+        self._lock = threading.Lock()  # for what an exchange gives, which the next one overwrites
+        self._n_steps = ffi.new("int32_t *")
+        self._steps = ffi.new("mtpbatch_step **")
+        self._error = ffi.new("mtpbatch_error *")
 
-    def execute(self, plan: Plan) -> StepResult:
-        """Carry out one step in one native call, without the GIL.
+    def exchange(self, plan: Plan | None, *, wait: bool) -> list[StepResult]:
+        """Hand over a plan, and get the results of the steps that have ended since the last call.
+
+        With ``wait``, waits until there are some, or :meth:`wake` is called. The steps that
+        the last call gave count as taken in: see :attr:`Plan.run_ahead`. One native call, without
+        the GIL.
 
         Raises:
-            DecodeError: the sequences of ``plan.entries`` have lost their state and must be
-                released; the plan's releases and admissions stand.
-            InternalError: the plan breaks a rule; nothing was changed.
+            InternalError: the plan breaks a rule, and was not taken; or a step went wrong in a
+                way that nothing can be said about the sequences.
         """
         executor = self._native
         try:
-            native, references = _native_plan(plan)
+            native, references = _native_plan(plan) if plan else (ffi.NULL, [])
         except OverflowError as error:
             raise InternalError(f"plan: {error}") from None
-        outcomes, report = self._outcomes, self._report
+        n_steps, steps, failure = self._n_steps, self._steps, self._error
         with self._lock:
-            call(
-                lib.mtpbatch_executor_step,
-                executor,
-                native,
-                outcomes,
-                report,
-                invalid=InternalError,
-            )
+            status = lib.mtpbatch_executor_exchange(executor, native, wait, n_steps, steps, failure)
             del references
-            return StepResult(
-                entries=tuple(
-                    EntryResult(
-                        token_ids=tuple(ffi.unpack(o.tokens, o.n_tokens)) if o.n_tokens else (),
-                        n_drafted=o.n_drafted,
-                        n_accepted=o.n_accepted,
-                        finish_reason=_FINISH[o.finish],
-                    )
-                    for o in (outcomes[i] for i in range(len(plan.entries)))
-                ),
-                n_target_tokens=report.n_target_tokens,
-                n_draft_decodes=report.n_draft_decodes,
-                draft_time=report.draft_us / 1e6,
-                target_time=report.target_us / 1e6,
-                sample_time=report.sample_us / 1e6,
-            )
+            if status != lib.MTPBATCH_OK:
+                raise error_of(status, failure.message, InternalError)
+            return [_result(steps[0][i]) for i in range(n_steps[0])]
+
+    def wake(self) -> None:
+        """End the wait of the exchange under way, or of the next one. From any thread."""
+        executor = self._owned
+        if executor is not None and self._home.here:
+            lib.mtpbatch_executor_wake(executor)
+
+    def close(self) -> None:
+        """End the wait of an exchange, wait for the step under way, and free the contexts."""
+        self.wake()
+        super().close()
+
+
+def _result(step: Any) -> StepResult:
+    failure: NativeError | None = None
+    if step.status != lib.MTPBATCH_OK:
+        error = error_of(step.status, step.message)
+        if not isinstance(error, NativeError):
+            raise error
+        failure = error
+    words: list[int] = ffi.unpack(step.words, step.n_words) if step.n_words else []
+    entries = []
+    at = 0
+    while at < len(words):
+        n_tokens = words[at]
+        begin = at + _OUTCOME_WORDS
+        if n_tokens:
+            _, n_accepted, n_drafted, finish = words[at:begin]
+            token_ids = tuple(words[begin : begin + n_tokens])
+            entries.append(EntryResult(token_ids, n_drafted, n_accepted, _FINISH[finish]))
+        else:
+            entries.append(NO_RESULT)
+        at = begin + n_tokens
+    return StepResult(
+        step.plan,
+        tuple(entries),
+        step.n_target_tokens,
+        step.n_draft_decodes,
+        step.gap_us / 1e6,
+        step.draft_us / 1e6,
+        step.target_us / 1e6,
+        step.sample_us / 1e6,
+        failure,
+    )
 
 
 def _native_plan(plan: Plan) -> tuple[Any, list[Any]]:
@@ -84,8 +112,10 @@ def _native_plan(plan: Plan) -> tuple[Any, list[Any]]:
     admissions = []
     for a in plan.admit:
         stop = ffi.new("int32_t[]", a.stop_token_ids)
-        references.append(stop)
         p = a.params
+        texts = [ffi.from_buffer(text.encode()) for text in p.stop]
+        stop_texts = ffi.new("mtpbatch_text[]", [[len(text), text] for text in texts])
+        references += [stop, texts, stop_texts]
         admissions.append(
             [
                 a.seq_id,
@@ -97,6 +127,9 @@ def _native_plan(plan: Plan) -> tuple[Any, list[Any]]:
                 min(a.max_tokens, _INT32_MAX),
                 len(a.stop_token_ids),
                 stop,
+                len(texts),
+                stop_texts,
+                a.drafts,
             ]
         )
     entries = []
@@ -112,6 +145,16 @@ def _native_plan(plan: Plan) -> tuple[Any, list[Any]]:
     release, admit, entry = references[-3:]
     native = ffi.new(
         "mtpbatch_plan *",
-        [len(plan.release), release, len(admissions), admit, len(entries), entry],
+        [
+            plan.number,
+            len(plan.release),
+            release,
+            len(admissions),
+            admit,
+            len(entries),
+            entry,
+            plan.run_ahead,
+            plan.followed,
+        ],
     )
     return native, references

@@ -105,6 +105,8 @@ class Model(Handle):
         """Trained MTP heads; 0: the model cannot draft."""
         self.n_ctx_train: int = facts.n_ctx_train
         """Longest context the model was trained for, in tokens."""
+        self.n_swa: int = facts.n_swa
+        """Tokens in the sliding window of some layers' attention; 0: there is none."""
         self.hybrid: bool = facts.hybrid
         """Some layers keep recurrent state, others attend."""
         self.recurrent: bool = facts.recurrent

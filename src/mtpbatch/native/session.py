@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
+from functools import partial
 from types import TracebackType
 from typing import TextIO
 
@@ -14,7 +15,6 @@ from mtpbatch.exceptions import (
     MtpAcceptError,
     MtpBadSequenceError,
     MtpDraftError,
-    MtpIncompatibleContextsError,
     MtpInvalidConfigError,
     MtpProcessError,
     MtpSessionError,
@@ -68,7 +68,7 @@ class MtpSessionStatistics(Struct, frozen=True):
 
 
 class MtpSession(Handle):
-    """Drafts for all sequences of a target context with the model's MTP head.
+    """Drafts for all sequences of a target context with a model's MTP heads.
 
     The loop of one who drives it::
 
@@ -88,14 +88,15 @@ class MtpSession(Handle):
 
     Args:
         target: a default context; on a model with recurrent layers with n_rs_seq >= n_draft_max.
-        draft: ``Context.mtp(target)``.
+        draft: ``Context.mtp(target)``, or that of an assistant.
         n_seq: sequences, as many as the contexts have.
-        n_draft_max: most tokens drafted at once, 1 to 32.
+        n_draft_max: most tokens drafted at once, 1 to 32; at most as many as the model has heads
+            if they are chained.
 
     Raises:
         MtpInvalidConfigError: a value is out of range.
-        MtpIncompatibleContextsError: the contexts do not fit together or do not fit the config.
-        MtpInitError: the model's MTP heads cannot be used.
+        MtpIncompatibleContextsError: the contexts do not fit together or do not fit the config;
+            or the model has sliding-window attention and the target is not kv_unified=False.
     """
 
     _closed_error = MtpSessionError
@@ -111,8 +112,6 @@ class MtpSession(Handle):
         return session
 
     def _create(self, target: Context, draft: Context, config: MtpSessionConfig) -> None:
-        if target.model is not draft.model:
-            raise MtpIncompatibleContextsError("the contexts are of two different models")
         self._lock = target._lock
         out = ffi.new("mtpbatch_session **")
         values = [config.n_seq, config.n_draft_max, config.n_min, config.p_min]
@@ -264,6 +263,78 @@ class MtpSession(Handle):
                 seq_id,
                 n_accepted,
                 invalid=MtpAcceptError,
+            )
+
+    def save(self, seq_id: int) -> bytes:
+        """All that the session and its contexts hold of a sequence, for :meth:`restore`.
+
+        The sequence goes on undisturbed. What it holds grows with its length: per token a row of
+        KV cells of every layer, besides the recurrent state. What the MTP heads have not taken in
+        yet is decoded first.
+
+        Raises:
+            MtpStateError: a draft waits for accept, the target's last decode was not processed,
+                or the target was not truncated to what was accepted.
+            MtpBadSequenceError: no such sequence.
+            DecodeError: the draft context could not be caught up; the sequence can go on.
+        """
+        native = self._native
+        size = ffi.new("size_t *")
+        with self._lock:
+            save = partial(
+                call, lib.mtpbatch_session_save, native, seq_id, invalid=MtpBadSequenceError
+            )
+            save(ffi.NULL, 0, size)
+            state = ffi.new("uint8_t[]", size[0])
+            save(state, size[0], size)
+        return bytes(ffi.buffer(state))
+
+    def restore(self, seq_id: int, state: bytes) -> None:
+        """Replace a sequence by a saved one, which then goes on where it was saved.
+
+        The state may come from another sequence, another session or another process, of the same
+        model and version, with the same kv_type and kv_unified, and the same n_seq unless
+        kv_unified. It is checked against damage, not against forgery: restore only what you
+        trust. On models with recurrent layers or a sliding window the target cannot be truncated
+        into what was restored.
+
+        Raises:
+            MtpStateError: the bytes are no saved sequence, damaged, or of another model or other
+                settings; or longer than n_ctx; nothing was changed. Or llama.cpp could not take
+                them; then the sequence is empty.
+            MtpBadSequenceError: no such sequence.
+        """
+        native = self._native
+        data = ffi.from_buffer("uint8_t[]", state)
+        with self._lock:
+            call(
+                lib.mtpbatch_session_restore,
+                native,
+                seq_id,
+                data,
+                len(data),
+                invalid=MtpBadSequenceError,
+            )
+
+    def fork(self, source: int, target_seq_id: int) -> None:
+        """Replace the sequence ``target_seq_id`` by a copy of ``source``.
+
+        Both then go on as one that was never copied. With a unified cache and attention alone
+        they share their cells, which takes no time; otherwise it costs what save and restore do.
+
+        Raises:
+            MtpStateError: as :meth:`save`; or both are the same sequence.
+            MtpBadSequenceError: no such sequence.
+            DecodeError: the draft context could not be caught up; ``source`` can go on.
+        """
+        native = self._native
+        with self._lock:
+            call(
+                lib.mtpbatch_session_fork,
+                native,
+                source,
+                target_seq_id,
+                invalid=MtpBadSequenceError,
             )
 
     def statistics(self) -> MtpSessionStatistics:

@@ -1,0 +1,304 @@
+// One step for all active sequences: draft, decode, verify, take back.
+#include "stepper.hpp"
+
+#include <algorithm>
+#include <tuple>
+
+namespace mtpbatch {
+
+Stepper::Stepper(std::shared_ptr<Context> target, std::shared_ptr<Session> session)
+    : target_(std::move(target)),
+      session_(std::move(session)),
+      pool_(target_->params().n_threads),
+      requests_(static_cast<size_t>(target_->params().n_seq)) {}
+
+void Stepper::release(llama_seq_id seq_id) {
+    target_->truncate(seq_id, 0);
+    if (session_) {
+        session_->reset(seq_id);
+    }
+    requests_[static_cast<size_t>(seq_id)].reset();
+}
+
+void Stepper::admit(Admission admission) {
+    const llama_seq_id seq_id = admission.seq_id;
+    release(seq_id);  // whatever was decoded on it before
+    if (session_ && !admission.drafts) {
+        session_->ignore(seq_id);
+    }
+    requests_[static_cast<size_t>(seq_id)].emplace(Request{
+        std::move(admission.sampler),
+        std::move(admission.stop_tokens),
+        std::move(admission.stop_texts),
+        admission.max_tokens,
+        admission.drafts,
+    });
+}
+
+bool Stepper::takes_part(const Entry & entry, bool repeated) const {
+    const auto & request = requests_[static_cast<size_t>(entry.seq_id)];
+    return request && !request->over && (!repeated || request->last_token >= 0);
+}
+
+bool Stepper::can_repeat(const Plan & plan) const {
+    return std::any_of(plan.entries.begin(), plan.entries.end(),
+                       [&](const Entry & entry) { return takes_part(entry, /*repeated*/ true); });
+}
+
+bool Stepper::any_left() const {
+    return std::any_of(requests_.begin(), requests_.end(),
+                       [](const auto & request) { return request && !request->over; });
+}
+
+void Stepper::step(const Plan & plan, bool repeated, Step & out) try {
+    Stopwatch     watch;
+    const int64_t n_draft_decodes = session_ ? session_->statistics.n_decodes : 0;
+    begin(plan, repeated);
+    draft(plan);
+    form_groups();
+    out.report.draft_us = watch.lap();
+    for (size_t g = 0; g < n_groups_; ++g) {
+        const Group & group = groups_[g];
+        target_->decode(group.rows);
+        out.report.n_target_tokens += static_cast<int32_t>(group.rows.size());
+        out.report.target_us += watch.lap();
+        if (session_) {
+            session_->process();
+        }
+        out.report.draft_us += watch.lap();
+        sample(group);
+        for (const size_t p : group.parts) {
+            take_back(parts_[p]);
+        }
+        out.report.sample_us += watch.lap();
+    }
+    out.report.n_draft_decodes =
+        static_cast<int32_t>((session_ ? session_->statistics.n_decodes : 0) - n_draft_decodes);
+    write(out);
+} catch (...) {
+    for (const Entry & entry : plan.entries) {
+        if (auto & request = requests_[static_cast<size_t>(entry.seq_id)]) {
+            request->over = true;
+        }
+    }
+    throw;
+}
+
+void Stepper::begin(const Plan & plan, bool repeated) {
+    parts_.resize(plan.entries.size());
+    for (size_t i = 0; i < parts_.size(); ++i) {
+        const Entry & entry = plan.entries[i];
+        Part &        part  = parts_[i];
+        part.seq_id         = entry.seq_id;
+        part.request        = takes_part(entry, repeated) ? &*requests_[static_cast<size_t>(entry.seq_id)] : nullptr;
+        part.prompt         = repeated || entry.tokens.empty() ? nullptr : &entry;
+        part.sample         = entry.sample;
+        part.draft.clear();
+        part.tokens.clear();
+        part.n_accepted = 0;
+        part.finish     = MTPBATCH_GOES_ON;
+    }
+}
+
+void Stepper::draft(const Plan & plan) {
+    draft_requests_.clear();
+    drafting_.clear();
+    for (size_t i = 0; i < parts_.size(); ++i) {
+        const Part & part = parts_[i];
+        if (!part.request || part.prompt) {
+            continue;
+        }
+        // A step gives one token more than were drafted.
+        const int32_t depth =
+            std::min(plan.entries[i].n_draft, part.request->max_tokens - part.request->n_generated - 1);
+        if (depth > 0) {
+            draft_requests_.push_back({ part.seq_id, target_->length(part.seq_id), part.request->last_token, depth });
+            drafting_.push_back(i);
+        }
+    }
+    if (drafting_.empty()) {
+        return;
+    }
+    session_->draft(draft_requests_, drafts_);
+    for (size_t i = 0; i < drafting_.size(); ++i) {
+        parts_[drafting_[i]].draft.swap(drafts_[i]);
+    }
+}
+
+// Adds the next tokens of the prompt, or the last token and its draft.
+void Stepper::append_rows(Part & part, std::vector<Row> & rows) const {
+    llama_pos position = target_->length(part.seq_id);
+    if (part.prompt) {
+        for (const llama_token token : part.prompt->tokens) {
+            rows.push_back({ token, position++, part.seq_id, false });
+        }
+        rows.back().output = part.sample;
+        part.first_row     = static_cast<int32_t>(rows.size()) - 1;
+        return;
+    }
+    part.first_row = static_cast<int32_t>(rows.size());
+    rows.push_back({ part.request->last_token, position++, part.seq_id, true });
+    for (const llama_token token : part.draft) {
+        rows.push_back({ token, position++, part.seq_id, true });
+    }
+}
+
+// One decode is enough, unless the model keeps recurrent state: there a draft can only be taken
+// back if its decode was one pass. That costs no pass, as drafts of different lengths are
+// different passes anyway.
+void Stepper::form_groups() {
+    const bool          recurrent = target_->model().keeps_recurrent_state();
+    std::vector<size_t> order;
+    for (size_t i = 0; i < parts_.size(); ++i) {
+        if (parts_[i].request) {
+            order.push_back(i);
+        }
+    }
+    if (recurrent) {
+        // Undrafted ones first, with ascending lengths, which need the fewest passes.
+        const auto key = [&](size_t i) {
+            const Part & part = parts_[i];
+            return std::make_tuple(part.draft.size(), part.prompt ? part.prompt->tokens.size() : 1, part.seq_id);
+        };
+        std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return key(a) < key(b); });
+    }
+
+    n_groups_             = 0;
+    const auto open_group = [&]() -> Group & {
+        if (n_groups_ == groups_.size()) {
+            groups_.emplace_back();
+        }
+        Group & group = groups_[n_groups_++];
+        group.parts.clear();
+        group.rows.clear();
+        return group;
+    };
+    for (const size_t i : order) {
+        Part &       part     = parts_[i];
+        Group *      group    = n_groups_ > 0 ? &groups_[n_groups_ - 1] : &open_group();
+        const size_t n_before = group->rows.size();
+        append_rows(part, group->rows);
+        if (recurrent && !part.draft.empty() && n_before > 0 &&
+            (parts_[group->parts.back()].draft.empty() || !target_->is_one_pass(group->rows))) {
+            group->rows.resize(n_before);
+            group = &open_group();
+            append_rows(part, group->rows);
+        }
+        group->parts.push_back(i);
+    }
+}
+
+// Every row that can be sampled is looked at in parallel; then every sequence picks its tokens, in
+// order, from what is left of its rows.
+void Stepper::sample(const Group & group) {
+    struct Sampled {
+        Part * part;
+        size_t first;  // of its candidates
+    };
+    std::vector<Sampled>                          sampled;
+    std::vector<std::pair<const Part *, int32_t>> rows;
+    for (const size_t p : group.parts) {
+        Part & part = parts_[p];
+        if (part.sample) {
+            sampled.push_back({ &part, rows.size() });
+            for (int32_t k = 0; k <= static_cast<int32_t>(part.draft.size()); ++k) {
+                rows.emplace_back(&part, part.first_row + k);
+            }
+        }
+    }
+    if (candidates_.size() < rows.size()) {
+        candidates_.resize(rows.size());
+    }
+    const int32_t n_vocab = target_->model().n_vocab();
+    // llama.cpp looks rows up in tables that it may rearrange, so that this is no work for a pool.
+    std::vector<const float *> logits;
+    for (const auto & [part, row] : rows) {
+        logits.push_back(target_->logits(row));
+    }
+    const auto n_rows = static_cast<int64_t>(rows.size());
+    pool_.run(
+        static_cast<int32_t>(n_rows),
+        [&](int32_t i) {
+            const auto r = static_cast<size_t>(i);
+            rows[r].first->request->sampler.preselect(logits[r], n_vocab, candidates_[r]);
+        },
+        n_rows * n_vocab);
+    int64_t n_left = 0;
+    for (size_t r = 0; r < rows.size(); ++r) {
+        n_left += candidates_[r].few.empty() ? n_vocab : static_cast<int64_t>(candidates_[r].few.size());
+    }
+    pool_.run(
+        static_cast<int32_t>(sampled.size()),
+        [&](int32_t i) {
+            const auto & s = sampled[static_cast<size_t>(i)];
+            verify(*s.part, s.first);
+        },
+        n_left);
+}
+
+bool Stepper::completes_stop_text(Request & request, llama_token token) const {
+    if (request.stop_texts.empty()) {
+        return false;
+    }
+    std::string piece(32, 0);
+    const auto  read = [&] {
+        return llama_token_to_piece(target_->model().vocab, token, piece.data(), static_cast<int32_t>(piece.size()),
+                                    /*lstrip*/ 0, /*special*/ false);
+    };
+    int32_t n = read();
+    if (n < 0) {
+        piece.resize(static_cast<size_t>(-n));
+        n = read();
+    }
+    return request.stop_texts.feed(piece.data(), static_cast<size_t>(std::max(n, 0)));
+}
+
+// Samples row by row for as long as the sampled token is the drafted one: what comes out is what
+// sampling without drafts gives, with as many random draws.
+void Stepper::verify(Part & part, size_t first_candidates) {
+    Request & request = *part.request;
+    for (size_t k = 0;; ++k) {
+        const llama_token token = request.sampler.pick(candidates_[first_candidates + k]);
+        const bool        hit   = k < part.draft.size() && part.draft[k] == token;
+        part.tokens.push_back(token);
+        part.n_accepted += hit;
+        request.n_generated += 1;
+        request.last_token = token;
+        request.over       = completes_stop_text(request, token);
+        if (std::find(request.stop_tokens.begin(), request.stop_tokens.end(), token) != request.stop_tokens.end()) {
+            part.finish = MTPBATCH_STOP_TOKEN;
+        } else if (request.n_generated >= request.max_tokens) {
+            part.finish = MTPBATCH_TOKEN_LIMIT;
+        }
+        if (!hit || part.finish != MTPBATCH_GOES_ON) {
+            request.over = request.over || part.finish != MTPBATCH_GOES_ON;
+            return;
+        }
+    }
+}
+
+// Takes back the part of a draft that was rejected.
+void Stepper::take_back(Part & part) {
+    if (part.draft.empty()) {
+        return;
+    }
+    session_->accept(part.seq_id, part.n_accepted);
+    const int32_t n_rejected = static_cast<int32_t>(part.draft.size()) - part.n_accepted;
+    if (!target_->truncate(part.seq_id, target_->length(part.seq_id) - n_rejected)) {
+        throw Error(MTPBATCH_INTERNAL, with_reason("rejected drafts could not be taken back"));
+    }
+}
+
+void Stepper::write(Step & out) const {
+    out.words.clear();
+    out.ends_any =
+        std::any_of(parts_.begin(), parts_.end(), [](const Part & part) { return part.request && part.request->over; });
+    for (const Part & part : parts_) {
+        out.words.insert(out.words.end(),
+                         { static_cast<int32_t>(part.tokens.size()), part.n_accepted,
+                           static_cast<int32_t>(part.draft.size()), static_cast<int32_t>(part.finish) });
+        out.words.insert(out.words.end(), part.tokens.begin(), part.tokens.end());
+    }
+}
+
+}  // namespace mtpbatch

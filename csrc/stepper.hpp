@@ -1,0 +1,91 @@
+// One step after another: draft, decode, verify, take back.
+#pragma once
+
+#include "plan.hpp"
+#include "pool.hpp"
+
+#include <optional>
+
+namespace mtpbatch {
+
+// What a step gave: the fields of mtpbatch_step, with the memory behind them.
+struct Step {
+    mtpbatch_step        report{};
+    std::vector<int32_t> words;
+    std::string          message;
+    bool                 ends_any = true;  // sequences, also by failing
+};
+
+// Carries out the steps of plans that PlanRules has accepted.
+class Stepper {
+  public:
+    Stepper(std::shared_ptr<Context> target, std::shared_ptr<Session> session);
+
+    void release(llama_seq_id seq_id);
+    void admit(Admission admission);
+    // Whether repeating a plan would do anything.
+    bool can_repeat(const Plan & plan) const;
+    // Whether any sequence is left to go on.
+    bool any_left() const;
+    // `repeated`: without the prompts that the plan has fed. If it throws, the sequences of the
+    // plan's entries are lost.
+    void step(const Plan & plan, bool repeated, Step & out);
+
+  private:
+    struct Request {
+        Sampler                  sampler;
+        std::vector<llama_token> stop_tokens;
+        StopTexts                stop_texts;
+        int32_t                  max_tokens;
+        bool                     drafts;
+        int32_t                  n_generated = 0;
+        llama_token              last_token  = -1;  // sampled, not yet decoded; -1: the prompt is not complete
+        bool over = false;  // finished, lost or at a stop text: nothing goes on until it is released
+    };
+
+    // A sequence's part in the step under way.
+    struct Part {
+        llama_seq_id             seq_id;
+        Request *                request;  // null: it takes no part
+        const Entry *            prompt;   // null: it goes on from the token sampled last
+        bool                     sample;
+        std::vector<llama_token> draft;
+        int32_t                  first_row;  // of those it samples, in the decode
+        // What comes of it:
+        std::vector<llama_token> tokens;
+        int32_t                  n_accepted;
+        mtpbatch_finish          finish;
+    };
+
+    // Parts that share a decode of the target.
+    struct Group {
+        std::vector<size_t> parts;
+        std::vector<Row>    rows;
+    };
+
+    bool takes_part(const Entry & entry, bool repeated) const;
+    void begin(const Plan & plan, bool repeated);
+    void draft(const Plan & plan);
+    void form_groups();
+    void append_rows(Part & part, std::vector<Row> & rows) const;
+    void sample(const Group & group);
+    bool completes_stop_text(Request & request, llama_token token) const;
+    void verify(Part & part, size_t first_candidates);
+    void take_back(Part & part);
+    void write(Step & out) const;
+
+    const std::shared_ptr<Context>      target_;
+    const std::shared_ptr<Session>      session_;
+    Pool                                pool_;
+    std::vector<std::optional<Request>> requests_;  // by seq_id
+    // Of the step under way; kept for their memory.
+    std::vector<Part>                     parts_;  // parallel to the plan's entries
+    std::vector<Session::Request>         draft_requests_;
+    std::vector<size_t>                   drafting_;  // the parts they are for
+    std::vector<std::vector<llama_token>> drafts_;
+    std::vector<Group>                    groups_;
+    size_t                                n_groups_ = 0;
+    std::vector<Candidates>               candidates_;  // by sampled row
+};
+
+}  // namespace mtpbatch

@@ -1,0 +1,385 @@
+"""MtpSession: sequences saved, restored and forked go on as if nothing had been."""
+
+from __future__ import annotations
+
+import random
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+import loops
+import random_model
+from mtpbatch.exceptions import ContextError, MtpBadSequenceError, MtpStateError
+from mtpbatch.native import Context, Model, MtpSession
+
+PROMPTS = {0: [41, 52, 63], 1: [70] * 9, 2: list(range(30, 60)), 3: [99]}
+DEPTH = 3
+BEFORE, AFTER = 20, 24
+WINDOW = 12
+
+
+class Setting(NamedTuple):
+    model: Model
+    assistant: Model | None
+    kv_unified: bool
+
+
+@pytest.fixture(
+    scope="module", params=["hybrid, unified", "hybrid, split", "chained heads", "assistant"]
+)
+def setting(
+    request: pytest.FixtureRequest, tiny: Model, tmp_path_factory: pytest.TempPathFactory
+) -> Setting:
+    """The chain and the assistant go with sliding-window attention, which the texts outgrow."""
+    if "hybrid" in request.param:
+        return Setting(tiny, None, "unified" in request.param)
+    folder = tmp_path_factory.mktemp("models")
+    paths = folder / "model.gguf", folder / "assistant.gguf"
+    shape: dict[str, Any] = {"vocab": 300, "window": WINDOW, "mix": 0.3}
+    if request.param == "assistant":
+        random_model.write_random_gemma4(*paths, **shape)
+        return Setting(Model(paths[0]), Model(paths[1]), False)
+    random_model.write_random_step35(paths[0], **shape)
+    return Setting(Model(paths[0]), None, False)
+
+
+class Running:
+    """A session of which some sequences have drafted for a while."""
+
+    def __init__(self, setting: Setting, n_seq: int = 4, **params: Any) -> None:
+        self.setting = setting
+        given: dict[str, Any] = {
+            "n_ctx": 192,
+            "n_rs_seq": DEPTH,
+            "kv_type": "f32",
+            "n_threads": 1,
+        } | params
+        self.target = Context(setting.model, n_seq=n_seq, kv_unified=setting.kv_unified, **given)
+        draft = Context.mtp(self.target, setting.assistant)
+        self.session = MtpSession(self.target, draft, n_seq, DEPTH)
+        self.last: dict[int, int] = {}
+
+    def run(self, count: int, *seq_ids: int, depth: int = DEPTH) -> dict[int, loops.Stream]:
+        """Continue sequences by so many tokens, from their prompts or from where they are."""
+        texts = {s: [self.last[s]] if s in self.last else PROMPTS[s] for s in seq_ids}
+        streams = loops.drafted(self.target, self.session, texts, count, lambda *_: depth)
+        self.last |= {s: stream.tokens[-1] for s, stream in streams.items()}
+        return streams
+
+    def restore(self, seq_id: int, state: bytes, last: int) -> None:
+        self.session.restore(seq_id, state)
+        self.last[seq_id] = last
+
+
+@pytest.fixture
+def running(setting: Setting) -> Running:
+    made = Running(setting)
+    made.run(BEFORE, *PROMPTS)
+    return made
+
+
+@pytest.fixture
+def undisturbed(setting: Setting) -> dict[int, loops.Stream]:
+    """What each sequence goes on with if it is left alone."""
+    made = Running(setting)
+    made.run(BEFORE, *PROMPTS)
+    streams = made.run(AFTER, *PROMPTS)
+    assert 10 < sum(x.accepted for x in streams.values()) < sum(x.drafted for x in streams.values())
+    return streams
+
+
+def test_saving_disturbs_nothing(running: Running, undisturbed: dict[int, loops.Stream]) -> None:
+    for s in PROMPTS:
+        running.session.save(s)
+    assert running.run(AFTER, *PROMPTS) == undisturbed
+
+
+def test_a_restored_sequence_goes_on_where_it_was_saved(
+    running: Running, undisturbed: dict[int, loops.Stream]
+) -> None:
+    """Onto itself, after it went on; the others went on as well."""
+    state, last = running.session.save(1), running.last[1]
+    running.run(7, 0, 1)
+    running.restore(1, state, last)
+    assert running.run(AFTER, 1)[1] == undisturbed[1]
+
+
+def test_into_another_sequence(running: Running, undisturbed: dict[int, loops.Stream]) -> None:
+    """All streams side by side: the copy, its original, and who has nothing to do with it."""
+    state = running.session.save(1)
+    running.restore(2, state, running.last[1])
+    streams = running.run(AFTER, *PROMPTS)
+    assert streams == undisturbed | {2: undisturbed[1]}
+
+
+def test_into_another_session(
+    setting: Setting, running: Running, undisturbed: dict[int, loops.Stream]
+) -> None:
+    """One that holds other sequences, has another n_ctx, and has not drafted yet."""
+    other = Running(setting, n_ctx=128)
+    other.run(BEFORE, 0, depth=0)
+    states = {s: running.session.save(s) for s in (1, 2)}
+    other.restore(3, states[1], running.last[1])
+    other.restore(1, states[2], running.last[2])
+    streams = other.run(AFTER, 0, 1, 3)
+    assert streams == {0: undisturbed[0], 1: undisturbed[2], 3: undisturbed[1]}
+
+
+def test_of_what_waits_undrafted(setting: Setting) -> None:
+    """Saved while pairs wait for the draft context, and after a draft that came to nothing."""
+    plain = Running(setting)
+    plain.run(BEFORE, 2, depth=0)
+    expected = plain.run(AFTER, 2)[2]
+    other = Running(setting)
+    other.run(BEFORE, 2, depth=0)
+    state = other.session.save(2)
+    other.restore(0, state, other.last[2])
+    assert other.run(AFTER, 0)[0] == expected
+    assert other.run(AFTER, 2)[2] == expected
+
+
+def test_at_every_length(setting: Setting) -> None:
+    """States of sequences that have just rejected drafts, and were rolled back, are right too."""
+    plain = Running(setting)
+    plain.run(60, 1)
+    text = [*PROMPTS[1], *Running(setting).run(60, 1)[1].tokens]
+    stepwise = Running(setting)
+    count = 0
+    while stepwise.target.length(1) < 40:
+        stepwise.run(4, 1)
+        other = Running(setting)
+        other.restore(3, stepwise.session.save(1), stepwise.last[1])
+        assert stepwise.last[1] == text[stepwise.target.length(1)]
+        length = other.target.length(3)
+        assert other.run(8, 3)[3].tokens == text[length + 1 : length + 9]
+        count += 1
+    assert count > 5
+
+
+def test_a_fork_and_its_source_go_on_alike(
+    running: Running, undisturbed: dict[int, loops.Stream]
+) -> None:
+    running.session.fork(1, 2)
+    running.last[2] = running.last[1]
+    assert running.run(AFTER, *PROMPTS) == undisturbed | {2: undisturbed[1]}
+
+
+def test_a_fork_outlives_its_source(running: Running, undisturbed: dict[int, loops.Stream]) -> None:
+    running.session.fork(1, 2)
+    running.target.truncate(1, 0)
+    del running.last[1]
+    running.run(BEFORE, 1)  # from its prompt
+    running.last[2] = running.last[1]
+    assert running.run(AFTER, 2)[2] == undisturbed[1]
+
+
+def test_forks_that_take_different_ways(running: Running) -> None:
+    """After different tokens both are as if the other had never been."""
+    running.session.fork(1, 2)
+    base = running.target.length(1)
+    running.last |= {1: 55, 2: 66}
+    streams = running.run(AFTER, 1, 2)
+    for s, token in ((1, 55), (2, 66)):
+        assert running.target.length(s) > base
+        fresh = Running(running.setting)
+        fresh.run(BEFORE, 1)
+        fresh.last[1] = token
+        assert fresh.run(AFTER, 1)[1] == streams[s]
+
+
+def test_a_sequence_without_tokens(running: Running, undisturbed: dict[int, loops.Stream]) -> None:
+    """Saved, restored and forked like any other; then it begins with its prompt."""
+    running.target.truncate(3, 0)
+    fresh = Running(running.setting)
+    running.restore(2, fresh.session.save(0), 0)
+    assert running.target.length(2) == 0
+    fresh.session.fork(0, 1)
+    del running.last[2]
+    running.run(BEFORE, 2)
+    assert running.run(AFTER, 2)[2] == undisturbed[2]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_any_mix_of_it_all_changes_no_draft(setting: Setting, seed: int) -> None:
+    """Sequences draft, pause, are saved, restored, forked and begun anew, at random.
+
+    In the end each drafts what a fresh session drafts that gets its text as one prompt, and its
+    text is the undrafted one.
+    """
+    choose = random.Random(seed)
+    running, saved = Running(setting), list[tuple[bytes, int, list[int]]]()
+    texts = {s: list(prompt) for s, prompt in PROMPTS.items()}
+
+    def go_on(*seq_ids: int, count: int, depth: int) -> None:
+        for s, stream in running.run(count, *seq_ids, depth=depth).items():
+            texts[s] += stream.tokens
+
+    go_on(*PROMPTS, count=4, depth=1)
+    for _ in range(40):
+        s, other = choose.sample(sorted(PROMPTS), 2)
+        match choose.choice(("draft", "draft", "pause", "save", "restore", "fork", "new")):
+            case "draft":
+                some = choose.sample(sorted(PROMPTS), choose.randint(1, 4))
+                go_on(*some, count=choose.randint(2, 9), depth=choose.randint(1, DEPTH))
+            case "pause":
+                go_on(s, count=choose.randint(2, 9), depth=0)
+            case "save":
+                saved.append((running.session.save(s), running.last[s], list(texts[s])))
+            case "restore" if saved:
+                state, last, text = choose.choice(saved)
+                running.restore(s, state, last)
+                texts[s] = list(text)
+            case "fork":
+                running.session.fork(s, other)
+                running.last[other], texts[other] = running.last[s], list(texts[s])
+            case _:
+                running.target.truncate(s, 0)
+                del running.last[s]
+                texts[s] = list(PROMPTS[s])
+                go_on(s, count=3, depth=2)
+        if max(map(len, texts.values())) > 160:
+            break
+    for s, text in texts.items():
+        length = running.target.length(s)
+        assert len(text) == length + 1
+        fresh = Running(setting, n_seq=4)
+        row = loops.feed(fresh.target, 1, text[:length], fresh.session)
+        assert loops.best(fresh.target, row) == text[length]
+        expected = fresh.session.draft(1, length, text[length])
+        assert running.session.draft(s, length, text[length]) == expected
+
+
+# -------------------------------------------------------------------------------- refused
+
+
+class TestNotNow:
+    """Nothing is saved or forked in the middle of a step."""
+
+    @pytest.mark.parametrize("processed", [False, True])
+    def test_while_a_draft_waits(self, running: Running, processed: bool) -> None:
+        target, session = running.target, running.session
+        draft = session.draft(1, target.length(1), running.last[1])
+        if processed:
+            loops.feed(target, 1, [running.last[1], *draft], session)
+        for act in (lambda: session.save(1), lambda: session.fork(1, 2)):
+            with pytest.raises(
+                MtpStateError, match=r"sequence 1 has a draft that waits .*accept\(\)"
+            ):
+                act()
+
+    def test_before_the_last_decode_was_processed(self, running: Running) -> None:
+        session = running.session
+        state = session.save(1)
+        loops.feed(running.target, 0, [running.last[0]])
+        for act in (
+            lambda: session.save(1),
+            lambda: session.fork(1, 2),
+            lambda: session.restore(2, state),
+        ):
+            with pytest.raises(MtpStateError, match="not processed"):
+                act()
+
+    def test_before_the_target_was_truncated(self, running: Running) -> None:
+        target, session = running.target, running.session
+        draft = session.draft(1, target.length(1), running.last[1])
+        loops.feed(target, 1, [running.last[1], *draft], session)
+        session.accept(1, 0)
+        with pytest.raises(MtpStateError, match="truncate the target"):
+            session.save(1)
+
+    def test_onto_itself(self, running: Running) -> None:
+        with pytest.raises(MtpStateError, match="onto itself"):
+            running.session.fork(1, 1)
+
+    @pytest.mark.parametrize("seq_id", [-1, 4, 2**31 - 1, 2**40])
+    def test_unknown_sequences(self, running: Running, seq_id: int) -> None:
+        session = running.session
+        state = session.save(1)
+        for act in (
+            lambda: session.save(seq_id),
+            lambda: session.restore(seq_id, state),
+            lambda: session.fork(seq_id, 1),
+            lambda: session.fork(1, seq_id),
+        ):
+            with pytest.raises(MtpBadSequenceError):
+                act()
+
+
+class TestForeignStates:
+    """Refused before anything of them is used: all sequences go on undisturbed."""
+
+    @pytest.fixture(autouse=True)
+    def nothing_changes(
+        self, running: Running, undisturbed: dict[int, loops.Stream]
+    ) -> Iterator[None]:
+        yield
+        assert running.run(AFTER, *PROMPTS) == undisturbed
+
+    def refused(self, running: Running, state: bytes, reason: str) -> None:
+        with pytest.raises(MtpStateError, match=reason):
+            running.session.restore(1, state)
+
+    @pytest.mark.parametrize("state", [b"", b"mtpbatch", b"x" * 56, bytes(1000)], ids=len)
+    def test_of_something_else(self, running: Running, state: bytes) -> None:
+        self.refused(running, state, "not a saved sequence")
+
+    def test_truncated_and_extended(self, running: Running) -> None:
+        state = running.session.save(2)
+        for n in (56, 57, 300, len(state) // 2, len(state) - 1):
+            self.refused(running, state[:n], "damaged")
+        self.refused(running, state + b"\0", "damaged")
+
+    def test_with_any_bit_changed(self, running: Running) -> None:
+        state = running.session.save(0)
+        for i in [*range(64), *range(64, len(state), len(state) // 97), len(state) - 1]:
+            changed = bytearray(state)
+            changed[i] ^= 1 << i % 8
+            self.refused(running, bytes(changed), "damaged|not a saved|version|another model")
+
+    def test_of_another_version(self, running: Running) -> None:
+        state = bytearray(running.session.save(0))
+        struct.pack_into("<Q", state, 8, 1)
+        self.refused(running, bytes(state), "another version")
+
+    def test_of_another_model(self, running: Running, tmp_path: Path, tiny: Model) -> None:
+        """Of the same architecture and sizes, or not."""
+        path = tmp_path / "other.gguf"
+        random_model.write_random_step35(path, vocab=300, window=WINDOW + 1, mix=0.3)
+        with Model(path) as model:
+            for other in {model, tiny} - {running.setting.model}:
+                foreign = Running(Setting(other, None, kv_unified=False), n_ctx=64)
+                foreign.run(4, 0)
+                self.refused(running, foreign.session.save(0), "another model")
+
+    @pytest.mark.parametrize(
+        ("params", "only_split"), [({"kv_type": "f16"}, False), ({"n_seq": 5}, True)]
+    )
+    def test_of_other_settings(
+        self,
+        running: Running,
+        setting: Setting,
+        params: dict[str, Any],
+        only_split: bool,
+    ) -> None:
+        foreign = Running(setting, **params)
+        foreign.run(4, 0)
+        if only_split and setting.kv_unified:
+            return  # a sequence in one pool of cells looks the same whatever its company
+        self.refused(running, foreign.session.save(0), "other context settings")
+
+    def test_longer_than_the_context(self, running: Running, setting: Setting) -> None:
+        foreign = Running(setting, n_ctx=400)
+        foreign.run(250, 0)
+        self.refused(running, foreign.session.save(0), r"positions, more than n_ctx=192")
+
+
+def test_what_was_restored_cannot_be_cut(running: Running) -> None:
+    """Neither the recurrent states of earlier positions nor what left the window was saved."""
+    running.session.restore(2, running.session.save(1))
+    length = running.target.length(2)
+    with pytest.raises(ContextError, match="cannot go back"):
+        running.target.truncate(2, length - 1)
+    running.target.truncate(2, 0)
