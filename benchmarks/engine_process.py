@@ -23,6 +23,7 @@ class Task(Struct, frozen=True):
 
     model: str
     depth: int
+    kv_unified: bool
     threads: int
     concurrency: list[int]
     tokens: int
@@ -72,6 +73,7 @@ def spent(stats: mtpbatch.EngineStats) -> dict[str, float]:
         "target": stats.target_time,
         "draft": stats.draft_time,
         "sampling": stats.sample_time,
+        "gaps": stats.gap_time,
     }
 
 
@@ -82,6 +84,7 @@ async def run(task: Task) -> Outcome:
         n_ctx=N_CTX,
         n_draft_max=task.depth,
         n_threads=task.threads,
+        kv_unified=task.kv_unified,
     ) as engine:
         print("open", flush=True)
         measured = await measure(

@@ -25,6 +25,7 @@ from benchmarks.workload import N_CTX, Answer
 from mtpbatch.machine import available_cpus
 
 _START_TIMEOUT = 300
+_KEPT_ALIVE = 1  # seconds; the server's own limit is 5
 
 
 def build(build_dir: Path) -> Path:
@@ -99,7 +100,7 @@ class LlamaServer:
         self.pid = process.pid
         self.start_up = start_up
         self._port = port
-        self._connections: list[http.client.HTTPConnection] = []  # idle ones, kept alive
+        self._idle: list[tuple[http.client.HTTPConnection, float]] = []  # and since when
         self._threads = anyio.CapacityLimiter(1000)  # each client waits on one of its own
 
     async def generate(self, prompt: str, tokens: int) -> Answer:
@@ -144,10 +145,7 @@ class LlamaServer:
             "top_k": 1,
             "temperature": 0,
         }
-        try:
-            connection = self._connections.pop()
-        except IndexError:
-            connection = http.client.HTTPConnection("127.0.0.1", self._port)
+        connection = self._connection()
         headers = {"Content-Type": "application/json"}
         connection.request("POST", "/completion", json.dumps(body), headers)
         response = connection.getresponse()
@@ -155,10 +153,19 @@ class LlamaServer:
             raise RuntimeError(f"llama-server answered {response.status}: {response.read()!r}")
         yield response
         response.read()
-        self._connections.append(connection)
+        self._idle.append((connection, time.monotonic()))
+
+    def _connection(self) -> http.client.HTTPConnection:
+        """A new one, or one that was used a moment ago: the server closes those that are idle."""
+        with suppress(IndexError):
+            connection, since = self._idle.pop()
+            if time.monotonic() - since < _KEPT_ALIVE:
+                return connection
+            connection.close()
+        return http.client.HTTPConnection("127.0.0.1", self._port)
 
     def close(self) -> None:
-        for connection in self._connections:
+        for connection, _ in self._idle:
             connection.close()
 
 

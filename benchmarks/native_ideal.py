@@ -52,6 +52,7 @@ def build(build_dir: Path) -> Path:
             *("-o", program),
             *("-L", libraries, "-lllama", "-lggml", "-lggml-base"),
             f"-Wl,-rpath,{libraries}",
+            "-Wl,--allow-shlib-undefined",  # a GPU backend's own libraries are found when it runs
         ],
         check=True,
     )

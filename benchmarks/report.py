@@ -34,8 +34,7 @@ class Variant(Struct, frozen=True):
     @property
     def label(self) -> str:
         draft = f"depth {self.depth}" if self.depth else "no MTP"
-        cache = "" if self.side is Side.MTPBATCH else f", {self.kv} cache"
-        return f"{self.side}, {draft}{cache}"
+        return f"{self.side}, {draft}, {self.kv} cache"
 
 
 class Record(Struct, frozen=True):

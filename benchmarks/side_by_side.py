@@ -24,6 +24,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import anyio
@@ -53,8 +54,8 @@ class Bench:
         variants = []
         for depth in self._options.depths:
             variants += [Variant(Side.LLAMA_SERVER, depth, kv) for kv in self._options.server_kv]
-            variants.append(Variant(Side.MTPBATCH, depth, "unified"))
-            variants += [Variant(Side.IDEAL, depth, kv) for kv in report.KV]
+            for side in (Side.MTPBATCH, Side.IDEAL):
+                variants += [Variant(side, depth, kv) for kv in report.KV]
         return variants
 
     def measure(self, model: Path, variant: Variant, turn: int) -> Record:
@@ -89,6 +90,7 @@ class Bench:
         task = engine_process.Task(
             str(model),
             variant.depth,
+            variant.kv == "unified",
             self._options.threads,
             self._concurrency,
             self._options.tokens,
@@ -133,7 +135,8 @@ class Bench:
         return Record(variant, turn, loads)
 
 
-def measure_model(bench: Bench, model: Path, rounds: int) -> list[Record]:
+def measure_model(bench: Bench, model: Path, rounds: int) -> Iterator[list[Record]]:
+    """The records so far, after every round."""
     with model.open("rb") as file:  # so that nobody's start-up has to read it from the disk
         while file.read(1 << 24):
             pass
@@ -145,7 +148,7 @@ def measure_model(bench: Bench, model: Path, rounds: int) -> list[Record]:
             records.append(record)
             speeds = "  ".join(f"{c}: {load.speed:7.1f}" for c, load in record.loads.items())
             print(f"  {variant.label:<40} {speeds} tokens/s", file=sys.stderr)
-    return records
+        yield records
 
 
 def conditions(options: argparse.Namespace, server: Path) -> dict[str, str]:
@@ -215,12 +218,13 @@ def main() -> None:
     facts = conditions(options, bench.server)
     records = {}
     for model in options.models:
-        records[model.name] = measure_model(bench, model.resolve(), options.rounds)
-        # After each model: a run that is broken off keeps what it has.
-        result = msgspec.json.encode({"conditions": facts, "records": records})
-        options.output.with_suffix(".json").write_bytes(msgspec.json.format(result, indent=1))
-        text = report.markdown(facts, records)
-        options.output.with_suffix(".md").write_text(text)
+        for so_far in measure_model(bench, model.resolve(), options.rounds):
+            records[model.name] = so_far
+            # Now: a run that is broken off keeps what it has.
+            result = msgspec.json.encode({"conditions": facts, "records": records})
+            options.output.with_suffix(".json").write_bytes(msgspec.json.format(result, indent=1))
+            text = report.markdown(facts, records)
+            options.output.with_suffix(".md").write_text(text)
     print(text)
 
 

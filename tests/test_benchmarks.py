@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from functools import partial
 from pathlib import Path
 
 import anyio
 import pytest
 
 import mtpbatch
+from mtpbatch.native import Model
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "src" / "mtpbatch" / "models" / "demo.gguf"
@@ -58,4 +60,34 @@ def test_ratios_are_taken_within_a_round() -> None:
     records = [record(side, turn, turn * speeds[side]) for turn in (1, 2) for side in speeds]
     comparison = Comparison(records)
     assert "| best mtpbatch / best llama-server | 1.50 (1.50 to 1.50) |" in comparison.ratios()
-    assert "| mtpbatch, no MTP | 45 (30 to 60) |" in comparison.speeds()
+    assert "| mtpbatch, no MTP, unified cache | 45 (30 to 60) |" in comparison.speeds()
+
+
+def test_a_hogs_ratio_is_that_of_its_round() -> None:
+    from benchmarks.gil_hog import Case, Triple, comparison
+
+    case = Case(clients=4, depth=3, stop=True)
+    text = comparison({case: [Triple(100, 80, 40), Triple(200, 160, 80), Triple(400, 160, 80)]})
+    assert "| 0.80 (0.40 to 0.80) | 0.40 (0.20 to 0.40) | 0.50 (0.50 to 0.50) |" in text
+
+
+def test_every_window_of_the_hogs_benchmark_is_measured() -> None:
+    from benchmarks.gil_hog import Case, measure
+
+    cases = [Case(clients=2, depth=3, stop=False), Case(clients=1, depth=0, stop=True)]
+    triples = anyio.run(partial(measure, DEMO, cases, rounds=2, seconds=0.05, threads=1))
+    assert {case: len(of_case) for case, of_case in triples.items()} == dict.fromkeys(cases, 2)
+
+
+def test_a_window_that_outlasts_its_generations_is_refused() -> None:
+    from benchmarks.gil_hog import Case, window
+    from benchmarks.workload import PROMPTS
+
+    async def one_token() -> None:
+        with Model(DEMO) as model:
+            n_ctx = len(model.tokenize(PROMPTS[0])) + 1
+        async with mtpbatch.Engine.open(DEMO, n_seq=1, n_ctx=n_ctx, n_threads=1) as engine:
+            await window(engine, Case(clients=1, depth=0, stop=False), 0.05)
+
+    with pytest.raises(RuntimeError, match="--window"):
+        anyio.run(one_token)

@@ -1,0 +1,68 @@
+"""What MTP heads cost while nobody drafts.
+
+    python -m benchmarks.idle_heads src/mtpbatch/models/demo.gguf wide.gguf
+
+Two engines on the same model take turns, one opened without heads (n_draft_max=0) and one with
+them, in which no request drafts (speculation=0). Closed loop; a round's ratio is that of its two
+runs. On models with recurrent layers the second keeps states to take drafts back to, for which
+llama.cpp builds a larger graph whether anybody drafts or not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import anyio
+
+import mtpbatch
+from benchmarks.engine_process import generate_with
+from benchmarks.report import spread, table
+from benchmarks.workload import N_CTX, closed_loop
+from mtpbatch.machine import available_cpus
+
+
+async def speeds(model: Path, n_draft_max: int, options: argparse.Namespace) -> dict[int, float]:
+    """Tokens per second by the number of clients."""
+    async with mtpbatch.Engine.open(
+        model,
+        n_seq=max(options.concurrency),
+        n_ctx=N_CTX,
+        n_draft_max=n_draft_max,
+        n_threads=options.threads,
+    ) as engine:
+        generate = generate_with(engine, 0)
+        await closed_loop(generate, max(options.concurrency), 8)
+        loads = {c: await closed_loop(generate, c, options.tokens) for c in options.concurrency}
+        return {clients: load.speed for clients, load in loads.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("models", type=Path, nargs="+", metavar="GGUF")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--tokens", type=int, default=96, help="per request")
+    parser.add_argument("--threads", type=int, default=available_cpus())
+    options = parser.parse_args()
+    rows = []
+    for model in options.models:
+        without: list[dict[int, float]] = []
+        idle: list[dict[int, float]] = []
+        for turn in range(options.rounds):
+            print(f"{model.name}, round {turn + 1} of {options.rounds}", file=sys.stderr)
+            runs = [(0, without), (3, idle)]
+            for n_draft_max, of_depth in runs if turn % 2 == 0 else reversed(runs):
+                of_depth.append(anyio.run(speeds, model, n_draft_max, options))
+        for clients in options.concurrency:
+            a, b = ([speed[clients] for speed in of_depth] for of_depth in (without, idle))
+            ratios = [y / x for x, y in zip(a, b, strict=True)]
+            rows.append([model.name, str(clients), spread(a), spread(b), spread(ratios, 3)])
+    print(table(["model", "at once", "without heads, tokens/s", "idle heads", "ratio"], rows))
+
+
+if __name__ == "__main__":
+    main()
