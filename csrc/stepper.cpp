@@ -31,7 +31,6 @@ void Stepper::admit(Admission admission) {
         std::move(admission.stop_tokens),
         std::move(admission.stop_texts),
         admission.max_tokens,
-        admission.drafts,
     });
 }
 

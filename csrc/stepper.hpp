@@ -37,7 +37,6 @@ class Stepper {
         std::vector<llama_token> stop_tokens;
         StopTexts                stop_texts;
         int32_t                  max_tokens;
-        bool                     drafts;
         int32_t                  n_generated = 0;
         llama_token              last_token  = -1;  // sampled, not yet decoded; -1: the prompt is not complete
         bool over = false;  // finished, lost or at a stop text: nothing goes on until it is released

@@ -130,7 +130,7 @@ class Scheduler:
         know too little, and a request that comes meanwhile would wait behind them.
         """
         release = self._take_released()
-        n_ahead = sum(not flight.stepped for flight in self._in_flight)
+        n_ahead = self._n_ahead
         something_new = (
             self._prompting is not None or (self._waiting and self._free) or self._followed_in_vain
         )
@@ -298,13 +298,17 @@ class Scheduler:
                 sum(1 + e.n_draft for e in entries if e.sample),
             ):
                 _hold(rows <= self._facts.n_batch, "each step of a plan fits into n_batch")
-        n_ahead = sum(not flight.stepped for flight in self._in_flight)
-        _hold(n_ahead <= _MAX_AHEAD, "no plan is made too far ahead")
+        _hold(self._n_ahead <= _MAX_AHEAD, "no plan is made too far ahead")
         newest = self._in_flight[-1].sequences if self._in_flight else []
         idle = [s for s in self._running.values() if s not in newest]
         _hold(not idle, f"every running sequence takes part in the newest plan, {idle} do not")
 
     # ----------------------------------------------------------------------- details
+
+    @property
+    def _n_ahead(self) -> int:
+        """Plans of which no result has come."""
+        return sum(not flight.stepped for flight in self._in_flight)
 
     @property
     def _followed_in_vain(self) -> bool:

@@ -163,7 +163,7 @@ class ScriptedBackend:
         self._sequences: dict[int, _ScriptedSequence] = {}
         self._plans: deque[Plan] = deque()  # handed over, not begun
         self._standing: Plan | None = None
-        self._repeated = False  # whether the standing plan has had its first step
+        self._stepped = False  # whether the standing plan has had its first step
         self._results: deque[StepResult] = deque()
         self._n_unseen = 0  # steps whose results have not been taken in
         self._n_shown = 0  # of those, given out by the last exchange
@@ -250,7 +250,7 @@ class ScriptedBackend:
     def _begins(self) -> bool:
         """Take in what plans say beside their steps; whether there is a step to play."""
         while self._plans and (
-            self._standing is None or self._repeated or not self._plans[0].entries
+            self._standing is None or self._stepped or not self._plans[0].entries
         ):
             plan = self._plans.popleft()
             for seq_id in plan.release:
@@ -259,12 +259,12 @@ class ScriptedBackend:
             for admission in plan.admit:
                 self._admit(admission)
             if plan.entries:
-                self._standing, self._repeated = plan, False
+                self._standing, self._stepped = plan, False
                 self._check_plan(plan)
         standing = self._standing
         if standing is None:
             return False
-        if not self._repeated:
+        if not self._stepped:
             return True
         in_time = 0 < standing.run_ahead >= self._n_unseen
         return in_time and any(self._takes_part(entry) for entry in standing.entries)
@@ -273,10 +273,10 @@ class ScriptedBackend:
         sequence = self._sequences.get(entry.seq_id)
         if sequence is None or sequence.lost or sequence.over:
             return False
-        return not self._repeated or sequence.n_generated > 0
+        return not self._stepped or sequence.n_generated > 0
 
     def _step(self) -> StepResult:
-        plan, repeated = self._standing, self._repeated
+        plan, repeated = self._standing, self._stepped
         assert plan is not None
         self._n_unseen += 1
         failure = None
@@ -293,7 +293,7 @@ class ScriptedBackend:
             results.append(self._run(entry, repeated))
             n_rows += len(entry.tokens) if entry.tokens and not repeated else 1
             n_rows += results[-1].n_drafted
-        self._repeated = True
+        self._stepped = True
         return StepResult(
             plan=plan.number,
             entries=tuple(results),

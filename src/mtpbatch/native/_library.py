@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from types import TracebackType
+from typing import Any, ClassVar, Self
 
 from mtpbatch._llama_cpp import require_llama_cpp
 from mtpbatch._process import HomeProcess
@@ -99,7 +100,8 @@ def _free_at_home(home: HomeProcess, free: Callable[[Any], None], pointer: Any) 
 
 
 class Handle:
-    """Owns one native handle: freed by ``close()``, or with its last reference.
+    """Owns one native handle: freed by ``close()``, at the end of a ``with`` block on it, or with
+    its last reference.
 
     A call in another thread keeps the native object alive until it returns. In a forked child,
     where llama.cpp's threads do not exist, every use raises :class:`WrongProcessError`, and
@@ -111,6 +113,17 @@ class Handle:
     def __init__(self, pointer: Any, free: Callable[[Any], None]) -> None:
         self._home = HomeProcess()
         self._owned: Any = ffi.gc(pointer, partial(_free_at_home, self._home, free))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
 
     @property
     def _native(self) -> Any:

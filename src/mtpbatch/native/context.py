@@ -6,7 +6,6 @@ import threading
 from array import array
 from collections.abc import Sequence
 from contextlib import nullcontext
-from types import TracebackType
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -188,17 +187,6 @@ class Context(Handle):
         """As granted: 0 on models whose state cannot be taken back, or that keep none."""
         self.n_threads: int = real.n_threads
         self.is_mtp: bool = lib.mtpbatch_context_is_mtp(self._native)
-
-    def __enter__(self) -> Context:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         kind = "MTP" if self.is_mtp else "default"

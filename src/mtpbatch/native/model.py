@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import cached_property, partial
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from mtpbatch.exceptions import InvalidParameterError, ModelLoadError
@@ -122,17 +121,6 @@ class Model(Handle):
         """End-of-turn token."""
         self.add_bos: bool = facts.add_bos
         """Whether :meth:`tokenize` puts the beginning-of-sequence token first."""
-
-    def __enter__(self) -> Model:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         state = "closed" if self.closed else self.description

@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 import threading
 from contextlib import nullcontext
-from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
@@ -64,17 +63,6 @@ class Sampler(Handle):
         call(lib.mtpbatch_sampler_create, native, n_threads, out)
         super().__init__(out[0], lib.mtpbatch_sampler_free)
         self._lock = threading.Lock()
-
-    def __enter__(self) -> Sampler:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         return f"<Sampler{': closed' if self.closed else ''}>"

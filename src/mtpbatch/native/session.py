@@ -6,7 +6,6 @@ import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import partial
-from types import TracebackType
 from typing import TextIO
 
 from msgspec import Struct
@@ -124,17 +123,6 @@ class MtpSession(Handle):
             call(lib.mtpbatch_session_create, *contexts, native, out)
         super().__init__(out[0], lib.mtpbatch_session_free)
         self._config = config
-
-    def __enter__(self) -> MtpSession:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         if self.closed:
