@@ -9,21 +9,27 @@ import asyncio
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any, TypeVarTuple
-
-import anyio
+from typing import Any, NamedTuple, Protocol, TypeVarTuple
 
 _Args = TypeVarTuple("_Args")
 
 
-class EventLoop:
+class LoopEvent(Protocol):
+    """What asyncio's and trio's events have in common."""
+
+    def set(self) -> object: ...
+    async def wait(self) -> object: ...
+
+
+class EventLoop(NamedTuple):
     """One running event loop. Equal to another if both are the same loop."""
 
-    __slots__ = ("_call_soon", "_native")
+    call_soon: Callable[..., Any]
+    """Its own method, for calls from any thread."""
+    event: Callable[[], LoopEvent]
+    """A new event that tasks on this loop can wait for, and that is set on this loop.
 
-    def __init__(self, native: object, call_soon: Callable[..., Any]) -> None:
-        self._native = native
-        self._call_soon = call_soon
+    The loop's own kind: a stream makes one for each wait, and anyio's takes twice as long."""
 
     @classmethod
     def current(cls) -> EventLoop:
@@ -34,10 +40,8 @@ class EventLoop:
             import trio
 
             if trio.lowlevel.in_trio_run():
-                token = trio.lowlevel.current_trio_token()
-                return cls(token, token.run_sync_soon)
-        loop = asyncio.get_running_loop()
-        return cls(loop, loop.call_soon_threadsafe)
+                return cls(trio.lowlevel.current_trio_token().run_sync_soon, trio.Event)
+        return cls(asyncio.get_running_loop().call_soon_threadsafe, asyncio.Event)
 
     def post(self, call: Callable[[*_Args], object], *args: *_Args) -> bool:
         """Have ``call`` run on the loop soon, in the order posted; ``False`` if it is closed.
@@ -45,16 +49,10 @@ class EventLoop:
         From any thread. ``call`` must not raise: under trio that would end the whole run.
         """
         try:
-            self._call_soon(call, *args)
+            self.call_soon(call, *args)
         except RuntimeError:  # also trio.RunFinishedError
             return False
         return True
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, EventLoop) and self._native is other._native
-
-    def __hash__(self) -> int:
-        return id(self._native)
 
 
 class ThreadEvent:
@@ -63,7 +61,7 @@ class ThreadEvent:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._set = False
-        self._waiters: list[tuple[EventLoop, anyio.Event]] = []
+        self._waiters: list[tuple[EventLoop, LoopEvent]] = []
 
     def set(self) -> None:
         with self._lock:
@@ -79,6 +77,7 @@ class ThreadEvent:
         with self._lock:
             if self._set:
                 return
-            event = anyio.Event()
-            self._waiters.append((EventLoop.current(), event))
+            loop = EventLoop.current()
+            event = loop.event()
+            self._waiters.append((loop, event))
         await event.wait()

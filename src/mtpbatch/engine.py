@@ -558,7 +558,6 @@ class Engine:
         for event in events:
             live = self._live[event.request_id]
             parcels.setdefault(live.loop, []).append((live, event))
-        for event in events:
             if event.last:
                 del self._live[event.request_id]
         self._stats = scheduler.stats  # before anyone can learn of the events and look

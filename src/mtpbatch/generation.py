@@ -6,9 +6,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator
 from typing import Any
 
-import anyio
-
-from mtpbatch._loops import EventLoop
+from mtpbatch._loops import EventLoop, LoopEvent
 from mtpbatch._process import HomeProcess
 from mtpbatch.exceptions import InvalidRequestError, MtpBatchError
 from mtpbatch.scheduler import Event
@@ -44,7 +42,7 @@ class Generation(AsyncIterator[Delta]):
         self._cancel = cancel
         self._deltas: deque[Delta] = deque()
         self._outcome: Completion | MtpBatchError | None = None
-        self._changed: anyio.Event | None = None
+        self._changed: LoopEvent | None = None
 
     @property
     def request_id(self) -> str:
@@ -104,7 +102,7 @@ class Generation(AsyncIterator[Delta]):
         if EventLoop.current() != self._loop:
             raise InvalidRequestError("a generation is awaited on the loop that submitted it")
         if self._changed is None:
-            self._changed = anyio.Event()
+            self._changed = self._loop.event()
         try:
             await self._changed.wait()
         except BaseException:

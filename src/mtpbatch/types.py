@@ -266,7 +266,7 @@ class Timings(Struct, frozen=True):
     total: float
 
 
-class Delta(Struct, frozen=True):
+class Delta(Struct, frozen=True, gc=False):
     """What one step added to a request: always whole characters, possibly none yet.
 
     Of ``token_ids`` the first ``n_accepted`` were drafted and accepted. Text of the last tokens
