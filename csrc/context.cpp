@@ -184,9 +184,11 @@ void Context::create() {
     params_.n_batch  = static_cast<int32_t>(llama_n_batch(raw_));
     params_.n_ubatch = static_cast<int32_t>(llama_n_ubatch(raw_));
     batch_           = llama_batch_ext_init(raw_);
-    sequences_.resize(params_.n_seq);
+    sequences_       = std::vector<SequenceState>(params_.n_seq);
     if (target_) {
-        keep_hidden();
+        llama_set_embeddings_nextn(raw_, true, drops_hidden_rows(*model_));
+    } else {
+        keep_hidden(false);
     }
 }
 
@@ -195,8 +197,8 @@ Context::~Context() {
     llama_free(raw_);
 }
 
-void Context::keep_hidden() {
-    llama_set_embeddings_nextn(raw_, true, is_mtp() && drops_hidden_rows(*model_));
+void Context::keep_hidden(bool keep) {
+    llama_set_embeddings_nextn(raw_, keep, /*masked*/ !keep);
 }
 
 void Context::select_head(int32_t head) {
@@ -306,7 +308,7 @@ bool Context::is_one_pass(const std::vector<Row> & rows) const {
 }
 
 void Context::require_free() const {
-    if (driven) {
+    if (driven()) {
         throw Error(MTPBATCH_CONTEXT_FAILED, "an executor drives this context; close it first");
     }
 }
@@ -340,7 +342,7 @@ const float * Context::hidden(int32_t row) const {
 
 bool Context::truncate(llama_seq_id seq_id, int32_t length) {
     auto & s = sequences_[seq_id];
-    if ((length > 0 && length >= s.length) || shares_memory()) {
+    if (length >= s.length || shares_memory()) {
         return true;
     }
     if (length > 0 && model_->keeps_recurrent_state() && !is_mtp() && s.length - length > s.retractable) {
@@ -377,7 +379,8 @@ bool Context::load(llama_seq_id seq_id, const uint8_t * state, size_t size, int3
         llama_memory_seq_rm(memory, seq_id, -1, -1);
         return false;
     }
-    sequences_[seq_id] = { length, 0 };
+    sequences_[seq_id].length      = length;
+    sequences_[seq_id].retractable = 0;
     return true;
 }
 
@@ -392,7 +395,8 @@ bool Context::copy(llama_seq_id source, llama_seq_id target) {
     }
     truncate(target, 0);
     llama_memory_seq_cp(llama_get_memory(raw_), source, target, -1, -1);
-    sequences_[target] = { length, 0 };
+    sequences_[target].length      = length;
+    sequences_[target].retractable = 0;
     return true;
 }
 
@@ -442,7 +446,7 @@ mtpbatch_status mtpbatch_context_decode(mtpbatch_context * context, const mtpbat
 }
 
 const float * mtpbatch_context_logits(mtpbatch_context * context, int32_t row) {
-    return context->impl->driven ? nullptr : context->impl->logits(row);
+    return context->impl->driven() ? nullptr : context->impl->logits(row);
 }
 
 int32_t mtpbatch_context_length(const mtpbatch_context * context, int32_t seq_id) {

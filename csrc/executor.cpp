@@ -9,6 +9,9 @@
 
 namespace mtpbatch {
 
+// Results that nobody waits for are reported after so much time of steps: figures are not older.
+constexpr int64_t REPORT_EVERY_US = 50'000;
+
 class Executor {
   public:
     Executor(std::shared_ptr<Context> target, std::shared_ptr<Session> session);
@@ -18,6 +21,7 @@ class Executor {
 
     const std::vector<mtpbatch_step> & exchange(const mtpbatch_plan * plan, bool wait);
     void                               wake();
+    void                               stop();
 
   private:
     // Takes the target for as long as the thread may use it.
@@ -25,9 +29,9 @@ class Executor {
       public:
         explicit Drive(std::shared_ptr<Context> target) : target_(std::move(target)) {
             target_->require_free();
-            target_->driven = true;
+            target_->set_driven(true);
         }
-        ~Drive() { target_->driven = false; }
+        ~Drive() { target_->set_driven(false); }
         Drive(const Drive &)             = delete;
         Drive & operator=(const Drive &) = delete;
 
@@ -35,11 +39,13 @@ class Executor {
         const std::shared_ptr<Context> target_;
     };
 
-    void run();
-    bool begins() const;
-    void release_early();
-    void open_plan(std::unique_lock<std::mutex> & lock);
-    void step(Step & out);
+    void                      run();
+    void                      serve();
+    bool                      begins() const;
+    std::vector<llama_seq_id> take_early_releases();
+    void                      release(const std::vector<llama_seq_id> & seq_ids);
+    void                      open_plan(std::unique_lock<std::mutex> & lock);
+    void                      step(Step & out);
 
     const Drive drive_;
     PlanRules   rules_;  // of the thread that makes plans
@@ -52,6 +58,7 @@ class Executor {
     int32_t                 n_unseen_     = 0;      // steps begun that have not been taken in
     bool                    worth_a_look_ = false;  // for who waits
     bool                    stopping_     = false;
+    std::optional<Error>    death_;  // why the thread has ended, if nobody stopped it
 
     // Given out, until the next exchange.
     std::vector<Step>          shown_;
@@ -63,8 +70,10 @@ class Executor {
     bool                stepped_   = false;  // whether the standing plan has had its first step
     bool                under_way_ = false;  // whether sequences were left to go on when the last step ended
     Stopwatch           since_step_;
+    int64_t             since_report_us_ = 0;  // time of the steps that nobody was woken for
 
-    std::thread thread_;  // last: it uses everything above
+    std::mutex  joining_;  // the thread
+    std::thread thread_;   // last: it uses everything above
 };
 
 Executor::Executor(std::shared_ptr<Context> target, std::shared_ptr<Session> session)
@@ -74,12 +83,20 @@ Executor::Executor(std::shared_ptr<Context> target, std::shared_ptr<Session> ses
       thread_([this] { run(); }) {}
 
 Executor::~Executor() {
+    stop();
+}
+
+void Executor::stop() {
     {
         const std::lock_guard lock(mutex_);
-        stopping_ = true;
+        stopping_ = worth_a_look_ = true;
     }
     changed_.notify_one();
-    thread_.join();
+    ended_.notify_one();
+    const std::lock_guard lock(joining_);
+    if (thread_.joinable()) {
+        thread_.join();
+    }
 }
 
 const std::vector<mtpbatch_step> & Executor::exchange(const mtpbatch_plan * plan, bool wait) {
@@ -89,6 +106,9 @@ const std::vector<mtpbatch_step> & Executor::exchange(const mtpbatch_plan * plan
         taken.emplace(*plan);
     }
     std::unique_lock lock(mutex_);
+    if (death_) {
+        throw Error(*death_);
+    }
     if (taken) {
         plans_.push_back(std::move(*taken));
     }
@@ -118,14 +138,31 @@ void Executor::wake() {
     ended_.notify_one();
 }
 
+// Steps that fail are results. What fails between steps would end the process if it left the thread.
 void Executor::run() {
+    quiet_listeners();
+    mtpbatch_error        error{};
+    const mtpbatch_status status = guard(&error, [&] { serve(); });
+    if (status != MTPBATCH_OK) {
+        const std::lock_guard lock(mutex_);
+        death_.emplace(status, error.message);
+        worth_a_look_ = true;
+        ended_.notify_one();
+    }
+}
+
+void Executor::serve() {
     std::unique_lock lock(mutex_);
     while (true) {
         changed_.wait(lock, [&] { return stopping_ || !plans_.empty() || begins(); });
         if (stopping_) {
             return;
         }
-        release_early();
+        const auto early = take_early_releases();
+        lock.unlock();
+        release(early);
+        under_way_ = under_way_ && stepper_.any_left();
+        lock.lock();
         // Every plan gets its step, before the next one's entries take its place.
         while (!plans_.empty() && (!standing_ || stepped_ || plans_.front().entries.empty())) {
             open_plan(lock);
@@ -138,12 +175,16 @@ void Executor::run() {
         lock.unlock();
         Step out;
         step(out);
+        const int64_t out_us = out.report.gap_us + out.report.draft_us + out.report.target_us + out.report.sample_us;
         lock.lock();
         steps_.push_back(std::move(out));
         // To wake somebody takes a processor away from the model: not for each of many steps that
         // nobody waits for. The first one of a plan may be what the next plan waits for.
-        if (first || steps_.back().ends_any || standing_->followed || 2 * n_unseen_ > standing_->run_ahead) {
-            worth_a_look_ = true;
+        since_report_us_ += out_us;
+        if (first || steps_.back().ends_any || standing_->followed || n_unseen_ > standing_->run_ahead ||
+            since_report_us_ >= REPORT_EVERY_US) {
+            since_report_us_ = 0;
+            worth_a_look_    = true;
             ended_.notify_one();
         }
     }
@@ -162,20 +203,26 @@ bool Executor::begins() const {
 
 // What is to be released does not wait for the plans before to be begun, unless one of them admits
 // it first: their entries for it are skipped.
-void Executor::release_early() {
-    std::vector<llama_seq_id> admitted;
+std::vector<llama_seq_id> Executor::take_early_releases() {
+    std::vector<llama_seq_id> admitted, early;
     const auto                to_come = [&](llama_seq_id seq_id) {
         return std::find(admitted.begin(), admitted.end(), seq_id) != admitted.end();
     };
     for (Plan & plan : plans_) {
         const auto now = std::stable_partition(plan.release.begin(), plan.release.end(), to_come);
-        std::for_each(now, plan.release.end(), [&](llama_seq_id seq_id) { stepper_.release(seq_id); });
+        early.insert(early.end(), now, plan.release.end());
         plan.release.erase(now, plan.release.end());
         for (const Admission & admission : plan.admit) {
             admitted.push_back(admission.seq_id);
         }
     }
-    under_way_ = under_way_ && stepper_.any_left();
+    return early;
+}
+
+void Executor::release(const std::vector<llama_seq_id> & seq_ids) {
+    for (const llama_seq_id seq_id : seq_ids) {
+        stepper_.release(seq_id);
+    }
 }
 
 // Begins with the next plan: carries out what it says beside its steps.
@@ -183,9 +230,7 @@ void Executor::open_plan(std::unique_lock<std::mutex> & lock) {
     Plan plan = std::move(plans_.front());
     plans_.pop_front();
     lock.unlock();
-    for (const llama_seq_id seq_id : plan.release) {
-        stepper_.release(seq_id);
-    }
+    release(plan.release);
     for (Admission & admission : plan.admit) {
         stepper_.admit(std::move(admission));
     }
@@ -200,9 +245,11 @@ void Executor::step(Step & out) {
     out.report.plan   = standing_->number;
     out.report.gap_us = under_way_ ? since_step_.lap() : 0;
     mtpbatch_error error{};
-    out.report.status = guard(&error, [&] { stepper_.step(*standing_, stepped_, out); });
-    if (out.report.status == MTPBATCH_INVALID_ARGUMENT) {
-        out.report.status = MTPBATCH_INTERNAL;  // the plan was right, so that this is not the caller's argument
+    out.report.status                = guard(&error, [&] { stepper_.step(*standing_, stepped_, out); });
+    const mtpbatch_status failures[] = { MTPBATCH_OK, MTPBATCH_OUT_OF_MEMORY, MTPBATCH_NO_KV_SLOT,
+                                         MTPBATCH_DECODE_FAILED };
+    if (std::find(std::begin(failures), std::end(failures), out.report.status) == std::end(failures)) {
+        out.report.status = MTPBATCH_INTERNAL;  // the plan was right: a rule was broken in here
     }
     out.message = error.message;
     stepped_    = true;
@@ -229,6 +276,10 @@ mtpbatch_status mtpbatch_executor_create(const mtpbatch_context * target, const 
         }
         *executor = new mtpbatch_executor{ { target->impl, session ? session->impl : nullptr } };
     });
+}
+
+void mtpbatch_executor_stop(mtpbatch_executor * executor) {
+    executor->impl.stop();
 }
 
 void mtpbatch_executor_free(mtpbatch_executor * executor) {

@@ -8,6 +8,7 @@
 #include <chrono>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -24,6 +25,9 @@ class Error : public std::runtime_error {
 // What llama.cpp has logged as an error on this thread since the current call began.
 std::string captured_log();
 void        clear_captured_log();
+// From here on, whoever else listens to llama.cpp hears nothing of this thread: Python would have to
+// wait for the GIL.
+void quiet_listeners();
 // `message`, with llama.cpp's own words behind it if it said anything.
 std::string with_reason(const std::string & message);
 
@@ -107,11 +111,13 @@ class Context {
 
     void          decode(const std::vector<Row> & rows);
     const float * logits(int32_t row) const;  // nullptr: the row has none
-    // Hidden rows, once keep_hidden() was called: of a default context those of all rows in turn, of
-    // an MTP context that of an output.
+    // Hidden rows of the last decode, if they were kept: of a default context those of all rows in
+    // turn, of an MTP context that of an output.
     const float * hidden() const;
     const float * hidden(int32_t row) const;
-    void          keep_hidden();
+    // Of a default context, from the next decode on. Without them llama.cpp computes the end of the
+    // last layer for outputs alone.
+    void keep_hidden(bool keep);
     // Of several chained heads, the one that decodes from now on.
     void select_head(int32_t head);
     // Whether a model that keeps recurrent state takes these rows in one forward pass: equally many
@@ -129,7 +135,7 @@ class Context {
 
     bool    has_sequence(llama_seq_id seq_id) const { return seq_id >= 0 && seq_id < params_.n_seq; }
     int32_t length(llama_seq_id seq_id) const {
-        return shares_memory() ? target_->length(seq_id) : sequences_[seq_id].length;
+        return shares_memory() ? target_->length(seq_id) : sequences_[seq_id].length.load();
     }
     bool                            is_mtp() const { return target_ != nullptr; }
     bool                            shares_memory() const { return shares_memory_; }  // with the target it drafts for
@@ -142,14 +148,16 @@ class Context {
 
     // A draft context serves one session at a time, which keeps track of what it holds.
     bool claimed = false;
-    // A target that an executor drives is decoded by its thread, and by nobody else.
-    std::atomic<bool> driven{ false };
-    void              require_free() const;
+    // A target that an executor drives is decoded by its thread, and by nobody else; so is the
+    // context that drafts for it. Only lengths may be read meanwhile.
+    void set_driven(bool driven) { driven_ = driven; }
+    bool driven() const { return target_ ? target_->driven() : driven_.load(); }
+    void require_free() const;
 
   private:
     struct SequenceState {
-        int32_t length      = 0;  // positions decoded
-        int32_t retractable = 0;  // of the last decode, how many can still be taken back (recurrent models)
+        std::atomic<int32_t> length{ 0 };  // positions decoded
+        int32_t retractable = 0;           // of the last decode, how many can still be taken back (recurrent models)
     };
 
     void check_assistant(const Context & target) const;
@@ -167,6 +175,7 @@ class Context {
     std::vector<SequenceState>         sequences_;
     std::vector<Row>                   last_batch_;
     int64_t                            n_decodes_ = 0;
+    std::atomic<bool>                  driven_{ false };
 };
 
 // Drafts with a model's MTP heads for all sequences of a target context at once.
@@ -197,6 +206,8 @@ class Session {
     Session & operator=(const Session &) = delete;
 
     void begin(llama_seq_id seq_id, int32_t n_prompt);
+    // Whether anything is kept of a sequence to draft from.
+    bool keeps(llama_seq_id seq_id) const { return !sequences_[seq_id].ignored; }
     // Takes in the batch that the target decoded last.
     void process();
     void draft(std::vector<Request> requests, std::vector<std::vector<llama_token>> & drafts);
@@ -214,14 +225,14 @@ class Session {
 
     Context &                       target() const { return *target_; }
     const mtpbatch_session_config & config() const { return config_; }
-
-    mtpbatch_session_statistics statistics{};
+    // Any thread.
+    mtpbatch_session_statistics statistics() const;
 
   private:
     struct SequenceState {
         int32_t                  n_past  = 0;        // target positions taken in
         bool                     ignored = false;    // nothing below is kept
-        std::vector<int32_t>     decoded;            // positions that each head has entries for
+        std::vector<int32_t>     decoded;            // positions that each head has entries for, by head
         std::vector<llama_token> waiting;            // tokens that some head has no entry for, up to n_past
         std::vector<float>       waiting_hidden;     // the hidden row each of them pairs with
         std::vector<float>       hidden;             // the row that the token at n_past pairs with
@@ -247,9 +258,12 @@ class Session {
     const std::shared_ptr<Context> draft_;
     const mtpbatch_session_config  config_;
     const int32_t                  n_embd_;
+    const int32_t                  n_heads_;  // that have entries: no draft needs more
     const size_t                   max_waiting_;
     std::vector<SequenceState>     sequences_;
     int64_t                        n_seen_;  // decodes of the target when it was last processed
+    mutable std::mutex             statistics_mutex_;
+    mtpbatch_session_statistics    statistics_{};
 };
 
 // What of one row's logits can be picked; reused from row to row. Refers to the logits.

@@ -13,6 +13,7 @@ namespace mtpbatch {
 namespace {
 
 thread_local std::string log_text;
+thread_local bool        forwards  = true;
 constexpr size_t         LOG_LIMIT = 800;  // bytes kept of one call's errors
 
 ggml_log_callback previous_callback  = nullptr;
@@ -22,7 +23,7 @@ void collect_log(ggml_log_level level, const char * text, void *) {
     if (level == GGML_LOG_LEVEL_ERROR && log_text.size() < LOG_LIMIT) {
         log_text.append(text, std::min(std::strlen(text), LOG_LIMIT - log_text.size()));
     }
-    if (previous_callback) {
+    if (previous_callback && forwards) {
         previous_callback(level, text, previous_user_data);
     }
 }
@@ -88,6 +89,10 @@ std::string captured_log() {
 
 void clear_captured_log() {
     log_text.clear();
+}
+
+void quiet_listeners() {
+    forwards = false;
 }
 
 std::string with_reason(const std::string & message) {

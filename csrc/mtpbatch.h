@@ -249,8 +249,8 @@ typedef struct mtpbatch_plan {
     // 0: a single step. Otherwise the plan is repeated, without the prompts it fed, until the next
     // one comes, and a step begins while at most this many steps have not been taken in.
     int32_t run_ahead;
-    // Whether each step's result is waited for. Otherwise they may come together, but for those of
-    // the plan's first step and of steps in which a sequence ends.
+    // Whether each step's result is waited for. Otherwise they come together, every 50 ms, but for
+    // those of the plan's first step and of steps in which a sequence ends.
     bool followed;
 } mtpbatch_plan;
 
@@ -264,7 +264,7 @@ typedef enum mtpbatch_finish {
 
 typedef struct mtpbatch_step {
     int64_t         plan;     // its number
-    mtpbatch_status status;   // not MTPBATCH_OK: the sequences of its entries are lost; release them
+    mtpbatch_status status;   // not MTPBATCH_OK: its entries' sequences (recurrent layers: all) are lost; release them
     const char *    message;  // the reason
     // Parallel to the plan's entries, each: how many tokens, of them how many accepted drafts, how
     // many were drafted, and a mtpbatch_finish; then the tokens: accepted drafts and the sampled
@@ -281,7 +281,9 @@ typedef struct mtpbatch_step {
 // `session` NULL: never drafts. From here on the contexts and the session belong to the executor.
 mtpbatch_status mtpbatch_executor_create(const mtpbatch_context * target, const mtpbatch_session * session,
                                          mtpbatch_executor ** executor, mtpbatch_error * error);
-// Waits for the step under way.
+// Ends its thread when the step under way has ended, and the wait of an exchange; idempotent. No
+// step begins after that.
+void mtpbatch_executor_stop(mtpbatch_executor * executor);
 void mtpbatch_executor_free(mtpbatch_executor * executor);
 // Takes in that the steps of the last call were seen, hands over a plan (or NULL), and gives the
 // steps that have ended since; with `wait`, waits for one that is worth a look (see `followed`), or for
@@ -289,10 +291,13 @@ void mtpbatch_executor_free(mtpbatch_executor * executor);
 //
 // A plan frees what it releases, takes in what it admits, and then each of its steps drafts,
 // decodes, samples and verifies, and takes back what was rejected. It begins when the step under
-// way ends; plans that wait are begun in order, each for one step at least. All entries share one
-// decode, except that on models with recurrent layers drafts of each length have one of their own.
+// way ends; plans that wait are begun in order, each for one step at least. What a waiting plan
+// releases leaves at once, and entries of plans before it for that sequence are passed over, unless
+// one of those admits it first. All entries share one decode, except that on models with recurrent
+// layers drafts of each length have one of their own.
 //
-// MTPBATCH_INVALID_ARGUMENT: the plan breaks a rule and was not taken.
+// MTPBATCH_INVALID_ARGUMENT: the plan breaks a rule and was not taken. Any other status: the thread
+// has ended, and nothing can be executed any more.
 mtpbatch_status mtpbatch_executor_exchange(mtpbatch_executor * executor, const mtpbatch_plan * plan, bool wait,
                                            int32_t * n_steps, const mtpbatch_step ** steps, mtpbatch_error * error);
 // Any thread: ends the wait of the exchange under way, or of the next one.

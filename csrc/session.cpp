@@ -117,6 +117,10 @@ const mtpbatch_session_config & checked(const mtpbatch_session_config & config, 
                      ", the MTP heads that the model chains, one for each depth; got " +
                      std::to_string(config.n_draft_max));
     }
+    if (draft.n_heads() > 1 && target.params().kv_unified) {
+        // Each head decodes the same positions again, and must be given the same cells for them.
+        contexts_error("the model chains its MTP heads, so that drafting needs kv_unified false");
+    }
     if (llama_model_n_swa(target.model().raw) > 0 && target.params().kv_unified) {
         // Cells that have left a sequence's window go to others. They are missed when the window
         // moves back with a rejected draft.
@@ -133,6 +137,7 @@ Session::Session(std::shared_ptr<Context> target, std::shared_ptr<Context> draft
       draft_(std::move(draft)),
       config_(checked(config, *target_, *draft_)),
       n_embd_(llama_model_n_embd_out(target_->model().raw)),
+      n_heads_(std::min(draft_->n_heads(), config_.n_draft_max)),
       max_waiting_(std::max(MIN_WAITING, MAX_WAITING_BYTES / (config.n_seq * n_embd_ * sizeof(float)))),
       sequences_(config.n_seq),
       n_seen_(target_->n_decodes()) {
@@ -143,7 +148,7 @@ Session::Session(std::shared_ptr<Context> target, std::shared_ptr<Context> draft
         }
         reset(s);
     }
-    target_->keep_hidden();
+    target_->keep_hidden(true);
     draft_->claimed = true;
 }
 
@@ -160,7 +165,7 @@ void Session::reset(llama_seq_id seq_id) {
     draft_->truncate(seq_id, 0);
     s.n_past  = 0;
     s.ignored = false;
-    s.decoded.assign(draft_->n_heads(), 0);
+    s.decoded.assign(n_heads_, 0);
     s.waiting.clear();
     s.waiting_hidden.clear();
     s.hidden.assign(n_embd_, 0);
@@ -205,7 +210,7 @@ uint64_t Session::fingerprint() const {
     add_model(sum, draft_->model().raw);
     const auto &  p        = target_->params();
     const bool    unified  = p.kv_unified && draft_->params().kv_unified;
-    const int32_t values[] = { p.kv_type, p.kv_unified, unified ? 0 : p.n_seq };
+    const int32_t values[] = { p.kv_type, p.kv_unified, unified ? 0 : p.n_seq, n_heads_ };
     sum.add(values, sizeof values);
     return sum.value();
 }
@@ -349,7 +354,8 @@ void Session::process() {
         }
     }
     catch_up(full);
-    statistics.process_us += watch.lap();
+    const std::lock_guard lock(statistics_mutex_);
+    statistics_.process_us += watch.lap();
 }
 
 // Takes in one sequence's rows of a batch, given the hidden rows of all of it.
@@ -414,7 +420,7 @@ void Session::start_over(llama_seq_id seq_id) {
 
 // Decodes what waits in these sequences. If that fails it waits on.
 void Session::catch_up(const std::vector<llama_seq_id> & seq_ids) try {
-    for (int32_t head = 0; head < draft_->n_heads(); ++head) {
+    for (int32_t head = 0; head < n_heads_; ++head) {
         std::vector<Row> rows;
         for (const llama_seq_id seq_id : seq_ids) {
             const auto &  s     = sequences_[seq_id];
@@ -450,8 +456,9 @@ void Session::decode(int32_t head, const std::vector<Row> & rows) {
         draft_->select_head(head);
     }
     draft_->decode(rows);
-    statistics.n_decodes += 1;
-    statistics.n_rows += static_cast<int64_t>(rows.size());
+    const std::lock_guard lock(statistics_mutex_);
+    statistics_.n_decodes += 1;
+    statistics_.n_rows += static_cast<int64_t>(rows.size());
 }
 
 void Session::draft(std::vector<Request> requests, std::vector<std::vector<llama_token>> & drafts) {
@@ -570,6 +577,7 @@ void Session::draft(std::vector<Request> requests, std::vector<std::vector<llama
         throw;
     }
 
+    const std::lock_guard lock(statistics_mutex_);
     for (size_t r = 0; r < requests.size(); ++r) {
         if (requests[r].depth == 0) {
             continue;
@@ -587,13 +595,13 @@ void Session::draft(std::vector<Request> requests, std::vector<std::vector<llama
         }
         s.n_drafted  = static_cast<int32_t>(drafts[r].size());
         s.n_verified = 0;
-        statistics.n_drafts += s.n_drafted > 0;
-        statistics.n_drafted += s.n_drafted;
+        statistics_.n_drafts += s.n_drafted > 0;
+        statistics_.n_drafted += s.n_drafted;
         for (int32_t d = 0; d < s.n_drafted; ++d) {
-            statistics.drafted_by_depth[d] += 1;
+            statistics_.drafted_by_depth[d] += 1;
         }
     }
-    statistics.draft_us += watch.lap();
+    statistics_.draft_us += watch.lap();
 }
 
 void Session::accept(llama_seq_id seq_id, int32_t n_accepted) {
@@ -628,11 +636,23 @@ void Session::accept(llama_seq_id seq_id, int32_t n_accepted) {
     }
     s.n_drafted  = 0;
     s.n_verified = 0;
-    statistics.n_accepted += n_accepted;
-    for (int32_t d = 0; d < n_accepted; ++d) {
-        statistics.accepted_by_depth[d] += 1;
+    {
+        const std::lock_guard lock(statistics_mutex_);
+        statistics_.n_accepted += n_accepted;
+        for (int32_t d = 0; d < n_accepted; ++d) {
+            statistics_.accepted_by_depth[d] += 1;
+        }
+        statistics_.accept_us += watch.lap();
     }
-    statistics.accept_us += watch.lap();
+    // Of a chain that is not drafted from to its end, the last heads fall behind.
+    if (s.waiting.size() > max_waiting_) {
+        catch_up({ seq_id });
+    }
+}
+
+mtpbatch_session_statistics Session::statistics() const {
+    const std::lock_guard lock(statistics_mutex_);
+    return statistics_;
 }
 
 }  // namespace mtpbatch
@@ -728,5 +748,5 @@ mtpbatch_status mtpbatch_session_accept(mtpbatch_session * session, int32_t seq_
 }
 
 void mtpbatch_session_get_statistics(const mtpbatch_session * session, mtpbatch_session_statistics * statistics) {
-    *statistics = session->impl->statistics;
+    *statistics = session->impl->statistics();
 }

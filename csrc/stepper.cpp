@@ -51,13 +51,14 @@ bool Stepper::any_left() const {
 
 void Stepper::step(const Plan & plan, bool repeated, Step & out) try {
     Stopwatch     watch;
-    const int64_t n_draft_decodes = session_ ? session_->statistics.n_decodes : 0;
+    const int64_t n_draft_decodes = session_ ? session_->statistics().n_decodes : 0;
     begin(plan, repeated);
     draft(plan);
     form_groups();
     out.report.draft_us = watch.lap();
     for (size_t g = 0; g < n_groups_; ++g) {
         const Group & group = groups_[g];
+        target_->keep_hidden(drafts_from(group));
         target_->decode(group.rows);
         out.report.n_target_tokens += static_cast<int32_t>(group.rows.size());
         out.report.target_us += watch.lap();
@@ -72,15 +73,29 @@ void Stepper::step(const Plan & plan, bool repeated, Step & out) try {
         out.report.sample_us += watch.lap();
     }
     out.report.n_draft_decodes =
-        static_cast<int32_t>((session_ ? session_->statistics.n_decodes : 0) - n_draft_decodes);
+        static_cast<int32_t>((session_ ? session_->statistics().n_decodes : 0) - n_draft_decodes);
     write(out);
 } catch (...) {
+    const bool all = target_->model().keeps_recurrent_state();  // a pass may have moved anybody's
     for (const Entry & entry : plan.entries) {
-        if (auto & request = requests_[static_cast<size_t>(entry.seq_id)]) {
-            request->over = true;
-        }
+        lose(entry.seq_id);
+    }
+    for (llama_seq_id seq_id = 0; all && seq_id < target_->params().n_seq; ++seq_id) {
+        lose(seq_id);
     }
     throw;
+}
+
+void Stepper::lose(llama_seq_id seq_id) {
+    if (auto & request = requests_[static_cast<size_t>(seq_id)]) {
+        request->over = true;
+    }
+}
+
+// Whether a sequence of the group may ever draft from its hidden rows.
+bool Stepper::drafts_from(const Group & group) const {
+    return session_ && std::any_of(group.parts.begin(), group.parts.end(),
+                                   [&](size_t p) { return session_->keeps(parts_[p].seq_id); });
 }
 
 void Stepper::begin(const Plan & plan, bool repeated) {

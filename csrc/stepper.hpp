@@ -28,7 +28,7 @@ class Stepper {
     // Whether any sequence is left to go on.
     bool any_left() const;
     // `repeated`: without the prompts that the plan has fed. If it throws, the sequences of the
-    // plan's entries are lost.
+    // plan's entries are lost, and all others too on models that keep recurrent state.
     void step(const Plan & plan, bool repeated, Step & out);
 
   private:
@@ -62,10 +62,12 @@ class Stepper {
         std::vector<Row>    rows;
     };
 
+    void lose(llama_seq_id seq_id);
     bool takes_part(const Entry & entry, bool repeated) const;
     void begin(const Plan & plan, bool repeated);
     void draft(const Plan & plan);
     void form_groups();
+    bool drafts_from(const Group & group) const;
     void append_rows(Part & part, std::vector<Row> & rows) const;
     void sample(const Group & group);
     bool completes_stop_text(Request & request, llama_token token) const;

@@ -518,6 +518,8 @@ class Engine:
                 self._deliver(scheduler, events)
         everyone = [request_id for request_id, _ in self._requests()]
         self._deliver(scheduler, self._abort(scheduler, everyone))
+        # Closing may have to wait for users; steps need not run on for nobody meanwhile.
+        backend.exchange(scheduler.schedule(self._clock()), wait=False)
 
     def _drain_inbox(self, scheduler: Scheduler) -> bool:
         """Take in what has come; ``False`` once the engine is to stop."""

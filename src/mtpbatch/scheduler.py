@@ -33,7 +33,8 @@ from mtpbatch.types import (
 )
 
 _MAX_AHEAD: Final = 2  # plans of which no result has come: the one that runs, and the next
-_RUN_AHEAD: Final = 64  # steps: Python may be busy elsewhere for a while
+# Steps: some seconds of a small model, in which an app may keep the GIL in one call of C code.
+_RUN_AHEAD: Final = 4096
 
 
 class Event(Struct, frozen=True):
@@ -130,15 +131,11 @@ class Scheduler:
         know too little, and a request that comes meanwhile would wait behind them.
         """
         release = self._take_released()
-        n_ahead = self._n_ahead
         something_new = (
             self._prompting is not None or (self._waiting and self._free) or self._followed_in_vain
         )
-        if release and (n_ahead or not something_new):
-            # By itself, lest it wait behind a plan that may still have entries for these.
-            return Plan(release, (), ())
-        if not something_new or n_ahead == _MAX_AHEAD:
-            return None
+        if not something_new or self._n_ahead == _MAX_AHEAD:
+            return Plan(release, (), ()) if release else None
 
         admit: list[Admission] = []
         entries: list[PlanEntry] = []

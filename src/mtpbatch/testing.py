@@ -162,6 +162,7 @@ class ScriptedBackend:
         self.closed = False
         self._sequences: dict[int, _ScriptedSequence] = {}
         self._plans: deque[Plan] = deque()  # handed over, not begun
+        self._left_early: set[int] = set()  # ids that those have released already
         self._standing: Plan | None = None
         self._stepped = False  # whether the standing plan has had its first step
         self._results: deque[StepResult] = deque()
@@ -249,13 +250,16 @@ class ScriptedBackend:
 
     def _begins(self) -> bool:
         """Take in what plans say beside their steps; whether there is a step to play."""
+        self._release_early()
         while self._plans and (
             self._standing is None or self._stepped or not self._plans[0].entries
         ):
             plan = self._plans.popleft()
             for seq_id in plan.release:
-                _require(seq_id in self._sequences, f"release of free sequence {seq_id}")
-                del self._sequences[seq_id]
+                if seq_id in self._left_early:
+                    self._left_early.remove(seq_id)
+                else:
+                    self._release(seq_id)
             for admission in plan.admit:
                 self._admit(admission)
             if plan.entries:
@@ -268,6 +272,20 @@ class ScriptedBackend:
             return True
         in_time = 0 < standing.run_ahead >= self._n_unseen
         return in_time and any(self._takes_part(entry) for entry in standing.entries)
+
+    def _release_early(self) -> None:
+        """What waiting plans release leaves at once, unless one before them admits it first."""
+        admitted: set[int] = set()
+        for plan in self._plans:
+            for seq_id in set(plan.release) - admitted:
+                if seq_id not in self._left_early:
+                    self._release(seq_id)
+                    self._left_early.add(seq_id)
+            admitted.update(admission.seq_id for admission in plan.admit)
+
+    def _release(self, seq_id: int) -> None:
+        _require(seq_id in self._sequences, f"release of free sequence {seq_id}")
+        del self._sequences[seq_id]
 
     def _takes_part(self, entry: PlanEntry) -> bool:
         sequence = self._sequences.get(entry.seq_id)
@@ -335,8 +353,14 @@ class ScriptedBackend:
             _require(n_rows <= n_batch, f"{n_rows} tokens in a batch of {n_batch}")
         seq_ids = {entry.seq_id for entry in plan.entries}
         _require(len(seq_ids) == len(plan.entries), "two entries for one sequence")
+        _require(
+            all(admission.seq_id in seq_ids for admission in plan.admit),
+            "a sequence is admitted without an entry",
+        )
         for entry in plan.entries:
             _require(0 <= entry.n_draft <= self.facts.n_draft_max, "draft deeper than the heads")
+            if entry.seq_id in self._left_early:
+                continue
             _require(entry.seq_id in self._sequences, f"entry for free sequence {entry.seq_id}")
             sequence = self._sequences[entry.seq_id]
             if entry.tokens:

@@ -54,7 +54,7 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     shares its batch; with the others a near-tie can fall either way."""
     kv_unified: bool = True
     """One pool of KV cells for all sequences, instead of an equal share for each. Always equal
-    shares where a model with sliding-window attention drafts."""
+    shares where a model with sliding-window attention or with chained heads drafts."""
     speculation: Speculation = "auto"
     """Draft depth of requests that do not say: 0 off, n a fixed depth, "auto" n_draft_max."""
 
@@ -198,8 +198,8 @@ class Plan(Struct, frozen=True, gc=False):
     """0: a single step. Otherwise it is repeated, and a step begins while the results of at most
     this many steps have not been taken in."""
     followed: bool = True
-    """Whether each step's result is waited for. Otherwise they may come together, but for those of
-    the plan's first step and of steps in which a sequence ends."""
+    """Whether each step's result is waited for. Otherwise they come together, some 50 ms of them,
+    but for those of the plan's first step and of steps in which a sequence ends."""
 
 
 class EntryResult(Struct, frozen=True, gc=False):
@@ -234,7 +234,8 @@ class StepResult(Struct, frozen=True, gc=False):
     target_time: float
     sample_time: float
     error: NativeError | None = None
-    """The step failed: the plan's sequences have lost their state."""
+    """The step failed: the plan's sequences have lost their state, and on models that keep
+    recurrent state all others too."""
 
 
 # ----------------------------------------------------------------------- back to the app

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mtpbatch.testing import ScriptedBackend, VirtualClock, open_scripted_engine
+from mtpbatch.types import NO_RESULT, Admission, Plan, PlanEntry, SamplingParams
 
 
 @pytest.mark.anyio
@@ -32,6 +33,29 @@ async def test_acceptance_decides_how_many_steps_an_answer_takes(
     async with open_scripted_engine(backend) as engine:
         completion = await engine.generate("q", max_tokens=13)
         assert (completion.text, completion.steps) == ("xyzwxyzwxyzwx", steps)
+
+
+def test_what_a_waiting_plan_releases_leaves_before_the_plans_ahead_of_it() -> None:
+    """As with a real model: a cancelled request does not wait for plans to be begun."""
+    backend = ScriptedBackend(lambda _: "abcdef" * 20)
+    admissions = tuple(Admission(s, SamplingParams(), 1, (), 50) for s in range(2))
+    prompts = tuple(PlanEntry(s, (65 + s,), True, 0) for s in range(2))
+    decodes = tuple(PlanEntry(s, (), True, 0) for s in range(2))
+    [first] = backend.exchange(Plan((), admissions, prompts, number=1), wait=True)
+    assert all(len(entry.token_ids) == 1 for entry in first.entries)
+    backend.exchange(Plan((), (), decodes, number=2), wait=False)
+    backend.exchange(Plan((0,), (), ()), wait=False)
+    # Admitted by a plan that waits as well: it leaves when that has been begun.
+    backend.exchange(Plan((), (admissions[0],), (prompts[0],), number=3), wait=False)
+    backend.exchange(Plan((0,), (), ()), wait=False)
+    [second] = backend.exchange(None, wait=True)
+    assert [len(entry.token_ids) for entry in second.entries] == [0, 1]
+    [third] = backend.exchange(None, wait=True)
+    assert third.entries == (NO_RESULT,)
+    backend.exchange(Plan((1,), (), ()), wait=False)
+    backend.wake()
+    assert backend.exchange(None, wait=True) == []
+    assert not backend.active
 
 
 def test_its_answers_are_the_same_every_time() -> None:

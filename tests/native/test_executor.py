@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import random
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -89,6 +92,7 @@ WRONG = {
     "admission twice": Plan((), (admit(1), admit(1)), ()),
     "admission of an unknown sequence": Plan((), (admit(4),), ()),
     "admission of a negative sequence": Plan((), (admit(-1),), ()),
+    "admission without an entry": Plan((), (admit(1),), (step(0),)),
     "admission for no token": Plan((), (admit(1, 0),), ()),
     "entry of an idle sequence": Plan((), (), (prefill(1),)),
     "entry of a released sequence": Plan((0,), (), (step(0),)),
@@ -323,17 +327,20 @@ def test_random_plans_give_what_undrafted_decoding_gives(
             release += (s,)
             del active[s]
         admissions = []
-        for s in range(n_seq):
-            if s not in active and draw.random() < 0.5:
-                active[s] = new_request(draw, texts)
-                admissions.append(admit(s, active[s].max_tokens, active[s].stop))
+        new = {s for s in range(n_seq) if s not in active and draw.random() < 0.5}
+        for s in new:
+            active[s] = new_request(draw, texts)
         entries = []
         room = 60
         for s in draw.sample(sorted(active), len(active)):
             request = active[s]
             left = request.prompt[request.fed :]
             if draw.random() < 0.2 or room < 4:
+                if s in new:
+                    del active[s]  # an admission comes with an entry
                 continue  # idle for a step
+            if s in new:
+                admissions.append(admit(s, request.max_tokens, request.stop))
             if left:
                 chunk = left[: draw.randint(1, min(room, 20))]
                 entries.append(prefill(s, chunk, sample=len(chunk) == len(left)))
@@ -580,6 +587,35 @@ def test_what_is_released_sits_out_and_the_others_go_on(tiny: Model) -> None:
     assert tokens == undrafted(tiny, PROMPT, 40)
     assert result.entries[0] == NO_RESULT
     assert target.length(0) == 0
+
+
+def test_an_executor_left_open_at_the_end_of_the_program(demo_path: Path) -> None:
+    """Its thread has a plan that it could repeat for long; the program ends all the same."""
+    script = f"""
+        from mtpbatch.native import Context, Executor, Model
+        from mtpbatch.types import Admission, Plan, PlanEntry, SamplingParams
+
+        executor = Executor(Context(Model({str(demo_path)!r}), n_ctx=4096, n_threads=1))
+        admission = Admission(0, SamplingParams(), 1, (), 4000)
+        entries = (PlanEntry(0, (5, 6, 7), True, 0),)
+        assert executor.exchange(Plan((), (admission,), entries, run_ahead=4000), wait=True)
+        """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_figures_are_not_old_where_nobody_follows(tiny: Model) -> None:
+    """Results of a plan that is not followed come together, but they come.
+
+    The plan could be repeated far more often than a test can wait for.
+    """
+    _, executor = make(tiny, n_ctx=20_000)
+    plan = Plan((), (admit(0, 19_000),), (prefill(0),), run_ahead=10**6, followed=False)
+    executor.exchange(plan, wait=True)
+    n_results = [len(executor.exchange(None, wait=True)) for _ in range(3)]
+    assert all(1 < n < 19_000 for n in n_results)
 
 
 def test_a_prompt_in_parts_waits_for_its_next_part(tiny: Model) -> None:

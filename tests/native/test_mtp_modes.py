@@ -39,7 +39,7 @@ class Drafting(NamedTuple):
     assistant: Model | None = None
 
     def open(
-        self, *, n_seq: int = 3, p_min: float = 0.0, **params: Any
+        self, *, n_seq: int = 3, depth: int = DEPTH, p_min: float = 0.0, **params: Any
     ) -> tuple[Context, MtpSession]:
         given: dict[str, Any] = {
             "n_ctx": 192,
@@ -48,7 +48,7 @@ class Drafting(NamedTuple):
             "n_threads": 1,
         } | params
         target = Context(self.model, n_seq=n_seq, kv_unified=False, **given)
-        config = MtpSessionConfig(n_seq, DEPTH, p_min=p_min)
+        config = MtpSessionConfig(n_seq, depth, p_min=p_min)
         draft = Context.mtp(target, self.assistant)
         return target, MtpSession.with_config(target, draft, config)
 
@@ -264,6 +264,27 @@ def test_a_chain_drafts_no_deeper_than_it_is_long(chained: Model) -> None:
         MtpInvalidConfigError, match="at most 3, the MTP heads that the model chains"
     ):
         MtpSession(target, Context.mtp(target), 2, DEPTH + 1)
+
+
+@pytest.mark.parametrize("depth", [1, DEPTH], ids=lambda n: f"made for {n}")
+def test_heads_that_never_draft_fall_no_further_behind_than_a_buffer(
+    tmp_path: Path, depth: int
+) -> None:
+    """A chain of three heads that drafts one token at a time, in a session made for more or not.
+
+    64 sequences whose hidden rows have 1024 floats leave each of them room for 256 pairs.
+    """
+    path = tmp_path / "wide-chain.gguf"
+    random_model.write_random_step35(path, mtp_heads=DEPTH, mix=0.0, width=1024, **SMALL)
+    target, session = Drafting(Model(path)).open(n_seq=64, depth=depth, n_ctx=600)
+    streams = loops.drafted(target, session, {5: [50]}, 520, lambda *_: 1)
+    length = target.length(5)
+    before = session.statistics()
+    expected = 1 if depth == 1 else DEPTH
+    assert len(session.draft(5, length, streams[5].tokens[-1])) == expected
+    after = session.statistics()
+    assert after.rows - before.rows <= expected * (257 + expected)
+    assert streams[5].accepted == streams[5].drafted > 200
 
 
 def test_sliding_windows_need_split_cells(chained: Model, pair: Drafting) -> None:

@@ -280,13 +280,22 @@ def test_values_out_of_range_are_refused(name: str, value: Any) -> None:
         np.zeros((2, 0), np.float32),
         np.zeros((2, 10), np.float64),
         np.zeros((1, 2, 3), np.float32),
+        [[1.0, 2.0]],
+        None,
     ],
-    ids=lambda logits: f"{logits.dtype} {logits.shape}",
+    ids=lambda logits: f"{getattr(logits, 'dtype', logits)} {np.shape(logits)}",
 )
 def test_other_arrays_are_refused(logits: Any) -> None:
     with Sampler() as sampler, pytest.raises(InvalidParameterError, match="float32 array of") as e:
         sampler.sample(logits)
     assert e.value.parameter == "logits"
+
+
+def test_a_temperature_that_float32_cannot_hold_makes_nothing_possible() -> None:
+    logits = np.full((50, 2000), -np.inf, np.float32)
+    logits[:, :5] = [5, 4, 3, 2, 1]
+    with Sampler(temperature=1e39, seed=1) as sampler:
+        assert set(sampler.sample(logits)) == set(range(5))
 
 
 def test_strided_logits() -> None:

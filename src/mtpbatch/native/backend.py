@@ -121,8 +121,8 @@ def _resolve(config: EngineConfig, model: Model, assistant: Model | None) -> Eng
         n_batch=n_batch,
         n_ubatch=n_ubatch,
         n_threads=config.n_threads or available_cpus(),
-        # Drafting with a sliding window needs cells of each sequence's own: see MtpSession.
-        kv_unified=config.kv_unified and not (depth and model.n_swa),
+        # Drafting needs cells of each sequence's own there: see MtpSession.
+        kv_unified=config.kv_unified and not (depth and (model.n_swa or model.n_mtp_heads > 1)),
     )
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import threading
 from typing import Any, Literal
+from weakref import WeakSet
 
 from mtpbatch.exceptions import InternalError, NativeError
 from mtpbatch.native._library import Handle, call, error_of, ffi, lib
@@ -36,6 +38,7 @@ class Executor(Handle):
         self._n_steps = ffi.new("int32_t *")
         self._steps = ffi.new("mtpbatch_step **")
         self._error = ffi.new("mtpbatch_error *")
+        _open.add(self)
 
     def exchange(self, plan: Plan | None, *, wait: bool) -> list[StepResult]:
         """Hand over a plan, and get the results of the steps that have ended since the last call.
@@ -69,8 +72,21 @@ class Executor(Handle):
 
     def close(self) -> None:
         """End the wait of an exchange, wait for the step under way, and free the contexts."""
-        self.wake()
+        executor = self._owned
+        if executor is not None and self._home.here:
+            # Not left to freeing it: the last reference may be gone in another thread's call.
+            lib.mtpbatch_executor_stop(executor)
         super().close()
+
+
+_open: WeakSet[Executor] = WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Steps must not run on while the process takes itself apart."""
+    for executor in list(_open):
+        executor.close()
 
 
 def _result(step: Any) -> StepResult:

@@ -80,11 +80,12 @@ class Sampler(Handle):
             InvalidParameterError: ``logits`` is of another type or shape, or has no columns.
         """
         native = self._native
+        wanted = "must be a float32 array of [rows, vocabulary]"
+        if not isinstance(logits, np.ndarray):
+            raise InvalidParameterError("logits", f"{wanted}, got {type(logits).__name__}")
         if logits.dtype != np.float32 or logits.ndim != 2 or not logits.shape[1]:
             raise InvalidParameterError(
-                "logits",
-                "must be a float32 array of [rows, vocabulary], "
-                f"got {logits.dtype} of {list(logits.shape)}",
+                "logits", f"{wanted}, got {logits.dtype} of {list(logits.shape)}"
             )
         logits = np.ascontiguousarray(logits)
         tokens = ffi.new("int32_t[]", len(logits))
