@@ -6,6 +6,7 @@
 #include <deque>
 #include <mutex>
 #include <thread>
+#include <utility>
 
 namespace mtpbatch {
 
@@ -21,6 +22,7 @@ class Executor {
 
     const std::vector<mtpbatch_step> & exchange(const mtpbatch_plan * plan, bool wait);
     void                               wake();
+    void                               cancel(int64_t ticket);
     void                               stop();
 
   private:
@@ -42,6 +44,7 @@ class Executor {
     void                      run();
     void                      serve();
     bool                      begins() const;
+    void                      leave_early(std::unique_lock<std::mutex> & lock);
     std::vector<llama_seq_id> take_early_releases();
     void                      release(const std::vector<llama_seq_id> & seq_ids);
     void                      open_plan(std::unique_lock<std::mutex> & lock);
@@ -54,6 +57,7 @@ class Executor {
     std::condition_variable changed_;               // for the thread: plans came, steps were taken in, or it is to stop
     std::condition_variable ended_;                 // for who waits: a step has ended, or wake()
     std::deque<Plan>        plans_;                 // handed over, not begun
+    std::vector<int64_t>    cancelled_;             // tickets that the thread has not seen
     std::vector<Step>       steps_;                 // ended, not yet given out
     int32_t                 n_unseen_     = 0;      // steps begun that have not been taken in
     bool                    worth_a_look_ = false;  // for who waits
@@ -138,6 +142,21 @@ void Executor::wake() {
     ended_.notify_one();
 }
 
+void Executor::cancel(int64_t ticket) {
+    {
+        const std::lock_guard lock(mutex_);
+        cancelled_.push_back(ticket);
+        for (Plan & plan : plans_) {
+            for (Admission & admission : plan.admit) {
+                admission.cancelled = admission.cancelled || admission.ticket == ticket;
+            }
+        }
+        worth_a_look_ = true;
+    }
+    changed_.notify_one();
+    ended_.notify_one();
+}
+
 // Steps that fail are results. What fails between steps would end the process if it left the thread.
 void Executor::run() {
     quiet_listeners();
@@ -154,15 +173,11 @@ void Executor::run() {
 void Executor::serve() {
     std::unique_lock lock(mutex_);
     while (true) {
-        changed_.wait(lock, [&] { return stopping_ || !plans_.empty() || begins(); });
+        changed_.wait(lock, [&] { return stopping_ || !plans_.empty() || !cancelled_.empty() || begins(); });
         if (stopping_) {
             return;
         }
-        const auto early = take_early_releases();
-        lock.unlock();
-        release(early);
-        under_way_ = under_way_ && stepper_.any_left();
-        lock.lock();
+        leave_early(lock);
         // Every plan gets its step, before the next one's entries take its place.
         while (!plans_.empty() && (!standing_ || stepped_ || plans_.front().entries.empty())) {
             open_plan(lock);
@@ -201,8 +216,20 @@ bool Executor::begins() const {
     return standing_->run_ahead > 0 && n_unseen_ <= standing_->run_ahead && stepper_.can_repeat(*standing_);
 }
 
-// What is to be released does not wait for the plans before to be begun, unless one of them admits
-// it first: their entries for it are skipped.
+// Who is cancelled or to be released does not wait for plans to be begun.
+void Executor::leave_early(std::unique_lock<std::mutex> & lock) {
+    const auto cancelled = std::exchange(cancelled_, {});
+    const auto released  = take_early_releases();
+    lock.unlock();
+    for (const int64_t ticket : cancelled) {
+        stepper_.cancel(ticket);
+    }
+    release(released);
+    under_way_ = under_way_ && stepper_.any_left();
+    lock.lock();
+}
+
+// What waiting plans release, unless one before them admits it first: entries for it are skipped.
 std::vector<llama_seq_id> Executor::take_early_releases() {
     std::vector<llama_seq_id> admitted, early;
     const auto                to_come = [&](llama_seq_id seq_id) {
@@ -297,4 +324,8 @@ mtpbatch_status mtpbatch_executor_exchange(mtpbatch_executor * executor, const m
 
 void mtpbatch_executor_wake(mtpbatch_executor * executor) {
     executor->impl.wake();
+}
+
+void mtpbatch_executor_cancel(mtpbatch_executor * executor, int64_t ticket) {
+    executor->impl.cancel(ticket);
 }

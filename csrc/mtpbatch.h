@@ -228,6 +228,7 @@ typedef struct mtpbatch_admission {
     int32_t               n_stop_texts;
     const mtpbatch_text * stop_texts;
     bool                  drafts;  // false: it never will, so that nothing is kept for the MTP head
+    int64_t               ticket;  // names the request for mtpbatch_executor_cancel
 } mtpbatch_admission;
 
 typedef struct mtpbatch_entry {
@@ -268,8 +269,8 @@ typedef struct mtpbatch_step {
     const char *    message;  // the reason
     // Parallel to the plan's entries, each: how many tokens, of them how many accepted drafts, how
     // many were drafted, and a mtpbatch_finish; then the tokens: accepted drafts and the sampled
-    // one. All 0 if the sequence took no part: it was released, has finished, met a stop text or was
-    // lost meanwhile, or waits for more of its prompt.
+    // one. All 0 if the sequence took no part: it was released, has finished, met a stop text, was
+    // cancelled or lost meanwhile, or waits for more of its prompt.
     int32_t         n_words;
     const int32_t * words;
     int32_t         n_target_tokens;
@@ -302,6 +303,9 @@ mtpbatch_status mtpbatch_executor_exchange(mtpbatch_executor * executor, const m
                                            int32_t * n_steps, const mtpbatch_step ** steps, mtpbatch_error * error);
 // Any thread: ends the wait of the exchange under way, or of the next one.
 void mtpbatch_executor_wake(mtpbatch_executor * executor);
+// Any thread: wakes, and the requests of that ticket take part in no step after the one under way.
+// That needs no exchange. A plan must still release them.
+void mtpbatch_executor_cancel(mtpbatch_executor * executor, int64_t ticket);
 
 // --- sampler -------------------------------------------------------------------------------------
 

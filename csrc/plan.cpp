@@ -40,6 +40,7 @@ Plan::Plan(const mtpbatch_plan & given)
             std::move(texts),
             a.max_tokens,
             a.drafts,
+            a.ticket,
         });
     }
     entries.reserve(static_cast<size_t>(given.n_entries));

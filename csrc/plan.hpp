@@ -13,6 +13,8 @@ struct Admission {
     StopTexts                stop_texts;
     int32_t                  max_tokens;
     bool                     drafts;
+    int64_t                  ticket;
+    bool                     cancelled = false;
 };
 
 struct Entry {

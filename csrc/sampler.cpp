@@ -328,8 +328,7 @@ Sampler::Sampler(const mtpbatch_admission & params) : top_k_(params.top_k), top_
         chain_.emplace_back(llama_sampler_init_min_p(min_p_, 1));
     }
     // An infinite one would make impossible tokens possible.
-    chain_.emplace_back(
-        llama_sampler_init_temp(std::min(params.temperature, std::numeric_limits<float>::max())));
+    chain_.emplace_back(llama_sampler_init_temp(std::min(params.temperature, std::numeric_limits<float>::max())));
     // To llama.cpp the last seed means a random one; here every seed is as good as another.
     chain_.emplace_back(llama_sampler_init_dist(params.seed == LLAMA_DEFAULT_SEED ? 0 : params.seed));
 }

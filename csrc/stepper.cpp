@@ -31,7 +31,17 @@ void Stepper::admit(Admission admission) {
         std::move(admission.stop_tokens),
         std::move(admission.stop_texts),
         admission.max_tokens,
+        admission.ticket,
+        admission.cancelled,
     });
+}
+
+void Stepper::cancel(int64_t ticket) {
+    for (auto & request : requests_) {
+        if (request && request->ticket == ticket) {
+            request->over = true;
+        }
+    }
 }
 
 bool Stepper::takes_part(const Entry & entry, bool repeated) const {

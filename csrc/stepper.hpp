@@ -23,6 +23,7 @@ class Stepper {
 
     void release(llama_seq_id seq_id);
     void admit(Admission admission);
+    void cancel(int64_t ticket);
     // Whether repeating a plan would do anything.
     bool can_repeat(const Plan & plan) const;
     // Whether any sequence is left to go on.
@@ -37,9 +38,10 @@ class Stepper {
         std::vector<llama_token> stop_tokens;
         StopTexts                stop_texts;
         int32_t                  max_tokens;
-        int32_t                  n_generated = 0;
-        llama_token              last_token  = -1;  // sampled, not yet decoded; -1: the prompt is not complete
-        bool over = false;  // finished, lost or at a stop text: nothing goes on until it is released
+        int64_t                  ticket;
+        bool        over = false;  // finished, cancelled, lost or at a stop text: nothing goes on until it is released
+        int32_t     n_generated = 0;
+        llama_token last_token  = -1;  // sampled, not yet decoded; -1: the prompt is not complete
     };
 
     // A sequence's part in the step under way.

@@ -13,7 +13,8 @@ class Backend(Protocol):
 
     The engine's thread makes it, exchanges plans for results and closes it. ``tokenize`` and
     ``detokenize`` are called from other threads, several at once, and never after ``close``
-    began; ``wake`` from any thread at any time.
+    began; ``wake`` and ``cancel`` from any thread at any time, and from wherever the garbage
+    collector runs: they must not wait for a lock of Python's.
     """
 
     @property
@@ -60,10 +61,14 @@ class Backend(Protocol):
         ...
 
     def wake(self) -> None:
-        """End the wait of the exchange under way, or of the next one.
+        """End the wait of the exchange under way, or of the next one."""
+        ...
 
-        From any thread, and from wherever the garbage collector runs: it must not wait for a lock
-        of Python's.
+    def cancel(self, ticket: int) -> None:
+        """Wake, and let the request of that ticket take part in no step after the one under way.
+
+        It needs no exchange: whoever cancels may keep Python busy from then on. A plan must still
+        release the sequence.
         """
         ...
 

@@ -12,7 +12,8 @@ Guarantees:
 - A step waits for neither: while one runs, the engine's thread takes in the results of the last
   and hands over the next plan; if it comes too late, the backend goes on without it.
 - Every request that was taken in gets exactly one last event. Who removes it from ``_live``
-  sends that event, and only the engine's thread removes.
+  sends that event, and only the engine's thread removes; but for a request that could not be handed
+  to the tokenizer's thread, of which its caller hears at once.
 - The backend is made, used and closed on the engine's thread; ``tokenize`` and ``detokenize``
   alone run where they are called, and closing waits for them.
 
@@ -133,7 +134,7 @@ class Engine:
     def __init__(self, make_backend: Callable[[], Backend], clock: Callable[[], float]) -> None:
         self._clock = clock
         self._home = HomeProcess()
-        self._request_ids = map("req-{}".format, itertools.count(1))
+        self._tickets = itertools.count(1)
         self._inbox: SimpleQueue[_Message] = SimpleQueue()
         self._live: dict[str, _Live] = {}
         self._gate = threading.Condition()
@@ -286,7 +287,11 @@ class Engine:
         return self._facts
 
     def stats(self) -> EngineStats:
-        """How many requests run and wait, and totals since the opening. Works after closing."""
+        """How many requests run and wait, and totals since the opening.
+
+        They are of a moment ago: at most 50 ms, or the step under way. Works after closing, but
+        raises :class:`~mtpbatch.EngineDeadError` if the engine has died.
+        """
         self._check_alive()
         return msgspec.structs.replace(self._stats, waiting=self._n_waiting)
 
@@ -324,17 +329,20 @@ class Engine:
             ) from None
         self._check_ids("stop_token_ids", params.stop_token_ids)
         depth = draft_limit(params.speculation, self._config, self._facts)
-        request_id = next(self._request_ids)
+        ticket = next(self._tickets)
+        request_id = f"req-{ticket}"
         build = partial(
             self._build,
             request_id,
+            ticket,
             params,
             depth,
             _seed(params),
             followed=streaming,
             submitted=self._clock(),
         )
-        generation = Generation(request_id, loop, self._home, self._cancel)
+        cancel = partial(self._cancel, request_id, ticket)
+        generation = Generation(request_id, loop, self._home, cancel)
         live = _Live(generation, loop, streaming, build)
         if isinstance(prompt, str) and len(prompt) > _INLINE_CHARS:
             with self._gate:
@@ -371,6 +379,7 @@ class Engine:
     def _build(
         self,
         request_id: str,
+        ticket: int,
         params: SamplingParams,
         depth: int,
         seed: int,
@@ -381,6 +390,7 @@ class Engine:
     ) -> Sequence:
         return Sequence(
             request_id,
+            ticket,
             prompt,
             params,
             seed=seed,
@@ -448,9 +458,11 @@ class Engine:
                 self._n_users -= 1
                 self._gate.notify_all()
 
-    def _cancel(self, request_id: str) -> None:
-        # No lock: this also runs where the garbage collector closes a waiting coroutine.
-        self._post(_Cancel(request_id))
+    def _cancel(self, request_id: str, ticket: int) -> None:
+        # No lock: this also runs where the garbage collector closes a waiting coroutine. The
+        # backend is told as well, lest steps go on while the caller keeps the GIL.
+        self._inbox.put(_Cancel(request_id))
+        self._backend.cancel(ticket)
 
     def _post(self, message: _Message) -> None:
         self._inbox.put(message)

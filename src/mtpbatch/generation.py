@@ -34,7 +34,7 @@ class Generation(AsyncIterator[Delta]):
     __slots__ = ("_cancel", "_changed", "_deltas", "_home", "_loop", "_outcome", "_request_id")
 
     def __init__(
-        self, request_id: str, loop: EventLoop, home: HomeProcess, cancel: Callable[[str], None]
+        self, request_id: str, loop: EventLoop, home: HomeProcess, cancel: Callable[[], None]
     ) -> None:
         self._request_id = request_id
         self._loop = loop
@@ -66,7 +66,7 @@ class Generation(AsyncIterator[Delta]):
         """
         self._home.check("generation")
         if self._outcome is None:
-            self._cancel(self._request_id)
+            self._cancel()
 
     def __await__(self) -> Generator[Any, Any, Completion]:
         return self._result().__await__()

@@ -343,6 +343,7 @@ class Scheduler:
             tuple(sorted(stop)),
             sequence.max_tokens,
             drafts=sequence.draft_limit > 0,
+            ticket=sequence.ticket,
         )
 
     def _flight_of(self, result: StepResult) -> _InFlight:

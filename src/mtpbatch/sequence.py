@@ -60,12 +60,14 @@ class Sequence:
         "seed",
         "seq_id",
         "submitted",
+        "ticket",
         "token_ids",
     )
 
     def __init__(
         self,
         request_id: str,
+        ticket: int,
         prompt: tuple[int, ...],
         params: SamplingParams,
         *,
@@ -78,6 +80,7 @@ class Sequence:
         submitted: float,
     ) -> None:
         self.request_id = request_id
+        self.ticket = ticket
         self.prompt = prompt
         self.params = params
         self.seed = seed
@@ -163,11 +166,14 @@ class Sequence:
     ) -> Delta | None:
         """Take in what a step gave; a delta, if somebody follows the request or it has ended.
 
+        A sequence that is being cancelled may be given nothing any more.
         ``repeated``: the entry's prompt tokens were fed by an earlier step. Raises
         :class:`InternalError` for a result that the entry cannot have.
         """
         if not self._fits(entry, result):
             raise InternalError(f"{self!r} was given {result} for {entry}")
+        if entry.sample and not result.token_ids:
+            return None
         if not repeated:
             self._n_fed += len(entry.tokens)
         if not entry.sample:
@@ -238,14 +244,14 @@ class Sequence:
 
     def _fits(self, entry: PlanEntry, result: EntryResult) -> bool:
         """Whether it is a result that the entry can have."""
-        if not entry.sample:
+        if not entry.sample or not result.token_ids:
             return result == NO_RESULT
         n_tokens, n_accepted = len(result.token_ids), result.n_accepted
         ended = result.finish_reason is not None
         room = self.max_tokens - len(self.token_ids)
         return (
             0 <= n_accepted <= result.n_drafted <= entry.n_draft
-            and 1 <= n_tokens <= (room if ended else room - 1)
+            and n_tokens <= (room if ended else room - 1)
             and (n_tokens == n_accepted + 1 or (ended and n_tokens == n_accepted))
         )
 

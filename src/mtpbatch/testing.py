@@ -169,6 +169,8 @@ class ScriptedBackend:
         self._n_unseen = 0  # steps whose results have not been taken in
         self._n_shown = 0  # of those, given out by the last exchange
         self._wakes: SimpleQueue[None] = SimpleQueue()  # may be put from a garbage collection
+        self._cancels: SimpleQueue[int] = SimpleQueue()  # tickets; so may these
+        self._cancelled: set[int] = set()
         self._gates: dict[int, StepGate] = {}
         self._errors: dict[int, Exception] = {}
 
@@ -238,6 +240,11 @@ class ScriptedBackend:
         """End the wait of an exchange that has nothing to do."""
         self._wakes.put(None)
 
+    def cancel(self, ticket: int) -> None:
+        """The request of that ticket takes part in no step that begins from now on."""
+        self._cancels.put(ticket)
+        self.wake()
+
     def close(self) -> None:
         """Forget all sequences; nothing can be executed any more."""
         self.closed = True
@@ -250,6 +257,8 @@ class ScriptedBackend:
 
     def _begins(self) -> bool:
         """Take in what plans say beside their steps; whether there is a step to play."""
+        while not self._cancels.empty():
+            self._cancelled.add(self._cancels.get())
         self._release_early()
         while self._plans and (
             self._standing is None or self._stepped or not self._plans[0].entries
@@ -285,11 +294,13 @@ class ScriptedBackend:
 
     def _release(self, seq_id: int) -> None:
         _require(seq_id in self._sequences, f"release of free sequence {seq_id}")
-        del self._sequences[seq_id]
+        self._cancelled.discard(self._sequences.pop(seq_id).ticket)
 
     def _takes_part(self, entry: PlanEntry) -> bool:
         sequence = self._sequences.get(entry.seq_id)
         if sequence is None or sequence.lost or sequence.over:
+            return False
+        if sequence.ticket in self._cancelled:
             return False
         return not self._stepped or sequence.n_generated > 0
 
@@ -365,7 +376,7 @@ class ScriptedBackend:
             sequence = self._sequences[entry.seq_id]
             if entry.tokens:
                 _require(sequence.n_generated == 0, "prompt tokens after a sampled one")
-            elif not sequence.lost:
+            elif not sequence.lost and sequence.ticket not in self._cancelled:
                 _require(entry.sample, "a sampled token is fed without sampling the next")
                 _require(sequence.n_generated > 0, "no sampled token to go on from")
 
@@ -407,6 +418,7 @@ class _ScriptedSequence:
     """What the scripted model knows of one sequence."""
 
     def __init__(self, admission: Admission) -> None:
+        self.ticket = admission.ticket
         self._stop = frozenset(admission.stop_token_ids)
         self._stop_texts = [text.encode() for text in admission.params.stop]
         self._generated = b""

@@ -164,6 +164,8 @@ class Admission(Struct, frozen=True, gc=False):
     """Tokens it may generate: the request's limit or the context's, whichever is less."""
     drafts: bool = True
     """Whether it may ever draft; if not, nothing is kept for the MTP head."""
+    ticket: int = 0
+    """Names the request for ``Backend.cancel``."""
 
 
 class PlanEntry(Struct, frozen=True, gc=False):
@@ -208,7 +210,7 @@ class EntryResult(Struct, frozen=True, gc=False):
     Of ``token_ids`` the first ``n_accepted`` are accepted drafts and the last one was sampled
     (a draft that ends the request, by a stop token or its limit, is the last itself). A sequence
     that took no part, or has more of its prompt to come, has none. After a step that completes
-    one of its stop texts it takes no part.
+    one of its stop texts, and once it is cancelled, it takes no part.
     """
 
     token_ids: tuple[int, ...]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import sys
 from typing import Any
 
@@ -31,6 +32,8 @@ from mtpbatch.types import (
     StepResult,
 )
 
+TICKETS = itertools.count(1)
+
 
 def make_sequence(
     backend: ScriptedBackend,
@@ -45,6 +48,7 @@ def make_sequence(
     facts = backend.facts
     return Sequence(
         request_id,
+        next(TICKETS),
         tuple(prompt),
         parsed,
         seed=7,
@@ -140,6 +144,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.sequences: dict[str, Sequence] = {}
         self.last_events: dict[str, Event] = {}
         self.texts: dict[str, str] = {}
+        self.cancelled: list[str] = []
 
     @rule(
         n_prompt=st.integers(1, 23),
@@ -176,6 +181,15 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert event.completion is not None
             assert event.completion.finish_reason == "abort"
             self.take([event])
+
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        """The backend hears of it first, and the scheduler at some time after that."""
+        live = sorted(self.sequences.keys() - self.last_events.keys())
+        if live:
+            request_id = data.draw(st.sampled_from(live))
+            self.backend.cancel(self.sequences[request_id].ticket)
+            self.cancelled.append(request_id)
 
     @rule()
     def schedule(self) -> None:
@@ -241,6 +255,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
             return
+        for request_id in self.cancelled:
+            event = self.scheduler.abort(request_id, self.backend.clock())
+            self.take([event] if event else [])
         self.take(run_to_end(self.scheduler, self.backend))
         assert self.last_events.keys() == self.sequences.keys(), "no request is lost"
         assert not self.backend.active, "the executor was told of every release"
@@ -423,7 +440,7 @@ def test_a_request_id_cannot_be_used_twice_at_a_time() -> None:
 @pytest.mark.parametrize(
     "outcome",
     [
-        EntryResult((), 0, 0, None),
+        EntryResult((), 1, 0, None),
         EntryResult((1, 2), 1, 0, None),
         EntryResult((1, 2), 4, 1, None),
         EntryResult((1, 2), 1, 2, None),

@@ -667,6 +667,27 @@ def test_a_sequence_stops_where_its_text_is_complete(tiny: Model, n_draft: int) 
         assert before_last_step < found + 5, "no step more"
 
 
+@pytest.mark.parametrize("n_draft", [0, DEPTH])
+def test_who_is_cancelled_sits_out_though_nobody_exchanges(tiny: Model, n_draft: int) -> None:
+    """The step under way is the last, whatever keeps Python from handing over a plan."""
+    target, executor = make(tiny, n_ctx=2000)
+    one, other = (msgspec.structs.replace(admit(s, 1500, stop=()), ticket=10 + s) for s in range(2))
+    entries = (PlanEntry(0, PROMPT, True, n_draft), PlanEntry(1, PROMPT, True, n_draft))
+    results = executor.exchange(Plan((), (one, other), entries, run_ahead=10**6), wait=True)
+    executor.cancel(10)
+    n_most = target.length(0) + 1 + n_draft
+    while not results or results[-1].entries[1].finish_reason is None:
+        results = executor.exchange(None, wait=True)
+        assert target.length(0) <= n_most
+    assert target.length(1) > 1000
+    assert results[-1].entries[0] == NO_RESULT
+    # Before it is admitted as well: then its prompt is not even begun.
+    third = msgspec.structs.replace(admit(2, 50), ticket=12)
+    executor.exchange(Plan((1,), (third,), (prefill(2),)), wait=False)
+    executor.cancel(12)
+    assert target.length(2) <= len(PROMPT)
+
+
 def test_a_waiting_exchange_can_be_woken(tiny: Model) -> None:
     _, executor = make(tiny)
     executor.wake()

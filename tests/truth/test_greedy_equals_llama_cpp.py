@@ -109,10 +109,10 @@ def test_plans(
     )
     texts: list[list[int]] = [[] for _ in prompts]
     fed = [0] * n
-    admit = tuple(Admission(i, SamplingParams(), 0, (), COUNT) for i in range(n))
     active = list(range(n))
     release: tuple[int, ...] = ()
     while active:
+        admit: list[Admission] = []
         entries = []
         room = N_BATCH
         for i in (i for i in active if texts[i]):
@@ -122,12 +122,13 @@ def test_plans(
         for i in (i for i in active if not texts[i]):
             if room < 1:
                 break
+            if not fed[i]:
+                admit.append(Admission(i, SamplingParams(), 0, (), COUNT))
             chunk = prompts[i][fed[i] : fed[i] + room]
             fed[i] += len(chunk)
             room -= len(chunk)
             entries.append(PlanEntry(i, tuple(chunk), fed[i] == len(prompts[i]), 0))
-        result = loops.execute(backend, Plan(release, admit, tuple(entries)))
-        admit = ()
+        result = loops.execute(backend, Plan(release, tuple(admit), tuple(entries)))
         for entry, outcome in zip(entries, result.entries, strict=True):
             texts[entry.seq_id] += outcome.token_ids
         release = tuple(

@@ -82,6 +82,9 @@ class NativeBackend:
     def wake(self) -> None:
         self._executor.wake()
 
+    def cancel(self, ticket: int) -> None:
+        self._executor.cancel(ticket)
+
     def close(self) -> None:
         self._executor.close()
         self._model.close()

@@ -70,6 +70,15 @@ class Executor(Handle):
         if executor is not None and self._home.here:
             lib.mtpbatch_executor_wake(executor)
 
+    def cancel(self, ticket: int) -> None:
+        """Wake, and have the request of that :attr:`Admission.ticket` take part in no further step.
+
+        From any thread; needs no exchange. The request must still be released.
+        """
+        executor = self._owned
+        if executor is not None and self._home.here:
+            lib.mtpbatch_executor_cancel(executor, ticket)
+
     def close(self) -> None:
         """End the wait of an exchange, wait for the step under way, and free the contexts."""
         executor = self._owned
@@ -146,6 +155,7 @@ def _native_plan(plan: Plan) -> tuple[Any, list[Any]]:
                 len(texts),
                 stop_texts,
                 a.drafts,
+                a.ticket,
             ]
         )
     entries = []
