@@ -15,11 +15,8 @@ Python alone knows texts; requests with a stop text are measured as well.
 
 from __future__ import annotations
 
-import argparse
 import enum
-import importlib.metadata
 import itertools
-import platform
 import subprocess
 import sys
 import time
@@ -32,6 +29,7 @@ import anyio
 from msgspec import Struct
 
 import mtpbatch
+from benchmarks import command_line
 from benchmarks.report import spread, table
 from benchmarks.workload import PROMPTS
 from mtpbatch.machine import available_cpus
@@ -153,16 +151,16 @@ def comparison(triples: Mapping[Case, Sequence[Triple]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = command_line.parser(__doc__)
+    command_line.add_models(parser)
+    parser.add_argument("--rounds", type=int, default=5, help="of three windows for each line")
+    parser.add_argument("--window", type=float, default=1.0, metavar="SECONDS", help="its length")
+    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 16], metavar="N")
+    parser.add_argument("--depths", type=int, nargs="+", default=[0, 3], metavar="N")
+    command_line.add_threads(parser, max(1, available_cpus() - 1))
+    parser.add_argument(
+        "--quick", action="store_true", help="a try-out: --rounds 1 --window 0.3, whatever is said"
     )
-    parser.add_argument("models", type=Path, nargs="+", metavar="GGUF")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--window", type=float, default=1.0, metavar="SECONDS")
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 16])
-    parser.add_argument("--depths", type=int, nargs="+", default=[0, 3])
-    parser.add_argument("--threads", type=int, default=max(1, available_cpus() - 1))
-    parser.add_argument("--quick", action="store_true", help="one round of 0.3 s: a try-out")
     options = parser.parse_args()
     if options.quick:
         options.rounds, options.window = 1, 0.3
@@ -173,12 +171,8 @@ def main() -> None:
         for depth in options.depths
         for stop in (False, True)
     ]
-    print(
-        f"{available_cpus()} CPUs ({platform.machine()}), {options.threads} threads, "
-        f"Python {platform.python_version()}, mtpbatch {importlib.metadata.version('mtpbatch')}, "
-        f"llama-cpp-python {importlib.metadata.version('llama-cpp-python')}; medians of "
-        f"{options.rounds} rounds of three windows of {options.window} s (least to greatest)"
-    )
+    print(f"{command_line.in_one_line(command_line.conditions())}; threads: {options.threads}")
+    print(f"medians of {options.rounds} rounds of three windows of {options.window} s")
     for model in options.models:
         run = partial(
             measure,

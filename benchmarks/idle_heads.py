@@ -17,10 +17,10 @@ from pathlib import Path
 import anyio
 
 import mtpbatch
+from benchmarks import command_line
 from benchmarks.engine_process import generate_with
 from benchmarks.report import spread, table
 from benchmarks.workload import N_CTX, closed_loop
-from mtpbatch.machine import available_cpus
 
 
 async def speeds(model: Path, n_draft_max: int, options: argparse.Namespace) -> dict[int, float]:
@@ -39,15 +39,12 @@ async def speeds(model: Path, n_draft_max: int, options: argparse.Namespace) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("models", type=Path, nargs="+", metavar="GGUF")
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--tokens", type=int, default=96, help="per request")
-    parser.add_argument("--threads", type=int, default=available_cpus())
+    parser = command_line.parser(__doc__)
+    command_line.add_models(parser)
+    command_line.add_work(parser, rounds=9, concurrency=[1, 4, 16])
+    command_line.add_threads(parser)
     options = parser.parse_args()
+    print(f"{command_line.in_one_line(command_line.conditions())}; threads: {options.threads}\n")
     rows = []
     for model in options.models:
         without: list[dict[int, float]] = []

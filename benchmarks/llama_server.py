@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tarfile
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -36,14 +37,17 @@ def build(build_dir: Path) -> Path:
     minutes; ``CMAKE_BUILD_PARALLEL_LEVEL`` limits the jobs.
     """
     version = importlib.metadata.version("llama-cpp-python")
-    source, build = build_dir / f"llama_cpp_python-{version}", build_dir / f"build-{version}"
+    flags = os.environ.get("CMAKE_ARGS", "")
+    # Other flags, another build: that of the installed llama-cpp-python has them too.
+    key = f"-{zlib.crc32(flags.encode()):08x}" if flags else ""
+    source, build = build_dir / f"llama_cpp_python-{version}", build_dir / f"build-{version}{key}"
     program = build / "bin" / "llama-server"
     if program.exists():
         return program
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))
     cmake = shutil.which("cmake", path=path)
     if cmake is None:
-        raise RuntimeError("llama-server cannot be built without CMake: pip install cmake")
+        raise RuntimeError("llama-server cannot be built without CMake: pip install '.[bench]'")
     if not source.exists():
         _unpack_source(version, build_dir)
     subprocess.run(
@@ -51,7 +55,7 @@ def build(build_dir: Path) -> Path:
             *(cmake, "-S", source, "-B", build, "-DCMAKE_BUILD_TYPE=Release", "-DLLAVA_BUILD=OFF"),
             *("-DLLAMA_BUILD_TOOLS=ON", "-DLLAMA_BUILD_SERVER=ON", "-DLLAMA_OPENSSL=OFF"),
             *("-DLLAMA_BUILD_UI=OFF", "-DLLAMA_USE_PREBUILT_UI=OFF"),  # would be downloaded
-            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
+            *shlex.split(flags),
         ],
         stdout=sys.stderr,
         check=True,

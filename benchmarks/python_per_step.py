@@ -9,7 +9,7 @@ Python costs; the gap between steps is what of it the model waits for.
 
 from __future__ import annotations
 
-import argparse
+import itertools
 import threading
 import time
 from collections.abc import Sequence
@@ -17,7 +17,8 @@ from collections.abc import Sequence
 import anyio
 
 import mtpbatch
-from benchmarks.report import table
+from benchmarks import command_line
+from benchmarks.report import spread, table
 
 _WARM_UP = 16  # tokens
 _PROMPTS = ("In the beginning", "def read(path):\n", "And the king said", "class Queue:\n")
@@ -25,8 +26,8 @@ _PROMPTS = ("In the beginning", "def read(path):\n", "And the king said", "class
 
 async def measure(
     engine: mtpbatch.Engine, n_sequences: int, depth: int, n_tokens: int, streaming: bool
-) -> Sequence[str]:
-    """Run one request per sequence from start to end; a row of the table."""
+) -> Sequence[float]:
+    """Run one request per sequence from start to end; steps, and microseconds of each by step."""
 
     async def run(prompt: str, tokens: int) -> None:
         params = {"max_tokens": tokens, "ignore_eos": True, "speculation": depth}
@@ -59,27 +60,30 @@ async def measure(
     after = engine.stats()
     steps = after.steps - before.steps
     per_step = [engine_cpu, loop_cpu, after.gap_time - before.gap_time, seconds]
-    return [
-        str(depth),
-        "stream" if streaming else "generate",
-        str(steps),
-        *(f"{1e6 * value / steps:.0f}" for value in per_step),
-    ]
+    return [steps, *(1e6 * value / steps for value in per_step)]
 
 
 async def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", nargs="?", help="default: the demo model")
+    parser = command_line.parser(__doc__)
+    parser.add_argument(
+        "model", nargs="?", type=command_line.existing_file, help="the demo model if left out"
+    )
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=128, help="per sequence")
     options = parser.parse_args()
-    rows = []
+    print(f"{command_line.in_one_line(command_line.conditions())}\n")
+    figures: dict[tuple[int, bool], list[Sequence[float]]] = {}
     async with mtpbatch.Engine.open(options.model, n_seq=options.sequences, n_ctx=512) as engine:
-        for depth in (0, engine.config.n_draft_max):
-            for streaming in (False, True):
-                rows.append(
-                    await measure(engine, options.sequences, depth, options.tokens, streaming)
-                )
+        cases = list(itertools.product((0, engine.config.n_draft_max), (False, True)))
+        for _, (depth, streaming) in itertools.product(range(options.rounds), cases):
+            figures.setdefault((depth, streaming), []).append(
+                await measure(engine, options.sequences, depth, options.tokens, streaming)
+            )
+    rows = [
+        [str(depth), "stream" if streaming else "generate", *map(spread, zip(*runs, strict=True))]
+        for (depth, streaming), runs in figures.items()
+    ]
     header = ["depth", "requests", "steps", "engine µs", "loop µs", "gap µs", "step µs"]
     print(table(header, rows))
 

@@ -11,11 +11,9 @@ random, but shaped like a language model's: a bulk of unlikely tokens, normal wi
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import importlib.metadata
 import os
-import platform
 import subprocess
 import tempfile
 import time
@@ -27,6 +25,7 @@ import llama_cpp
 import numpy as np
 import numpy.typing as npt
 
+from benchmarks import command_line
 from benchmarks.report import spread, table
 from mtpbatch.machine import available_cpus
 from mtpbatch.native import Sampler
@@ -124,12 +123,11 @@ def variants(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line.parser(__doc__)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int, default=available_cpus(), help="besides 1")
     options = parser.parse_args()
+    facts = command_line.conditions()
     threads = sorted({1, options.threads})
 
     logits = make_logits()
@@ -152,9 +150,7 @@ def main() -> None:
         ratios = [[b / t for b, t in zip(base, figures, strict=True)] for _, figures in ours]
         head = ["", *(f"{variant}, µs" for variant in times), *(f"{v}: ratio" for v, _ in ours)]
         rows.append([name, *map(spread, times.values()), *(spread(r, 1) for r in ratios)])
-    cpu = platform.processor() or platform.machine()
-    version = importlib.metadata.version("llama-cpp-python")
-    print(f"cpu {cpu}, {available_cpus()} CPUs, llama-cpp-python {version}")
+    print(command_line.in_one_line(facts))
     print(f"\nper row of {N_VOCAB}, {N_ROWS} rows; medians of {options.rounds} rounds\n")
     print(table(head, rows))
 

@@ -16,10 +16,6 @@ Keep the machine quiet: whatever else runs makes every figure worthless.
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
-import os
-import platform
 import shlex
 import subprocess
 import sys
@@ -31,10 +27,9 @@ import anyio
 import llama_cpp
 import msgspec
 
-from benchmarks import engine_process, llama_server, native_ideal, report
+from benchmarks import command_line, engine_process, llama_server, native_ideal, report
 from benchmarks.report import Record, Side, Variant
 from benchmarks.workload import N_CTX, measure, peak_memory
-from mtpbatch.machine import available_cpus
 
 _ROOT = Path(__file__).resolve().parent.parent
 
@@ -151,8 +146,8 @@ def measure_model(bench: Bench, model: Path, rounds: int) -> Iterator[list[Recor
         yield records
 
 
-def conditions(options: argparse.Namespace, server: Path) -> dict[str, str]:
-    """What the figures depend on."""
+def all_conditions(options: argparse.Namespace, server: Path) -> dict[str, str]:
+    """Those of every benchmark, and what makes the two sides comparable."""
     version = subprocess.run([server, "--version"], capture_output=True, text=True)
     ours = llama_cpp.llama_print_system_info().decode().strip()
     theirs = llama_server.features(server)
@@ -160,39 +155,32 @@ def conditions(options: argparse.Namespace, server: Path) -> dict[str, str]:
         print(f"Compiled differently!\n  ours   {ours}\n  theirs {theirs}", file=sys.stderr)
     return {
         "command": "python -m benchmarks.side_by_side " + shlex.join(sys.argv[1:]),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="minutes"),
-        "machine": f"{_cpu()}, {platform.system()} {platform.release()}",
-        "load before": f"{os.getloadavg()[0]:.2f}",
+        **command_line.conditions(),
         "threads": str(options.threads),
-        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "not set"),
-        "Python": platform.python_version(),
-        "mtpbatch": importlib.metadata.version("mtpbatch"),
-        "llama-cpp-python": importlib.metadata.version("llama-cpp-python"),
         "llama-server": (version.stdout + version.stderr).splitlines()[0],
         "compiled with": ours if ours == theirs else f"{ours}; llama-server: {theirs}",
-        "work": f"{options.tokens} tokens a request, {options.rounds} rounds, greedy, "
-        f"{max(options.concurrency)} sequences of {N_CTX} tokens",
+        "work": f"{options.tokens} tokens a request, {options.rounds} rounds, greedy, sequences of "
+        f"{N_CTX} tokens; llama-server and mtpbatch have {max(options.concurrency)} of them, the "
+        f"ideal as many as there are clients",
     }
 
 
-def _cpu() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return f"{os.cpu_count()} x {line.split(':', 1)[1].strip()}"
-    return f"{os.cpu_count()} x {platform.machine()}"
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = command_line.parser(__doc__)
+    command_line.add_models(parser)
+    command_line.add_work(parser, rounds=5, concurrency=[1, 4, 16])
+    command_line.add_threads(parser)
+    parser.add_argument(
+        "--depths",
+        type=int,
+        nargs="+",
+        default=[0, 1, 2, 3],
+        metavar="N",
+        help="tokens drafted per step, on all sides; 0 is without MTP",
     )
-    parser.add_argument("models", type=Path, nargs="+", metavar="GGUF")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--depths", type=int, nargs="+", default=[0, 1, 2, 3])
-    parser.add_argument("--tokens", type=int, default=96, help="per request")
-    parser.add_argument("--threads", type=int, default=available_cpus())
-    parser.add_argument("--quick", action="store_true", help="one round of 16 tokens: a try-out")
+    parser.add_argument(
+        "--quick", action="store_true", help="a try-out: --rounds 1 --tokens 16, whatever is said"
+    )
     parser.add_argument(
         "--server-kv",
         choices=report.KV,
@@ -200,8 +188,18 @@ def main() -> None:
         default=report.KV,
         help="llama-server's KV caches; its own default for a given number of slots is split",
     )
-    parser.add_argument("--llama-server", type=Path, metavar="PATH", help="do not build it")
-    parser.add_argument("--build-dir", type=Path, default=Path.home() / ".cache" / "mtpbatch-bench")
+    parser.add_argument(
+        "--llama-server",
+        type=command_line.existing_file,
+        metavar="PATH",
+        help="the program to compare with, instead of building one",
+    )
+    parser.add_argument(
+        "--build-dir",
+        type=Path,
+        default=Path.home() / ".cache" / "mtpbatch-bench",
+        help="where programs are built, and kept for the next time",
+    )
     parser.add_argument(
         "--output",
         type=Path,
@@ -215,7 +213,7 @@ def main() -> None:
 
     options.output.parent.mkdir(parents=True, exist_ok=True)
     bench = Bench(options)
-    facts = conditions(options, bench.server)
+    facts = all_conditions(options, bench.server)
     records = {}
     for model in options.models:
         for so_far in measure_model(bench, model.resolve(), options.rounds):

@@ -11,9 +11,7 @@ is the median over rounds, and only ratios travel to other machines. Keep the ma
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,10 +21,10 @@ from pathlib import Path
 import anyio
 
 import mtpbatch
+from benchmarks import command_line
 from benchmarks.engine_process import generate_with
 from benchmarks.report import spread, table
 from benchmarks.workload import N_CTX, closed_loop
-from mtpbatch.machine import available_cpus
 
 _ALONE = "Llama"
 
@@ -97,32 +95,21 @@ def comparison(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = command_line.parser(__doc__)
+    parser.add_argument("model", type=command_line.existing_file)
+    command_line.add_work(parser, rounds=5, concurrency=[1, 4, 16])
+    command_line.add_threads(parser)
+    parser.add_argument(
+        "--depths", type=int, nargs="+", default=[0, 1, 3], metavar="N", help="tokens drafted"
     )
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--depths", type=int, nargs="+", default=[0, 1, 3])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--tokens", type=int, default=96, help="per request")
-    parser.add_argument("--threads", type=int, default=available_cpus())
     parser.add_argument("--json", type=Path, help="write all figures there")
     options = parser.parse_args()
 
+    facts = command_line.conditions() | {"threads": str(options.threads)}
     figures = anyio.run(measure, options)
-    machine = {
-        "cpu": platform.processor() or platform.machine(),
-        "threads": options.threads,
-        "python": platform.python_version(),
-        "mtpbatch": importlib.metadata.version("mtpbatch"),
-        "llama-cpp-python": importlib.metadata.version("llama-cpp-python"),
-        "model": options.model.name,
-        "tokens": options.tokens,
-        "rounds": options.rounds,
-    }
     if options.json:
-        options.json.write_text(json.dumps({"machine": machine, "figures": figures}, indent=1))
-    print(", ".join(f"{key} {value}" for key, value in machine.items()))
+        options.json.write_text(json.dumps({"conditions": facts, "figures": figures}, indent=1))
+    print(f"{command_line.in_one_line(facts)}; {options.tokens} tokens a request")
     print(f"\ntokens/s, medians of {options.rounds} rounds (least to greatest)\n")
     print(comparison(figures, options.concurrency, options.depths))
 

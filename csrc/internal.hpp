@@ -55,6 +55,10 @@ mtpbatch_status guard(mtpbatch_error * error, Body && body) noexcept {
     }
 }
 
+inline std::string sequence_name(llama_seq_id seq_id) {
+    return "sequence " + std::to_string(seq_id);
+}
+
 // Microseconds since it was made or last read.
 class Stopwatch {
   public:
@@ -252,13 +256,14 @@ class Session {
     void            start_over(llama_seq_id seq_id);
     void            catch_up(const std::vector<llama_seq_id> & seq_ids);
     void            decode(int32_t head, const std::vector<Row> & rows);
-    uint64_t        fingerprint() const;
+    uint64_t        make_fingerprint() const;
 
     const std::shared_ptr<Context> target_;
     const std::shared_ptr<Context> draft_;
     const mtpbatch_session_config  config_;
     const int32_t                  n_embd_;
-    const int32_t                  n_heads_;  // that have entries: no draft needs more
+    const int32_t                  n_heads_;      // that have entries: no draft needs more
+    const uint64_t                 fingerprint_;  // of all that a saved sequence depends on
     const size_t                   max_waiting_;
     std::vector<SequenceState>     sequences_;
     int64_t                        n_seen_;  // decodes of the target when it was last processed
@@ -285,7 +290,7 @@ using SamplerPointer = std::unique_ptr<llama_sampler, FreeSampler>;
 // as -inf.
 class Sampler {
   public:
-    explicit Sampler(const mtpbatch_admission & params);
+    explicit Sampler(const mtpbatch_sampling & params);
     // What of a row's logits can be picked at all. Any number of threads may call it at once.
     void preselect(const float * logits, int32_t n_vocab, Candidates & candidates) const;
     // Picks a token; each call advances the random state by one draw.

@@ -212,17 +212,22 @@ typedef struct mtpbatch_text {
     const char * bytes;
 } mtpbatch_text;
 
+// How a request picks tokens.
+typedef struct mtpbatch_sampling {
+    float    temperature;  // 0: greedy
+    int32_t  top_k;        // 0: all
+    float    top_p;
+    float    min_p;
+    uint32_t seed;
+} mtpbatch_sampling;
+
 // A sequence id taken by a new request.
 typedef struct mtpbatch_admission {
-    int32_t         seq_id;
-    float           temperature;  // 0: greedy
-    int32_t         top_k;        // 0: all
-    float           top_p;
-    float           min_p;
-    uint32_t        seed;
-    int32_t         max_tokens;
-    int32_t         n_stop;
-    const int32_t * stop_tokens;
+    int32_t           seq_id;
+    mtpbatch_sampling sampling;
+    int32_t           max_tokens;
+    int32_t           n_stop;
+    const int32_t *   stop_tokens;
     // Texts, in UTF-8 and not empty, with which the caller may end it: it takes part in no step after
     // the one that completes one of them.
     int32_t               n_stop_texts;
@@ -311,9 +316,8 @@ void mtpbatch_executor_cancel(mtpbatch_executor * executor, int64_t ticket);
 
 typedef struct mtpbatch_sampler mtpbatch_sampler;
 
-// Picks tokens as the executor does for a request with these params, of which it reads temperature,
-// top_k, top_p, min_p and seed. Rows are looked through by up to `n_threads` threads.
-mtpbatch_status mtpbatch_sampler_create(const mtpbatch_admission * params, int32_t n_threads,
+// Picks tokens as the executor does for a request. Rows are looked through by up to `n_threads` threads.
+mtpbatch_status mtpbatch_sampler_create(const mtpbatch_sampling * params, int32_t n_threads,
                                         mtpbatch_sampler ** sampler, mtpbatch_error * error);
 void            mtpbatch_sampler_free(mtpbatch_sampler * sampler);
 // One token for each row of logits[n_rows][n_vocab]; each advances the random state by one draw.

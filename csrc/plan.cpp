@@ -7,10 +7,6 @@ namespace mtpbatch {
 
 namespace {
 
-std::string name(llama_seq_id seq_id) {
-    return "sequence " + std::to_string(seq_id);
-}
-
 // `otherwise` says in words what is wrong; it is asked for only then.
 template <typename Words>
 void require(bool rule, Words && otherwise) {
@@ -35,7 +31,7 @@ Plan::Plan(const mtpbatch_plan & given)
         }
         admit.push_back({
             a.seq_id,
-            Sampler(a),
+            Sampler(a.sampling),
             { a.stop_tokens, a.stop_tokens + a.n_stop },
             std::move(texts),
             a.max_tokens,
@@ -59,23 +55,23 @@ PlanRules::PlanRules(const Context & target, const Session * session)
 void PlanRules::accept(const mtpbatch_plan & plan) {
     std::vector<Known> known = known_;
     const auto         find  = [&](llama_seq_id seq_id) -> Known & {
-        require(seq_id >= 0 && seq_id < params_.n_seq, [&] { return "there is no " + name(seq_id); });
+        require(seq_id >= 0 && seq_id < params_.n_seq, [&] { return "there is no " + sequence_name(seq_id); });
         return known[static_cast<size_t>(seq_id)];
     };
 
     require(plan.run_ahead >= 0, [&] { return "run_ahead is negative"; });
     for (int32_t i = 0; i < plan.n_release; ++i) {
         Known & s = find(plan.release[i]);
-        require(s.active, [&] { return name(plan.release[i]) + " is released but not active"; });
+        require(s.active, [&] { return sequence_name(plan.release[i]) + " is released but not active"; });
         s = {};
     }
     for (int32_t i = 0; i < plan.n_admit; ++i) {
         const auto & a = plan.admit[i];
         Known &      s = find(a.seq_id);
-        require(!s.active, [&] { return name(a.seq_id) + " is admitted but active"; });
-        require(a.max_tokens >= 1, [&] { return name(a.seq_id) + " may generate no token"; });
+        require(!s.active, [&] { return sequence_name(a.seq_id) + " is admitted but active"; });
+        require(a.max_tokens >= 1, [&] { return sequence_name(a.seq_id) + " may generate no token"; });
         for (int32_t j = 0; j < a.n_stop_texts; ++j) {
-            require(a.stop_texts[j].n_bytes > 0, [&] { return name(a.seq_id) + " has an empty stop text"; });
+            require(a.stop_texts[j].n_bytes > 0, [&] { return sequence_name(a.seq_id) + " has an empty stop text"; });
         }
         s.active     = true;
         s.drafts     = a.drafts;
@@ -88,7 +84,7 @@ void PlanRules::accept(const mtpbatch_plan & plan) {
     for (int32_t i = 0; i < plan.n_entries; ++i) {
         const auto & e   = plan.entries[i];
         Known &      s   = find(e.seq_id);
-        const auto   who = [&] { return name(e.seq_id); };
+        const auto   who = [&] { return sequence_name(e.seq_id); };
         require(s.active, [&] { return who() + " is not active"; });
         require(!planned[static_cast<size_t>(e.seq_id)], [&] { return who() + " is planned twice"; });
         planned[static_cast<size_t>(e.seq_id)] = true;
@@ -115,7 +111,8 @@ void PlanRules::accept(const mtpbatch_plan & plan) {
     for (int32_t i = 0; i < plan.n_admit; ++i) {
         // Else an entry of the plan before, not begun yet, would be taken for the new request's.
         const llama_seq_id seq_id = plan.admit[i].seq_id;
-        require(planned[static_cast<size_t>(seq_id)], [&] { return name(seq_id) + " is admitted without an entry"; });
+        require(planned[static_cast<size_t>(seq_id)],
+                [&] { return sequence_name(seq_id) + " is admitted without an entry"; });
     }
     n_rows    = std::max(n_rows, n_repeated);
     n_outputs = std::max(n_outputs, n_repeated);

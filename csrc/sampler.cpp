@@ -313,7 +313,7 @@ void collect_nucleus(const Blocks & blocks, float top_p, Few & few) {
 
 }  // namespace
 
-Sampler::Sampler(const mtpbatch_admission & params) : top_k_(params.top_k), top_p_(params.top_p), min_p_(params.min_p) {
+Sampler::Sampler(const mtpbatch_sampling & params) : top_k_(params.top_k), top_p_(params.top_p), min_p_(params.min_p) {
     if (params.temperature < MIN_TEMPERATURE || params.top_k == 1) {
         return;
     }
@@ -403,7 +403,7 @@ struct mtpbatch_sampler {
 
 using namespace mtpbatch;
 
-mtpbatch_status mtpbatch_sampler_create(const mtpbatch_admission * params, int32_t n_threads,
+mtpbatch_status mtpbatch_sampler_create(const mtpbatch_sampling * params, int32_t n_threads,
                                         mtpbatch_sampler ** sampler, mtpbatch_error * error) {
     return guard(error, [&] { *sampler = new mtpbatch_sampler{ Sampler(*params), Pool(n_threads), {} }; });
 }

@@ -14,10 +14,6 @@ namespace {
 constexpr size_t MAX_WAITING_BYTES = 64 << 20;
 constexpr size_t MIN_WAITING       = 256;  // pairs of each sequence, whatever they take
 
-std::string name(llama_seq_id seq_id) {
-    return "sequence " + std::to_string(seq_id);
-}
-
 // What a saved sequence begins with. Behind it stand the hidden row and the states of both contexts.
 struct StateHeader {
     char     magic[8];
@@ -138,12 +134,14 @@ Session::Session(std::shared_ptr<Context> target, std::shared_ptr<Context> draft
       config_(checked(config, *target_, *draft_)),
       n_embd_(llama_model_n_embd_out(target_->model().raw)),
       n_heads_(std::min(draft_->n_heads(), config_.n_draft_max)),
+      fingerprint_(make_fingerprint()),
       max_waiting_(std::max(MIN_WAITING, MAX_WAITING_BYTES / (config.n_seq * n_embd_ * sizeof(float)))),
       sequences_(config.n_seq),
       n_seen_(target_->n_decodes()) {
     for (llama_seq_id s = 0; s < config_.n_seq; ++s) {
         if (target_->length(s) > 0) {
-            throw Error(MTPBATCH_SESSION_SEQUENCE, name(s) + " of the target has decoded tokens that this session " +
+            throw Error(MTPBATCH_SESSION_SEQUENCE, sequence_name(s) +
+                                                       " of the target has decoded tokens that this session " +
                                                        "did not see: make the session first, or truncate it to 0");
         }
         reset(s);
@@ -177,7 +175,7 @@ void Session::reset(llama_seq_id seq_id) {
 void Session::ignore(llama_seq_id seq_id) {
     auto & s = sequence(seq_id);
     if (s.n_past > 0) {
-        throw Error(MTPBATCH_SESSION_SEQUENCE, name(seq_id) + " has begun already");
+        throw Error(MTPBATCH_SESSION_SEQUENCE, sequence_name(seq_id) + " has begun already");
     }
     s.ignored = true;
 }
@@ -186,14 +184,14 @@ void Session::ignore(llama_seq_id seq_id) {
 Session::SequenceState & Session::settled(llama_seq_id seq_id) {
     auto & s = sequence(seq_id);
     if (s.n_drafted > 0) {
-        throw Error(MTPBATCH_SESSION_STATE, name(seq_id) + " has a draft that waits for " +
+        throw Error(MTPBATCH_SESSION_STATE, sequence_name(seq_id) + " has a draft that waits for " +
                                                 (s.n_verified > 0 ? "accept()" : "process() and accept()"));
     }
     if (n_seen_ != target_->n_decodes()) {
         throw Error(MTPBATCH_SESSION_STATE, "the target's last decode was not processed yet");
     }
     if (s.n_past != target_->length(seq_id)) {
-        throw Error(MTPBATCH_SESSION_STATE, name(seq_id) + " has " + std::to_string(target_->length(seq_id)) +
+        throw Error(MTPBATCH_SESSION_STATE, sequence_name(seq_id) + " has " + std::to_string(target_->length(seq_id)) +
                                                 " positions in the target, but the session has taken in " +
                                                 std::to_string(s.n_past) + ": truncate the target to them");
     }
@@ -204,7 +202,7 @@ Session::SequenceState & Session::settled(llama_seq_id seq_id) {
     return s;
 }
 
-uint64_t Session::fingerprint() const {
+uint64_t Session::make_fingerprint() const {
     Checksum sum;
     add_model(sum, target_->model().raw);
     add_model(sum, draft_->model().raw);
@@ -225,7 +223,7 @@ size_t Session::save(llama_seq_id seq_id, uint8_t * state, size_t size) {
     if (n_total > size) {
         return n_total;
     }
-    StateHeader header{ {}, STATE_VERSION, fingerprint(), 0, n_target, n_draft, s.n_past, s.ignored };
+    StateHeader header{ {}, STATE_VERSION, fingerprint_, 0, n_target, n_draft, s.n_past, s.ignored };
     std::memcpy(header.magic, STATE_MAGIC, sizeof STATE_MAGIC);
     std::memcpy(state, &header, sizeof header);
     uint8_t * body = state + sizeof header;
@@ -255,7 +253,7 @@ void Session::restore(llama_seq_id seq_id, const uint8_t * state, size_t size) {
     if (header.version != STATE_VERSION) {
         refuse("the sequence was saved by another version of mtpbatch");
     }
-    if (header.fingerprint != fingerprint()) {
+    if (header.fingerprint != fingerprint_) {
         refuse("the sequence was saved with another model or other context settings");
     }
     Checksum sum;
@@ -276,7 +274,7 @@ void Session::restore(llama_seq_id seq_id, const uint8_t * state, size_t size) {
         (header.n_draft > 0 &&
          !draft_->load(seq_id, body + n_hidden + header.n_target, header.n_draft, header.n_past))) {
         target_->truncate(seq_id, 0);
-        refuse(with_reason("llama.cpp could not restore " + name(seq_id) + ", which is empty now"));
+        refuse(with_reason("llama.cpp could not restore " + sequence_name(seq_id) + ", which is empty now"));
     }
     std::memcpy(s.hidden.data(), body, n_hidden);
     s.decoded.assign(s.decoded.size(), header.n_past);
@@ -287,14 +285,14 @@ void Session::restore(llama_seq_id seq_id, const uint8_t * state, size_t size) {
 void Session::fork(llama_seq_id source, llama_seq_id target) {
     auto & copy = sequence(target);
     if (source == target) {
-        throw Error(MTPBATCH_SESSION_STATE, name(source) + " cannot be forked onto itself");
+        throw Error(MTPBATCH_SESSION_STATE, sequence_name(source) + " cannot be forked onto itself");
     }
     const auto & s = settled(source);
     reset(target);
     if (!target_->copy(source, target) || !(s.ignored || draft_->shares_memory() || draft_->copy(source, target))) {
         target_->truncate(target, 0);
-        throw Error(MTPBATCH_SESSION_STATE,
-                    with_reason("llama.cpp could not fork " + name(source) + "; " + name(target) + " is empty now"));
+        throw Error(MTPBATCH_SESSION_STATE, with_reason("llama.cpp could not fork " + sequence_name(source) + "; " +
+                                                        sequence_name(target) + " is empty now"));
     }
     copy.hidden  = s.hidden;
     copy.decoded = s.decoded;
@@ -305,9 +303,10 @@ void Session::fork(llama_seq_id source, llama_seq_id target) {
 void Session::begin(llama_seq_id seq_id, int32_t n_prompt) {
     const auto & s = sequence(seq_id);
     if (s.n_past != n_prompt) {
-        throw Error(MTPBATCH_SESSION_SEQUENCE,
-                    name(seq_id) + ": the prompt has " + std::to_string(n_prompt) + " tokens, but the session has " +
-                        "taken in " + std::to_string(s.n_past) + "; call process() after every decode of the target");
+        throw Error(MTPBATCH_SESSION_SEQUENCE, sequence_name(seq_id) + ": the prompt has " + std::to_string(n_prompt) +
+                                                   " tokens, but the session has " + "taken in " +
+                                                   std::to_string(s.n_past) +
+                                                   "; call process() after every decode of the target");
     }
 }
 
@@ -329,14 +328,15 @@ void Session::process() {
         const auto & s = sequences_[rows[i].seq_id];
         if (rows[i].position != 0 && rows[i].position != s.n_past) {
             throw Error(MTPBATCH_SESSION_PROCESS,
-                        name(rows[i].seq_id) + " goes on at position " + std::to_string(rows[i].position) +
+                        sequence_name(rows[i].seq_id) + " goes on at position " + std::to_string(rows[i].position) +
                             ", but the session has taken in " + std::to_string(s.n_past) +
                             ": every decode of the target must be processed, once, and what was rejected " +
                             "truncated to what was accepted");
         }
         if (s.n_drafted > 0 && s.n_verified > 0 && rows[i].position != 0) {
             throw Error(MTPBATCH_SESSION_PROCESS,
-                        name(rows[i].seq_id) + " waits for accept() of its last draft; call it before the next decode");
+                        sequence_name(rows[i].seq_id) +
+                            " waits for accept() of its last draft; call it before the next decode");
         }
     }
 
@@ -467,19 +467,21 @@ void Session::draft(std::vector<Request> requests, std::vector<std::vector<llama
     for (auto & request : requests) {
         const auto & s = sequence(request.seq_id);
         if (seen[request.seq_id]) {
-            throw Error(MTPBATCH_SESSION_DRAFT, name(request.seq_id) + " is asked for twice");
+            throw Error(MTPBATCH_SESSION_DRAFT, sequence_name(request.seq_id) + " is asked for twice");
         }
         seen[request.seq_id] = true;
         if (s.ignored) {
-            throw Error(MTPBATCH_SESSION_DRAFT, name(request.seq_id) + " is ignored: nothing was kept to draft from");
+            throw Error(MTPBATCH_SESSION_DRAFT,
+                        sequence_name(request.seq_id) + " is ignored: nothing was kept to draft from");
         }
         if (s.n_drafted > 0) {
-            throw Error(MTPBATCH_SESSION_DRAFT, name(request.seq_id) + " has a draft that waits for " +
+            throw Error(MTPBATCH_SESSION_DRAFT, sequence_name(request.seq_id) + " has a draft that waits for " +
                                                     (s.n_verified > 0 ? "accept()" : "process() and accept()"));
         }
         if (request.n_past != s.n_past || s.n_past == 0) {
-            throw Error(MTPBATCH_SESSION_SEQUENCE, name(request.seq_id) + " has taken in " + std::to_string(s.n_past) +
-                                                       " positions, but n_past is " + std::to_string(request.n_past));
+            throw Error(MTPBATCH_SESSION_SEQUENCE, sequence_name(request.seq_id) + " has taken in " +
+                                                       std::to_string(s.n_past) + " positions, but n_past is " +
+                                                       std::to_string(request.n_past));
         }
         if (!target_->model().has_token(request.last_token)) {
             throw Error(MTPBATCH_SESSION_DRAFT, "no such token: " + std::to_string(request.last_token));
@@ -608,17 +610,18 @@ void Session::accept(llama_seq_id seq_id, int32_t n_accepted) {
     Stopwatch watch;
     auto &    s = sequence(seq_id);
     if (s.n_drafted == 0) {
-        throw Error(MTPBATCH_SESSION_ACCEPT, name(seq_id) + " has no draft to accept from");
+        throw Error(MTPBATCH_SESSION_ACCEPT, sequence_name(seq_id) + " has no draft to accept from");
     }
     if (s.n_verified == 0) {
-        throw Error(MTPBATCH_SESSION_ACCEPT, name(seq_id) + ": the draft was not verified; decode it with the target " +
+        throw Error(MTPBATCH_SESSION_ACCEPT, sequence_name(seq_id) +
+                                                 ": the draft was not verified; decode it with the target " +
                                                  "and call process() first");
     }
     const int32_t most = std::min(s.n_drafted, s.n_verified - 1);
     if (n_accepted < 0 || n_accepted > most) {
-        throw Error(MTPBATCH_SESSION_ACCEPT, name(seq_id) + ": n_accepted must be from 0 to " + std::to_string(most) +
-                                                 ", the drafted tokens that were verified; got " +
-                                                 std::to_string(n_accepted));
+        throw Error(MTPBATCH_SESSION_ACCEPT,
+                    sequence_name(seq_id) + ": n_accepted must be from 0 to " + std::to_string(most) +
+                        ", the drafted tokens that were verified; got " + std::to_string(n_accepted));
     }
     const int32_t n_rejected = s.n_verified - 1 - n_accepted;
     if (n_rejected > 0) {

@@ -10,10 +10,10 @@ from weakref import WeakSet
 from mtpbatch.exceptions import InternalError, NativeError
 from mtpbatch.native._library import Handle, call, error_of, ffi, lib
 from mtpbatch.native.context import Context
+from mtpbatch.native.sampler import INT32_MAX, sampling
 from mtpbatch.native.session import MtpSession
 from mtpbatch.types import NO_RESULT, EntryResult, Plan, StepResult
 
-_INT32_MAX = 2**31 - 1
 _OUTCOME_WORDS: int = lib.MTPBATCH_OUTCOME_WORDS
 
 # By mtpbatch_finish.
@@ -144,12 +144,8 @@ def _native_plan(plan: Plan) -> tuple[Any, list[Any]]:
         admissions.append(
             [
                 a.seq_id,
-                p.temperature,
-                min(p.top_k, _INT32_MAX),
-                p.top_p,
-                p.min_p,
-                a.seed,
-                min(a.max_tokens, _INT32_MAX),
+                sampling(p, a.seed),
+                min(a.max_tokens, INT32_MAX),
                 len(a.stop_token_ids),
                 stop,
                 len(texts),

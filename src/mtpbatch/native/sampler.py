@@ -13,7 +13,13 @@ from mtpbatch.exceptions import InvalidParameterError, NativeError
 from mtpbatch.native._library import Handle, call, ffi, lib
 from mtpbatch.types import EngineConfig, SamplingParams, parse
 
-_INT32_MAX = 2**31 - 1
+INT32_MAX = 2**31 - 1
+
+
+def sampling(params: SamplingParams, seed: int) -> list[float | int]:
+    """What fills a ``mtpbatch_sampling``."""
+    top_k = min(params.top_k, INT32_MAX)
+    return [params.temperature, top_k, params.top_p, params.min_p, seed]
 
 
 class Sampler(Handle):
@@ -49,16 +55,8 @@ class Sampler(Handle):
         values = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
         params = parse(SamplingParams, {**values, "seed": seed})
         parse(EngineConfig, {"n_threads": n_threads})
-        native = ffi.new(
-            "mtpbatch_admission *",
-            {
-                "temperature": params.temperature,
-                "top_k": min(params.top_k, _INT32_MAX),
-                "top_p": params.top_p,
-                "min_p": params.min_p,
-                "seed": secrets.randbits(32) if params.seed is None else params.seed,
-            },
-        )
+        fresh = secrets.randbits(32) if params.seed is None else params.seed
+        native = ffi.new("mtpbatch_sampling *", sampling(params, fresh))
         out = ffi.new("mtpbatch_sampler **")
         call(lib.mtpbatch_sampler_create, native, n_threads, out)
         super().__init__(out[0], lib.mtpbatch_sampler_free)
