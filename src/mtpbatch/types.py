@@ -52,6 +52,13 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     kv_type: KvType = "f16"
     """Element type of the KV cache. With "f32", and f32 weights, a text does not depend on who
     shares its batch; with the others a near-tie can fall either way."""
+    n_cells: Annotated[int, Meta(ge=2, le=2**31 - 1)] | None = None
+    """KV cells of all sequences together. None: n_seq times n_ctx, so that cells never run out.
+    With less, a request whose cells are needed by others pauses, and goes on later. Needs
+    kv_unified."""
+    snapshot_memory: Annotated[int, Meta(ge=0)] = 1024
+    """MiB of host memory for states of sequences: prompts' beginnings that may come again, and
+    paused requests, which are computed again if they do not fit. 0: none."""
     kv_unified: bool = True
     """One pool of KV cells for all sequences, instead of an equal share for each. Always equal
     shares where a model with sliding-window attention or with chained heads drafts."""
@@ -151,6 +158,15 @@ class ModelFacts(Struct, frozen=True, kw_only=True):
     n_vocab: int
     eog_token_ids: frozenset[int]
     """The model's end-of-generation tokens."""
+    n_cells: int
+    """KV cells of all sequences together, one for each token that any of them holds."""
+    n_ubatch: int
+    """Most rows in one forward pass."""
+    recurrent: bool = False
+    """Whether layers keep recurrent state: drafts of different lengths are different passes, and
+    a sequence cannot be cut back to an earlier token."""
+    truncates: bool = True
+    """Whether a restored sequence can be cut to any shorter length."""
 
 
 class Admission(Struct, frozen=True, gc=False):
@@ -165,7 +181,40 @@ class Admission(Struct, frozen=True, gc=False):
     drafts: bool = True
     """Whether it may ever draft; if not, nothing is kept for the MTP head."""
     ticket: int = 0
-    """Names the request for ``Backend.cancel``."""
+    """Names the request for ``Backend.cancel``, and when it is parked."""
+    snapshot: int = 0
+    """A snapshot that the sequence starts from; 0: it starts empty."""
+    n_reused: int = 0
+    """Tokens of the snapshot that are kept: its first ones. All of it, unless the model
+    truncates (see :class:`ModelFacts`)."""
+
+
+class Save(Struct, frozen=True, gc=False):
+    """A sequence's state is copied to host memory, as a snapshot."""
+
+    seq_id: int
+    snapshot: int
+    """Names it from then on, until a plan drops it. Not 0."""
+
+
+class Park(Struct, frozen=True, gc=False):
+    """A running request gives up its sequence id for a while. How it samples stays."""
+
+    seq_id: int
+    snapshot: int
+    """Its state is saved as well; 0: it is not, and will be computed again."""
+
+
+class Resume(Struct, frozen=True, gc=False):
+    """A parked request takes a sequence id again.
+
+    From a snapshot, it goes on from the token sampled last. Without one its entries feed its
+    tokens, prompt and generated ones, as if all of them were a prompt.
+    """
+
+    seq_id: int
+    ticket: int
+    snapshot: int
 
 
 class PlanEntry(Struct, frozen=True, gc=False):
@@ -185,6 +234,8 @@ class PlanEntry(Struct, frozen=True, gc=False):
 
 class Plan(Struct, frozen=True, gc=False):
     """Sequence ids to free, ids to take, then what each active sequence does from now on.
+
+    In that order: save and park, release, drop, admit and resume, and the first step.
 
     A plan that may run ahead stands until the next one comes: the executor repeats it, without
     the prompts it has fed, and needs nobody in between. One without entries leaves the plan
@@ -238,6 +289,13 @@ class StepResult(Struct, frozen=True, gc=False):
     error: NativeError | None = None
     """The step failed: the plan's sequences have lost their state, and on models that keep
     recurrent state all others too."""
+    saved: tuple[tuple[int, int], ...] = ()
+    """Snapshots that were taken since the last result, and their bytes; 0: it could not be taken,
+    and there is none."""
+    save_time: float = 0.0
+    """Spent on taking and restoring snapshots since the last result."""
+    lost: tuple[int, ...] = ()
+    """Sequence ids whose snapshot could not be restored: they take no part until released."""
 
 
 # ----------------------------------------------------------------------- back to the app

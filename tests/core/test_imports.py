@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "exceptions",
         "native",  # inside open() only
     },
-    "testing": {"engine", "_loops", "types", "exceptions"},
+    "testing/scripted": {"engine", "_loops", "types", "exceptions"},
 }
 
 IMPURE = {"anyio", "asyncio", "cffi", "ctypes", "llama_cpp", "threading", "time", "trio", "uvloop"}

@@ -17,6 +17,8 @@ def facts(n_draft_max: int) -> ModelFacts:
         n_draft_max=n_draft_max,
         n_vocab=100,
         eog_token_ids=frozenset(),
+        n_cells=128,
+        n_ubatch=32,
     )
 
 

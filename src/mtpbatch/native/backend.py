@@ -66,6 +66,10 @@ class NativeBackend:
             n_draft_max=config.n_draft_max,
             n_vocab=model.n_vocab,
             eog_token_ids=model.eog_tokens,
+            n_cells=target.n_ctx * target.n_seq,
+            n_ubatch=target.n_ubatch,
+            recurrent=model.keeps_recurrent_state,
+            truncates=not (model.keeps_recurrent_state or model.n_swa),
         )
         self.token_bytes: Sequence[bytes] = model.vocabulary
         self.description = f"{model.path.name} ({model.architecture}, {_short(model.n_params)})"

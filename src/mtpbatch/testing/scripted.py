@@ -1,19 +1,4 @@
-"""Test an app that uses mtpbatch without a model: a scripted one in its place.
-
-::
-
-    from mtpbatch.testing import ScriptedBackend, open_scripted_engine
-
-    async def test_my_handler():
-        backend = ScriptedBackend(lambda prompt: f"You said: {prompt}")
-        async with open_scripted_engine(backend) as engine:
-            assert (await my_handler(engine, "hello")) == "You said: hello"
-
-The engine is the real one, with its thread and its scheduler; only the model is played. What
-it answers, how many drafts are accepted and how long steps take is written down beforehand, so
-every run is the same. A step can be held (:meth:`ScriptedBackend.hold_step`) to cancel or close
-at exactly that moment, and can be made to fail (:meth:`ScriptedBackend.fail_step`).
-"""
+"""A backend that plays a model whose answers are known beforehand."""
 
 from __future__ import annotations
 
@@ -40,8 +25,6 @@ from mtpbatch.types import (
     PlanEntry,
     StepResult,
 )
-
-__all__ = ["ScriptedBackend", "StepGate", "VirtualClock", "open_scripted_engine"]
 
 # A vocabulary of all bytes, of some runs of letters, and of one that ends inside a character.
 _RUNS = ("the", " the", "ing", "tion", " and", " of", "er", "\n\n", "ab", "abc", " o", "ld")
@@ -154,6 +137,8 @@ class ScriptedBackend:
             n_draft_max=self.config.n_draft_max,
             n_vocab=len(_TOKEN_BYTES),
             eog_token_ids=frozenset({_EOS}),
+            n_cells=n_seq * n_ctx,
+            n_ubatch=n_batch,
         )
         self.token_bytes: Sequence[bytes] = _TOKEN_BYTES
         self.description = "scripted model"
