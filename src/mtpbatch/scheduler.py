@@ -13,7 +13,7 @@ Pure: no native code, clock, thread or event loop. Time is a number that callers
 from __future__ import annotations
 
 import heapq
-from collections import OrderedDict, deque
+from collections import deque
 from typing import Final
 
 from msgspec import Struct
@@ -31,6 +31,7 @@ from mtpbatch.types import (
     PlanEntry,
     StepResult,
 )
+from mtpbatch.waiting import WaitingQueue
 
 _MAX_AHEAD: Final = 2  # plans of which no result has come: the one that runs, and the next
 # Steps: some seconds of a small model, in which an app may keep the GIL in one call of C code.
@@ -66,7 +67,7 @@ class _InFlight(Struct, gc=False):
 
 
 class Scheduler:
-    """Shares one model's steps among requests, first come, first served.
+    """Shares one model's steps among requests, in the order of :mod:`mtpbatch.waiting`.
 
     The executor runs ahead, so plans are made before the results of earlier ones are known, and
     only when something changes: a plan stands until the next one.
@@ -82,7 +83,7 @@ class Scheduler:
 
     def __init__(self, facts: ModelFacts) -> None:
         self._facts = facts
-        self._waiting: OrderedDict[str, Sequence] = OrderedDict()  # pops its first in O(1)
+        self._waiting = WaitingQueue()
         self._running: dict[str, Sequence] = {}
         self._prompting: Sequence | None = None
         self._free = list(range(facts.n_seq))  # a heap: low ids close together decode fastest
@@ -108,11 +109,11 @@ class Scheduler:
         """Let a request wait for a sequence id. Its id must not be in use."""
         if sequence.request_id in self._waiting or sequence.request_id in self._running:
             raise InternalError(f"request {sequence.request_id} was added twice")
-        self._waiting[sequence.request_id] = sequence
+        self._waiting.push(sequence)
 
     def abort(self, request_id: str, now: float) -> Event | None:
         """End a request, waiting or running; ``None`` if there is none of that id (any more)."""
-        sequence = self._waiting.pop(request_id, None) or self._running.get(request_id)
+        sequence = self._waiting.remove(request_id) or self._running.get(request_id)
         if sequence is None:
             return None
         delta = sequence.end("abort", now)
@@ -262,8 +263,9 @@ class Scheduler:
             "each id is free, held or released, once",
         )
         _hold(not self._free or self._free[0] == min(self._free), "the lowest free id is first")
-        _hold(not self._waiting.keys() & self._running.keys(), "no request waits and runs")
-        for sequence in self._waiting.values():
+        self._waiting.check_integrity()
+        _hold(not any(r in self._waiting for r in self._running), "no request waits and runs")
+        for sequence in self._waiting:
             _hold(sequence.seq_id is None and not sequence.finished, f"{sequence!r} only waits")
             _hold(sequence.n_computed == 0, f"{sequence!r} has not begun")
         for sequence in self._running.values():
@@ -326,8 +328,8 @@ class Scheduler:
         return release
 
     def _admit_next(self, now: float) -> Sequence:
-        request_id, sequence = self._waiting.popitem(last=False)
-        self._running[request_id] = sequence
+        sequence = self._waiting.pop()
+        self._running[sequence.request_id] = sequence
         sequence.admit(heapq.heappop(self._free), now)
         return sequence
 

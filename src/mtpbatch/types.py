@@ -22,6 +22,7 @@ KvType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 Speculation = Literal["auto"] | Annotated[int, Meta(ge=0, le=32)]
 
 MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ: more aborts the process inside libllama
+MAX_PRIORITY = 100  # bounded, so that nobody waits forever: see mtpbatch.waiting
 
 _S = TypeVar("_S", bound=Struct)
 
@@ -97,10 +98,17 @@ class SamplingParams(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Go on after the model's end-of-generation tokens."""
     speculation: Speculation | None = None
     """Draft depth of this request: 0 off, n fixed, "auto"; None: as the engine's config says."""
+    priority: Annotated[int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0
+    """Who waits goes first the lower this is. One less is worth 10 seconds of waiting, so that a
+    request of high number has its turn as well. Equal ones: first come, first served."""
+    deadline: Annotated[float, Meta(gt=0)] | None = None
+    """Seconds from submission within which the answer is wanted. While it waits, it goes before
+    others that have more time; 60 seconds is what those without a deadline have at priority 0. A
+    deadline orders requests and ends none. None: no deadline."""
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_p", "min_p"):
-            if not math.isfinite(getattr(self, name)):
+        for name in ("temperature", "top_p", "min_p", "deadline"):
+            if not math.isfinite(getattr(self, name) or 0):
                 raise InvalidParameterError(name, "must be a finite number")
         for text in self.stop:
             try:

@@ -96,7 +96,7 @@ def test_the_engines_surface() -> None:
         (
             mtpbatch.SamplingParams,
             "max_tokens temperature top_k top_p min_p seed stop stop_token_ids ignore_eos "
-            "speculation",
+            "speculation priority deadline",
         ),
         (
             mtpbatch.Completion,

@@ -155,6 +155,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         stop_token_ids=st.lists(st.sampled_from([32, 101, 257]), max_size=1),
         ignore_eos=st.booleans(),
         followed=st.booleans(),
+        priority=st.sampled_from([0, 0, 0, -100, 1, 2, 100]),
+        deadline=st.sampled_from([None, None, 0.02, 5.0]),
     )
     def add(self, n_prompt: int, first: int, depth: int, **params: Any) -> None:
         request_id = f"r{len(self.sequences)}"
@@ -193,8 +195,10 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     def schedule(self) -> None:
+        waiting = self.waiting()
         plan = self.scheduler.schedule(self.backend.clock())
         if plan is not None:
+            assert waiting[len(plan.admit) :] == self.waiting(), "who is due first is admitted"
             assert self.backend.exchange(plan, wait=False) == []
 
     @rule()
@@ -205,6 +209,17 @@ class SchedulerMachine(RuleBasedStateMachine):
     def step_that_fails(self) -> None:
         self.backend.fail_step(self.backend.n_steps)
         self.take(step(self.scheduler, self.backend))
+
+    def waiting(self) -> list[str]:
+        """Who waits, in the order in which they are due."""
+        return sorted((r for r in self.sequences if r in self.scheduler._waiting), key=self.due)
+
+    def due(self, request_id: str) -> tuple[float, int]:
+        sequence = self.sequences[request_id]
+        patience = 60.0 + 10.0 * sequence.params.priority
+        deadline = sequence.params.deadline
+        patience = patience if deadline is None else min(patience, deadline)
+        return sequence.submitted + patience, sequence.ticket
 
     def take(self, events: list[Event]) -> None:
         for event in events:
@@ -294,6 +309,19 @@ def test_requests_are_admitted_in_order_to_the_lowest_free_ids() -> None:
     plan = hand_over(scheduler, backend)
     assert plan.release == (1,)
     assert [a.seq_id for a in plan.admit] == [1], "a freed id is taken again in the same plan"
+
+
+def test_a_request_of_low_priority_finishes_though_urgent_ones_keep_coming() -> None:
+    backend = ScriptedBackend(lambda _: "xy", n_seq=1, n_draft_max=0, step_time=1.0)
+    scheduler = Scheduler(backend.facts)
+    scheduler.add(make_sequence(backend, "low", [65], priority=3))
+    ended: list[str] = []
+    for i in range(12):
+        scheduler.add(make_sequence(backend, f"urgent {i}", [65]))
+        while len(ended) == i:
+            ended += completions(run_step(scheduler, backend))
+    # Three steps each, so ten of them come before 30 seconds make up for three levels.
+    assert ended[:12] == [*(f"urgent {i}" for i in range(10)), "low", "urgent 10"]
 
 
 def test_generating_sequences_do_not_wait_for_a_long_prompt() -> None:

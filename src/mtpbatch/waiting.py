@@ -1,0 +1,127 @@
+"""Who is next. Pure: the order of the requests that wait for a sequence id.
+
+Every request has a time at which it is due, fixed when it is submitted, and whoever is due first
+is next::
+
+    due = submitted + min(deadline, PATIENCE + priority * AGEING)
+
+- One level of priority weighs as much as ``AGEING`` seconds of waiting. So a request of low
+  priority gains on those that come after it, and nothing needs to be computed while it waits.
+- A request without a deadline is taken to have ``PATIENCE`` seconds, more or less by its priority.
+  So a deadline can only bring a request forward, and while requests without one wait less than
+  ``PATIENCE``, those with one wait less than their deadlines.
+- Equal priority and no deadline: first come, first served.
+
+Nobody waits forever. The time from ``submitted`` to ``due`` is the same for all but for ``SPREAD``
+seconds at most, so only requests that come at most so much later can go before one that waits.
+Those are a finite number; each of them goes before it once, and ends at its token limit at the
+latest.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterator
+from typing import Final, TypeAlias
+
+from mtpbatch.exceptions import InternalError
+from mtpbatch.sequence import Sequence
+from mtpbatch.types import MAX_PRIORITY
+
+AGEING: Final = 10.0  # seconds
+PATIENCE: Final = 60.0  # seconds
+SPREAD: Final = 2 * MAX_PRIORITY * AGEING  # seconds
+
+_Entry: TypeAlias = tuple[float, int, Sequence]  # when it is due, its ticket, itself
+
+
+def due(sequence: Sequence) -> float:
+    """When it should have come to its turn, in seconds of the clock that it was submitted by."""
+    params = sequence.params
+    patience = PATIENCE + params.priority * AGEING
+    if params.deadline is not None:
+        patience = min(patience, params.deadline)
+    return sequence.submitted + patience
+
+
+class WaitingQueue:
+    """Requests by when they are due; equal ones by their tickets.
+
+    One that is put back, after a pause, stands where it stood before.
+
+    State: ``_entries`` holds the entry of each request that waits, by request id. ``_heap`` has
+    these entries, and some of requests that have left; the first is of one that waits, and at
+    most half of them are not. So :meth:`push`, :meth:`pop` and :meth:`remove`, taken together,
+    take O(log n) each.
+    """
+
+    def __init__(self) -> None:
+        self._entries: dict[str, _Entry] = {}
+        self._heap: list[_Entry] = []
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, request_id: object) -> bool:
+        return request_id in self._entries
+
+    def __iter__(self) -> Iterator[Sequence]:
+        """In no particular order."""
+        return (sequence for _, _, sequence in self._entries.values())
+
+    @property
+    def first(self) -> Sequence | None:
+        """Who is next; ``None`` if nobody waits."""
+        return self._heap[0][2] if self._heap else None
+
+    def push(self, sequence: Sequence) -> None:
+        """Let a request wait, for the first time or again. Its id must not be waiting."""
+        if sequence.request_id in self._entries:
+            raise InternalError(f"{sequence!r} waits already")
+        entry = (due(sequence), sequence.ticket, sequence)
+        self._entries[sequence.request_id] = entry
+        heapq.heappush(self._heap, entry)
+
+    def pop(self) -> Sequence:
+        """Take out who is next. There must be one."""
+        _, _, sequence = heapq.heappop(self._heap)
+        del self._entries[sequence.request_id]
+        self._tidy()
+        return sequence
+
+    def remove(self, request_id: str) -> Sequence | None:
+        """Take a request out; ``None`` if it does not wait."""
+        entry = self._entries.pop(request_id, None)
+        if entry is None:
+            return None
+        self._tidy()
+        return entry[2]
+
+    def check_integrity(self) -> None:
+        """Raise :class:`InternalError` if the state breaks its rules. Looks at everything."""
+        heap = self._heap
+        live = [entry for entry in heap if self._waits(entry)]
+        parents = [heap[(i - 1) // 2] for i in range(1, len(heap))]
+        for rule, words in (
+            (
+                not any(child < p for p, child in zip(parents, heap[1:], strict=True)),
+                "the heap is in order",
+            ),
+            (len(live) == len(self._entries), "each request that waits has one entry"),
+            (not heap or self._waits(heap[0]), "the first entry is of one that waits"),
+            (len(heap) <= 2 * len(live), "at most half of the entries are of no use"),
+            (all(entry[0] == due(entry[2]) for entry in live), "what is due stays"),
+        ):
+            if not rule:
+                raise InternalError(f"waiting queue: it does not hold that {words}")
+
+    def _waits(self, entry: _Entry) -> bool:
+        return self._entries.get(entry[2].request_id) is entry
+
+    def _tidy(self) -> None:
+        """Drop entries of requests that have left: the first, and all if they are too many."""
+        while self._heap and not self._waits(self._heap[0]):
+            heapq.heappop(self._heap)
+        if len(self._heap) > 2 * len(self._entries):
+            self._heap = [entry for entry in self._heap if self._waits(entry)]
+            heapq.heapify(self._heap)
