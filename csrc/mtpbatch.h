@@ -109,6 +109,9 @@ typedef struct mtpbatch_context_params {
     int32_t n_threads;
     int32_t kv_type;  // a ggml_type
     bool    kv_unified;
+    // Tokens that all sequences together can hold, a fork's counted again; n_ctx to n_ctx * n_seq, and
+    // less than that only if kv_unified. 0: n_ctx * n_seq.
+    int32_t n_cells;
 } mtpbatch_context_params;
 
 // Rows of one decode. Rows of one sequence stand together and continue its positions.
@@ -121,8 +124,8 @@ typedef struct mtpbatch_batch {
 } mtpbatch_batch;
 
 // `target` NULL makes a default context; otherwise an MTP context that drafts for `target`, with
-// the target's own n_ctx, n_seq, n_batch, n_ubatch, n_threads, kv_type and kv_unified (`params` is
-// not read and may be NULL). `model` is then the target's own, or an assistant made for it.
+// the target's own n_ctx, n_seq, n_batch, n_ubatch, n_threads, kv_type, kv_unified and n_cells
+// (`params` is not read and may be NULL). `model` is then the target's own, or an assistant made for it.
 mtpbatch_status mtpbatch_context_create(const mtpbatch_model * model, const mtpbatch_context_params * params,
                                         const mtpbatch_context * target, mtpbatch_context ** context,
                                         mtpbatch_error * error);
