@@ -126,9 +126,11 @@ const std::vector<mtpbatch_step> & Executor::exchange(const mtpbatch_plan * plan
     shown_.swap(steps_);
     reports_.clear();
     for (Step & step : shown_) {
-        step.report.message = step.message.c_str();
-        step.report.n_words = static_cast<int32_t>(step.words.size());
-        step.report.words   = step.words.data();
+        step.report.message  = step.message.c_str();
+        step.report.n_words  = static_cast<int32_t>(step.words.size());
+        step.report.words    = step.words.data();
+        step.report.n_trials = static_cast<int32_t>(step.trials.size() / 3);
+        step.report.trials   = step.trials.data();
         reports_.push_back(step.report);
     }
     return reports_;

@@ -74,6 +74,8 @@ class Stopwatch {
     Clock::time_point since_ = Clock::now();
 };
 
+class Pool;
+
 struct Model {
     Model(llama_model * raw, int32_t n_mtp_heads)
         : raw(raw), vocab(llama_model_get_vocab(raw)), n_mtp_heads(n_mtp_heads) {}
@@ -201,7 +203,19 @@ class Session {
         llama_seq_id seq_id;
         int32_t      n_past;
         llama_token  last_token;
-        int32_t      depth;
+        int32_t      depth;                // it goes no deeper
+        float        temperature = 0;      // of who verifies the draft; 0: greedy
+        bool         selective   = false;  // it goes only as deep as pays, on the terms given
+        float        expected    = 0;      // selective: see mtpbatch_entry
+    };
+
+    // Of a request that is not selective, the tokens alone.
+    struct Draft {
+        std::vector<llama_token> tokens;
+        std::vector<int32_t>     confidences;  // of each, an index of the terms' acceptance
+        std::vector<float>       chances;      // that it and all before it are accepted
+
+        void resize(size_t n);
     };
 
     Session(std::shared_ptr<Context> target, std::shared_ptr<Context> draft, const mtpbatch_session_config & config);
@@ -214,7 +228,8 @@ class Session {
     bool keeps(llama_seq_id seq_id) const { return !sequences_[seq_id].ignored; }
     // Takes in the batch that the target decoded last.
     void process();
-    void draft(std::vector<Request> requests, std::vector<std::vector<llama_token>> & drafts);
+    // `terms` and `pool`, which looks through the logits, may be null if no request is selective.
+    void draft(std::vector<Request> requests, const mtpbatch_terms * terms, Pool * pool, std::vector<Draft> & drafts);
     void accept(llama_seq_id seq_id, int32_t n_accepted);
     // Forgets a sequence, also in the draft context.
     void reset(llama_seq_id seq_id);
@@ -291,6 +306,7 @@ using SamplerPointer = std::unique_ptr<llama_sampler, FreeSampler>;
 class Sampler {
   public:
     explicit Sampler(const mtpbatch_sampling & params);
+    float temperature() const { return temperature_; }  // 0: greedy
     // What of a row's logits can be picked at all. Any number of threads may call it at once.
     void preselect(const float * logits, int32_t n_vocab, Candidates & candidates) const;
     // Picks a token; each call advances the random state by one draw.
@@ -300,13 +316,14 @@ class Sampler {
     int32_t                     top_k_;
     float                       top_p_;
     float                       min_p_;
+    float                       temperature_ = 0;
     std::vector<SamplerPointer> chain_;  // empty: greedy
 };
 
 // The first of the greatest values.
 int32_t argmax(const float * values, int32_t n);
-// Probability of the best of n logits under their softmax.
-float probability_of(int32_t best, const float * logits, int32_t n);
+// Probability of the best of n logits under their softmax at a temperature.
+float probability_of(int32_t best, const float * logits, int32_t n, float temperature = 1);
 
 }  // namespace mtpbatch
 

@@ -240,9 +240,25 @@ typedef struct mtpbatch_entry {
     int32_t         seq_id;
     int32_t         n_tokens;  // next tokens of the prompt; 0: go on from the token sampled last
     const int32_t * tokens;
-    bool            sample;   // false: more of the prompt is to come
-    int32_t         n_draft;  // most tokens to draft in each step that goes on from a sampled token
+    bool            sample;     // false: more of the prompt is to come
+    int32_t         n_draft;    // most tokens to draft in each step that goes on from a sampled token
+    bool            selective;  // false: it drafts to n_draft; true: while that pays, on the plan's terms
+    float           expected;   // selective: the chance that its next draft is accepted, as far as is known beforehand
 } mtpbatch_entry;
+
+#define MTPBATCH_CONFIDENCES 16
+
+// When a draft pays. Prices are in tokens: those that could be generated in the time it takes.
+typedef struct mtpbatch_terms {
+    float target_row;    // to verify one more token
+    float target_pass;   // one more forward pass
+    float draft_row;     // to draft one more token
+    float draft_decode;  // one more decode of the draft context
+    // The chance that a draft is accepted, by how confident the head is, for requests that are greedy
+    // and then for those that sample. A head that gives its token the probability p has the
+    // confidence 2 * log2(1 / (1 - p)), rounded down and at most the last one.
+    float acceptance[2 * MTPBATCH_CONFIDENCES];
+} mtpbatch_terms;
 
 typedef struct mtpbatch_plan {
     int64_t                    number;  // comes back with the results
@@ -252,6 +268,7 @@ typedef struct mtpbatch_plan {
     const mtpbatch_admission * admit;
     int32_t                    n_entries;  // 0: the plan before this one stands
     const mtpbatch_entry *     entries;
+    const mtpbatch_terms *     terms;  // of entries that are selective
     // 0: a single step. Otherwise the plan is repeated, without the prompts it fed, until the next
     // one comes, and a step begins while at most this many steps have not been taken in.
     int32_t run_ahead;
@@ -279,7 +296,13 @@ typedef struct mtpbatch_step {
     int32_t         n_words;
     const int32_t * words;
     int32_t         n_target_tokens;
+    int32_t         n_target_decodes;
+    int32_t         n_draft_tokens;  // rows decoded by the draft context
     int32_t         n_draft_decodes;
+    // Drafts of selective entries that were verified: n_trials times an index of `acceptance`, how
+    // many, and of them how many were accepted.
+    int32_t         n_trials;
+    const int32_t * trials;
     int64_t         gap_us;  // since the step before, if it left sequences to go on
     int64_t         draft_us, target_us, sample_us;
 } mtpbatch_step;

@@ -20,6 +20,7 @@ void require(bool rule, Words && otherwise) {
 Plan::Plan(const mtpbatch_plan & given)
     : number(given.number),
       release(given.release, given.release + given.n_release),
+      terms(given.terms ? *given.terms : mtpbatch_terms{}),
       run_ahead(given.run_ahead),
       followed(given.followed) {
     admit.reserve(static_cast<size_t>(given.n_admit));
@@ -42,7 +43,8 @@ Plan::Plan(const mtpbatch_plan & given)
     entries.reserve(static_cast<size_t>(given.n_entries));
     for (int32_t i = 0; i < given.n_entries; ++i) {
         const auto & e = given.entries[i];
-        entries.push_back({ e.seq_id, { e.tokens, e.tokens + e.n_tokens }, e.sample, e.n_draft });
+        entries.push_back(
+            { e.seq_id, { e.tokens, e.tokens + e.n_tokens }, e.sample, e.n_draft, e.selective, e.expected });
     }
 }
 
@@ -98,6 +100,7 @@ void PlanRules::accept(const mtpbatch_plan & plan) {
         }
         require(e.n_draft >= 0 && e.n_draft <= (s.drafts ? n_draft_max_ : 0),
                 [&] { return who() + " cannot draft " + std::to_string(e.n_draft) + " tokens"; });
+        require(!e.selective || plan.terms, [&] { return who() + " is selective, but there are no terms"; });
         // The token sampled last is never decoded.
         const int64_t n_needed = int64_t{ s.n_prompt } + e.n_tokens + (e.sample && !decodes ? s.max_tokens - 1 : 0);
         require(n_needed <= params_.n_ctx,

@@ -22,6 +22,8 @@ struct Entry {
     std::vector<llama_token> tokens;
     bool                     sample;
     int32_t                  n_draft;
+    bool                     selective;
+    float                    expected;
 };
 
 struct Plan {
@@ -31,6 +33,7 @@ struct Plan {
     std::vector<llama_seq_id> release;
     std::vector<Admission>    admit;
     std::vector<Entry>        entries;
+    mtpbatch_terms            terms;
     int32_t                   run_ahead;
     bool                      followed;
 };

@@ -1,7 +1,9 @@
 // Drafting with a model's MTP heads.
 #include "internal.hpp"
+#include "pool.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 namespace mtpbatch {
@@ -30,6 +32,13 @@ static_assert(sizeof(StateHeader) == 56);
 constexpr char     STATE_MAGIC[8] = { 'm', 't', 'p', 'b', 'a', 't', 'c', 'h' };
 constexpr uint64_t STATE_VERSION  = 1000 * 1 + LLAMA_STATE_SEQ_VERSION;
 constexpr size_t   CHECKED_FROM   = offsetof(StateHeader, n_target);
+
+// An index of mtpbatch_terms::acceptance.
+int32_t confidence_of(float probability, float temperature) {
+    const float   doubt = std::max(1 - probability, 1e-6f);
+    const int32_t of    = static_cast<int32_t>(-2 * std::log2(doubt));
+    return std::clamp(of, 0, MTPBATCH_CONFIDENCES - 1) + (temperature > 0 ? MTPBATCH_CONFIDENCES : 0);
+}
 
 // Notices damage, not malice: FNV-1a over words, then over the bytes that remain.
 class Checksum {
@@ -461,7 +470,14 @@ void Session::decode(int32_t head, const std::vector<Row> & rows) {
     statistics_.n_rows += static_cast<int64_t>(rows.size());
 }
 
-void Session::draft(std::vector<Request> requests, std::vector<std::vector<llama_token>> & drafts) {
+void Session::Draft::resize(size_t n) {
+    tokens.resize(n);
+    confidences.resize(std::min(n, confidences.size()));
+    chances.resize(std::min(n, chances.size()));
+}
+
+void Session::draft(std::vector<Request> requests, const mtpbatch_terms * terms, Pool * pool,
+                    std::vector<Draft> & drafts) {
     Stopwatch         watch;
     std::vector<bool> seen(sequences_.size());
     for (auto & request : requests) {
@@ -504,18 +520,64 @@ void Session::draft(std::vector<Request> requests, std::vector<std::vector<llama
     std::vector<Row>                        rows;
     std::vector<std::pair<size_t, int32_t>> outputs;  // request, row of the batch being filled
 
+    // Looks through the logits of `outputs`.
+    struct Pick {
+        const float * logits;
+        llama_token   token;
+        float         probability;  // 1 if nobody asks for it
+    };
+    std::vector<Pick> picks;
+    const auto        look = [&] {
+        picks.clear();
+        for (const auto & [r, row] : outputs) {
+            picks.push_back({ draft_->logits(row), -1, 1 });
+        }
+        const auto pick = [&](int32_t i) {
+            Pick &          p       = picks[static_cast<size_t>(i)];
+            const Request & request = requests[outputs[static_cast<size_t>(i)].first];
+            p.token                 = argmax(p.logits, n_vocab);
+            if (request.selective || config_.p_min > 0) {
+                const float temperature = request.temperature > 0 ? request.temperature : 1;
+                p.probability           = probability_of(p.token, p.logits, n_vocab, temperature);
+            }
+        };
+        const auto n = static_cast<int32_t>(picks.size());
+        if (pool) {
+            pool->run(n, pick, int64_t{ n } * n_vocab);
+        } else {
+            for (int32_t i = 0; i < n; ++i) {
+                pick(i);
+            }
+        }
+    };
+    // Whether a token that was picked is worth verifying.
+    const auto keeps = [&](size_t r, const Pick & pick) {
+        const Request & request = requests[r];
+        Draft &         draft   = drafts[r];
+        if (config_.p_min > 0 && pick.probability < config_.p_min) {
+            return false;
+        }
+        if (request.selective) {
+            const int32_t confidence = confidence_of(pick.probability, request.temperature);
+            const float   before     = draft.chances.empty() ? 1 : draft.chances.back();
+            const float   chance     = before * terms->acceptance[confidence];
+            if (chance < terms->target_row) {
+                return false;
+            }
+            draft.confidences.push_back(confidence);
+            draft.chances.push_back(chance);
+        }
+        draft.tokens.push_back(pick.token);
+        return true;
+    };
     // Decodes `rows` and picks one token for each of its outputs.
     const auto flush = [&] {
         decode(chained ? depth : 0, rows);
-        for (const auto & [r, row] : outputs) {
-            const float *     logits = draft_->logits(row);
-            const llama_token token  = argmax(logits, n_vocab);
+        look();
+        for (size_t i = 0; i < outputs.size(); ++i) {
+            const auto [r, row] = outputs[i];
             turns[r] += 1;
-            if (config_.p_min > 0 && probability_of(token, logits, n_vocab) < config_.p_min) {
-                continue;
-            }
-            drafts[r].push_back(token);
-            if (turns[r] < requests[r].depth) {
+            if (keeps(r, picks[i]) && turns[r] < requests[r].depth) {
                 auto &        chain  = sequences_[requests[r].seq_id].chain;
                 const float * hidden = draft_->hidden(row);
                 chain.insert(chain.end(), hidden, hidden + n_embd_);
@@ -524,6 +586,26 @@ void Session::draft(std::vector<Request> requests, std::vector<std::vector<llama
         }
         rows.clear();
         outputs.clear();
+    };
+    // Drops the requests whose next draft is not expected to pay, by itself or with all others.
+    const auto drop_unpromising = [&] {
+        float      gain  = 0;
+        bool       bound = false;  // to decode once more anyway
+        const auto pays  = [&](size_t r) {
+            const Request & request = requests[r];
+            if (!request.selective) {
+                bound = true;
+                return true;
+            }
+            const float next = drafts[r].chances.back() * request.expected - terms->target_row - terms->draft_row;
+            gain += std::max(next, 0.0f);
+            return next > 0;
+        };
+        drafting.erase(std::remove_if(drafting.begin(), drafting.end(), [&](size_t r) { return !pays(r); }),
+                       drafting.end());
+        if (!bound && terms && gain < terms->draft_decode) {
+            drafting.clear();
+        }
     };
     const auto add = [&](size_t r, llama_token token, llama_pos position, const float * hidden, bool output) {
         if (static_cast<int32_t>(rows.size()) == draft_->params().n_batch) {
@@ -547,7 +629,8 @@ void Session::draft(std::vector<Request> requests, std::vector<std::vector<llama
             }
         }
         for (int32_t t = chained ? 0 : depth; t <= depth; ++t) {
-            add(r, t == 0 ? requests[r].last_token : drafts[r][t - 1], s.n_past + (draft_->shares_memory() ? 0 : t),
+            add(r, t == 0 ? requests[r].last_token : drafts[r].tokens[t - 1],
+                s.n_past + (draft_->shares_memory() ? 0 : t),
                 t == 0 ? s.hidden.data() : s.chain.data() + (t - 1) * n_embd_, t == depth);
         }
     };
@@ -570,12 +653,13 @@ void Session::draft(std::vector<Request> requests, std::vector<std::vector<llama
                 add_turn(r);
             }
             flush();
+            drop_unpromising();
         }
     } catch (...) {
         for (const auto & request : requests) {
             start_over(request.seq_id);
         }
-        drafts.assign(requests.size(), {});
+        drafts.clear();
         throw;
     }
 
@@ -592,10 +676,10 @@ void Session::draft(std::vector<Request> requests, std::vector<std::vector<llama
             draft_->truncate(requests[r].seq_id, s.n_past + 1);
             s.drafted_from = requests[r].last_token;
         }
-        if (static_cast<int32_t>(drafts[r].size()) < config_.n_min) {
-            drafts[r].clear();
+        if (static_cast<int32_t>(drafts[r].tokens.size()) < config_.n_min) {
+            drafts[r] = {};
         }
-        s.n_drafted  = static_cast<int32_t>(drafts[r].size());
+        s.n_drafted  = static_cast<int32_t>(drafts[r].tokens.size());
         s.n_verified = 0;
         statistics_.n_drafts += s.n_drafted > 0;
         statistics_.n_drafted += s.n_drafted;
@@ -733,11 +817,12 @@ mtpbatch_status mtpbatch_session_draft(mtpbatch_session * session, int32_t n, co
         for (int32_t i = 0; i < n; ++i) {
             requests.push_back({ seq_ids[i], n_past[i], last_tokens[i], depths[i] });
         }
-        std::vector<std::vector<llama_token>> results;
-        session->impl->draft(requests, results);
+        std::vector<Session::Draft> results;
+        session->impl->draft(requests, /*terms*/ nullptr, /*pool*/ nullptr, results);
         for (int32_t i = 0; i < n; ++i) {
-            std::copy(results[i].begin(), results[i].end(), drafts + i * session->impl->config().n_draft_max);
-            lengths[i] = static_cast<int32_t>(results[i].size());
+            const auto & tokens = results[i].tokens;
+            std::copy(tokens.begin(), tokens.end(), drafts + i * session->impl->config().n_draft_max);
+            lengths[i] = static_cast<int32_t>(tokens.size());
         }
     });
 }

@@ -2,6 +2,7 @@
 #include "stepper.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <tuple>
 
 namespace mtpbatch {
@@ -60,10 +61,12 @@ bool Stepper::any_left() const {
 }
 
 void Stepper::step(const Plan & plan, bool repeated, Step & out) try {
-    Stopwatch     watch;
-    const int64_t n_draft_decodes = session_ ? session_->statistics().n_decodes : 0;
+    Stopwatch  watch;
+    const auto drafting = [&] { return session_ ? session_->statistics() : mtpbatch_session_statistics{}; };
+    const auto before   = drafting();
     begin(plan, repeated);
     draft(plan);
+    even_out(plan);
     form_groups();
     out.report.draft_us = watch.lap();
     for (size_t g = 0; g < n_groups_; ++g) {
@@ -78,12 +81,15 @@ void Stepper::step(const Plan & plan, bool repeated, Step & out) try {
         out.report.draft_us += watch.lap();
         sample(group);
         for (const size_t p : group.parts) {
+            count_trials(parts_[p]);
             take_back(parts_[p]);
         }
         out.report.sample_us += watch.lap();
     }
-    out.report.n_draft_decodes =
-        static_cast<int32_t>((session_ ? session_->statistics().n_decodes : 0) - n_draft_decodes);
+    const auto after            = drafting();
+    out.report.n_target_decodes = static_cast<int32_t>(n_groups_);
+    out.report.n_draft_tokens   = static_cast<int32_t>(after.n_rows - before.n_rows);
+    out.report.n_draft_decodes  = static_cast<int32_t>(after.n_decodes - before.n_decodes);
     write(out);
 } catch (...) {
     const bool all = target_->model().keeps_recurrent_state();  // a pass may have moved anybody's
@@ -109,6 +115,8 @@ bool Stepper::drafts_from(const Group & group) const {
 }
 
 void Stepper::begin(const Plan & plan, bool repeated) {
+    tried_.fill(0);
+    accepted_.fill(0);
     parts_.resize(plan.entries.size());
     for (size_t i = 0; i < parts_.size(); ++i) {
         const Entry & entry = plan.entries[i];
@@ -117,7 +125,8 @@ void Stepper::begin(const Plan & plan, bool repeated) {
         part.request        = takes_part(entry, repeated) ? &*requests_[static_cast<size_t>(entry.seq_id)] : nullptr;
         part.prompt         = repeated || entry.tokens.empty() ? nullptr : &entry;
         part.sample         = entry.sample;
-        part.draft.clear();
+        part.drafted        = false;
+        part.draft.resize(0);
         part.tokens.clear();
         part.n_accepted = 0;
         part.finish     = MTPBATCH_GOES_ON;
@@ -136,16 +145,71 @@ void Stepper::draft(const Plan & plan) {
         const int32_t depth =
             std::min(plan.entries[i].n_draft, part.request->max_tokens - part.request->n_generated - 1);
         if (depth > 0) {
-            draft_requests_.push_back({ part.seq_id, target_->length(part.seq_id), part.request->last_token, depth });
+            draft_requests_.push_back({
+                part.seq_id,
+                target_->length(part.seq_id),
+                part.request->last_token,
+                depth,
+                part.request->sampler.temperature(),
+                plan.entries[i].selective,
+                plan.entries[i].expected,
+            });
             drafting_.push_back(i);
         }
     }
     if (drafting_.empty()) {
         return;
     }
-    session_->draft(draft_requests_, drafts_);
+    session_->draft(draft_requests_, &plan.terms, &pool_, drafts_);
     for (size_t i = 0; i < drafting_.size(); ++i) {
-        parts_[drafting_[i]].draft.swap(drafts_[i]);
+        Part & part = parts_[drafting_[i]];
+        std::swap(part.draft, drafts_[i]);
+        part.drafted = !part.draft.tokens.empty();
+    }
+}
+
+// On models that keep recurrent state each length of drafts is a pass of its own. A length that is
+// not worth one is cut to the next shorter one there is.
+void Stepper::even_out(const Plan & plan) {
+    if (drafting_.empty() || !target_->model().keeps_recurrent_state()) {
+        return;
+    }
+    std::vector<std::vector<size_t>> by_length(1);
+    for (size_t i = 0; i < parts_.size(); ++i) {
+        const size_t length = parts_[i].draft.tokens.size();
+        if (parts_[i].request) {
+            by_length.resize(std::max(by_length.size(), length + 1));
+            by_length[length].push_back(i);
+        }
+    }
+    while (true) {
+        float  most = 0;
+        size_t from = 0, to = 0;
+        size_t shorter = 0;
+        for (size_t length = 1; length < by_length.size(); ++length) {
+            if (by_length[length].empty()) {
+                continue;
+            }
+            float gain = by_length[shorter].empty() ? 0 : plan.terms.target_pass;
+            for (const size_t i : by_length[length]) {
+                const auto & chances = parts_[i].draft.chances;
+                for (size_t k = shorter; k < length; ++k) {
+                    gain += plan.terms.target_row - (plan.entries[i].selective ? chances[k] : INFINITY);
+                }
+            }
+            if (gain > most) {
+                most = gain, from = length, to = shorter;
+            }
+            shorter = length;
+        }
+        if (most <= 0) {
+            return;
+        }
+        for (const size_t i : by_length[from]) {
+            parts_[i].draft.resize(to);
+            by_length[to].push_back(i);
+        }
+        by_length[from].clear();
     }
 }
 
@@ -162,7 +226,7 @@ void Stepper::append_rows(Part & part, std::vector<Row> & rows) const {
     }
     part.first_row = static_cast<int32_t>(rows.size());
     rows.push_back({ part.request->last_token, position++, part.seq_id, true });
-    for (const llama_token token : part.draft) {
+    for (const llama_token token : part.draft.tokens) {
         rows.push_back({ token, position++, part.seq_id, true });
     }
 }
@@ -182,7 +246,7 @@ void Stepper::form_groups() {
         // Undrafted ones first, with ascending lengths, which need the fewest passes.
         const auto key = [&](size_t i) {
             const Part & part = parts_[i];
-            return std::make_tuple(part.draft.size(), part.prompt ? part.prompt->tokens.size() : 1, part.seq_id);
+            return std::make_tuple(part.draft.tokens.size(), part.prompt ? part.prompt->tokens.size() : 1, part.seq_id);
         };
         std::sort(order.begin(), order.end(), [&](size_t a, size_t b) { return key(a) < key(b); });
     }
@@ -202,8 +266,8 @@ void Stepper::form_groups() {
         Group *      group    = n_groups_ > 0 ? &groups_[n_groups_ - 1] : &open_group();
         const size_t n_before = group->rows.size();
         append_rows(part, group->rows);
-        if (recurrent && !part.draft.empty() && n_before > 0 &&
-            (parts_[group->parts.back()].draft.empty() || !target_->is_one_pass(group->rows))) {
+        if (recurrent && !part.draft.tokens.empty() && n_before > 0 &&
+            (parts_[group->parts.back()].draft.tokens.empty() || !target_->is_one_pass(group->rows))) {
             group->rows.resize(n_before);
             group = &open_group();
             append_rows(part, group->rows);
@@ -225,7 +289,7 @@ void Stepper::sample(const Group & group) {
         Part & part = parts_[p];
         if (part.sample) {
             sampled.push_back({ &part, rows.size() });
-            for (int32_t k = 0; k <= static_cast<int32_t>(part.draft.size()); ++k) {
+            for (int32_t k = 0; k <= static_cast<int32_t>(part.draft.tokens.size()); ++k) {
                 rows.emplace_back(&part, part.first_row + k);
             }
         }
@@ -283,7 +347,7 @@ void Stepper::verify(Part & part, size_t first_candidates) {
     Request & request = *part.request;
     for (size_t k = 0;; ++k) {
         const llama_token token = request.sampler.pick(candidates_[first_candidates + k]);
-        const bool        hit   = k < part.draft.size() && part.draft[k] == token;
+        const bool        hit   = k < part.draft.tokens.size() && part.draft.tokens[k] == token;
         part.tokens.push_back(token);
         part.n_accepted += hit;
         request.n_generated += 1;
@@ -301,13 +365,22 @@ void Stepper::verify(Part & part, size_t first_candidates) {
     }
 }
 
+// Which of its drafts were right, as far as the model was asked.
+void Stepper::count_trials(const Part & part) {
+    const auto & confidences = part.draft.confidences;
+    for (size_t k = 0; k < std::min(confidences.size(), part.tokens.size()); ++k) {
+        tried_[confidences[k]] += 1;
+        accepted_[confidences[k]] += part.tokens[k] == part.draft.tokens[k];
+    }
+}
+
 // Takes back the part of a draft that was rejected.
 void Stepper::take_back(Part & part) {
-    if (part.draft.empty()) {
+    if (!part.drafted) {
         return;
     }
     session_->accept(part.seq_id, part.n_accepted);
-    const int32_t n_rejected = static_cast<int32_t>(part.draft.size()) - part.n_accepted;
+    const int32_t n_rejected = static_cast<int32_t>(part.draft.tokens.size()) - part.n_accepted;
     if (!target_->truncate(part.seq_id, target_->length(part.seq_id) - n_rejected)) {
         throw Error(MTPBATCH_INTERNAL, with_reason("rejected drafts could not be taken back"));
     }
@@ -315,12 +388,18 @@ void Stepper::take_back(Part & part) {
 
 void Stepper::write(Step & out) const {
     out.words.clear();
+    out.trials.clear();
+    for (int32_t i = 0; i < static_cast<int32_t>(tried_.size()); ++i) {
+        if (tried_[i] > 0) {
+            out.trials.insert(out.trials.end(), { i, tried_[i], accepted_[i] });
+        }
+    }
     out.ends_any =
         std::any_of(parts_.begin(), parts_.end(), [](const Part & part) { return part.request && part.request->over; });
     for (const Part & part : parts_) {
         out.words.insert(out.words.end(),
                          { static_cast<int32_t>(part.tokens.size()), part.n_accepted,
-                           static_cast<int32_t>(part.draft.size()), static_cast<int32_t>(part.finish) });
+                           static_cast<int32_t>(part.draft.tokens.size()), static_cast<int32_t>(part.finish) });
         out.words.insert(out.words.end(), part.tokens.begin(), part.tokens.end());
     }
 }

@@ -4,6 +4,7 @@
 #include "plan.hpp"
 #include "pool.hpp"
 
+#include <array>
 #include <optional>
 
 namespace mtpbatch {
@@ -12,6 +13,7 @@ namespace mtpbatch {
 struct Step {
     mtpbatch_step        report{};
     std::vector<int32_t> words;
+    std::vector<int32_t> trials;
     std::string          message;
     bool                 ends_any = true;  // sequences, also by failing
 };
@@ -46,12 +48,13 @@ class Stepper {
 
     // A sequence's part in the step under way.
     struct Part {
-        llama_seq_id             seq_id;
-        Request *                request;  // null: it takes no part
-        const Entry *            prompt;   // null: it goes on from the token sampled last
-        bool                     sample;
-        std::vector<llama_token> draft;
-        int32_t                  first_row;  // of those it samples, in the decode
+        llama_seq_id   seq_id;
+        Request *      request;  // null: it takes no part
+        const Entry *  prompt;   // null: it goes on from the token sampled last
+        bool           sample;
+        bool           drafted;  // the session waits to hear what was accepted
+        Session::Draft draft;
+        int32_t        first_row;  // of those it samples, in the decode
         // What comes of it:
         std::vector<llama_token> tokens;
         int32_t                  n_accepted;
@@ -68,6 +71,7 @@ class Stepper {
     bool takes_part(const Entry & entry, bool repeated) const;
     void begin(const Plan & plan, bool repeated);
     void draft(const Plan & plan);
+    void even_out(const Plan & plan);
     void form_groups();
     bool drafts_from(const Group & group) const;
     void append_rows(Part & part, std::vector<Row> & rows) const;
@@ -75,6 +79,7 @@ class Stepper {
     bool completes_stop_text(Request & request, llama_token token) const;
     void verify(Part & part, size_t first_candidates);
     void take_back(Part & part);
+    void count_trials(const Part & part);
     void write(Step & out) const;
 
     const std::shared_ptr<Context>      target_;
@@ -82,13 +87,15 @@ class Stepper {
     Pool                                pool_;
     std::vector<std::optional<Request>> requests_;  // by seq_id
     // Of the step under way; kept for their memory.
-    std::vector<Part>                     parts_;  // parallel to the plan's entries
-    std::vector<Session::Request>         draft_requests_;
-    std::vector<size_t>                   drafting_;  // the parts they are for
-    std::vector<std::vector<llama_token>> drafts_;
-    std::vector<Group>                    groups_;
-    size_t                                n_groups_ = 0;
-    std::vector<Candidates>               candidates_;  // by sampled row
+    std::vector<Part>             parts_;  // parallel to the plan's entries
+    std::vector<Session::Request> draft_requests_;
+    std::vector<size_t>           drafting_;  // the parts they are for
+    std::vector<Session::Draft>   drafts_;
+    std::vector<Group>            groups_;
+    size_t                        n_groups_ = 0;
+    std::vector<Candidates>       candidates_;  // by sampled row
+    // Drafts that were verified, and those accepted, by index of mtpbatch_terms::acceptance.
+    std::array<int32_t, 2 * MTPBATCH_CONFIDENCES> tried_, accepted_;
 };
 
 }  // namespace mtpbatch

@@ -23,7 +23,7 @@ def execute(executor: Executor | Backend, plan: Plan) -> StepResult:
     """Run a plan of a single step, and wait for it."""
     if not plan.entries:
         assert executor.exchange(plan, wait=False) == []
-        return StepResult(plan.number, (), 0, 0, 0.0, 0.0, 0.0, 0.0)
+        return StepResult(plan.number, (), 0, 0, 0, 0, 0.0, 0.0, 0.0, 0.0)
     [result] = executor.exchange(plan, wait=True)
     if result.error:
         raise result.error

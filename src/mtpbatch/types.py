@@ -238,6 +238,32 @@ class PlanEntry(Struct, frozen=True, gc=False):
     """Sample after this chunk: false while more of the prompt is to come."""
     n_draft: int
     """Most tokens to draft in each step that goes on from a sampled token."""
+    selective: bool = False
+    """Draft only while that pays on the plan's terms, instead of always ``n_draft`` tokens."""
+    expected: float = 0.0
+    """Selective: the chance that its next draft is accepted, as far as is known beforehand."""
+
+
+N_CONFIDENCES = 16
+"""Classes of how confident an MTP head is of a token that it gives the probability p: the class is
+2 * log2(1 / (1 - p)), rounded down and at most the last one."""
+
+
+class Terms(Struct, frozen=True, gc=False):
+    """When a draft pays. Prices are in tokens: those that could be generated in the time it takes."""
+
+    target_row: float
+    """To verify one more token."""
+    target_pass: float
+    """One more forward pass."""
+    draft_row: float
+    """To draft one more token."""
+    draft_decode: float
+    """One more decode of the draft context."""
+    greedy: tuple[float, ...]
+    """The chance that a draft of a greedy request is accepted, by the head's confidence."""
+    sampled: tuple[float, ...]
+    """The same for requests with a temperature, which the head's probability is taken at."""
 
 
 class Plan(Struct, frozen=True, gc=False):
@@ -253,6 +279,8 @@ class Plan(Struct, frozen=True, gc=False):
     release: tuple[int, ...]
     admit: tuple[Admission, ...]
     entries: tuple[PlanEntry, ...]
+    terms: Terms | None = None
+    """Of the entries that are selective."""
     number: int = 0
     """Names the plan in its results."""
     run_ahead: int = 0
@@ -288,6 +316,8 @@ class StepResult(Struct, frozen=True, gc=False):
     """The plan's number."""
     entries: tuple[EntryResult, ...]
     n_target_tokens: int
+    n_target_decodes: int
+    n_draft_tokens: int
     n_draft_decodes: int
     gap_time: float
     """From the end of the step before to its begin, if that left sequences to go on."""
@@ -304,6 +334,9 @@ class StepResult(Struct, frozen=True, gc=False):
     """Spent on taking and restoring snapshots since the last result."""
     lost: tuple[int, ...] = ()
     """Sequence ids whose snapshot could not be restored: they take no part until released."""
+    trials: tuple[tuple[int, int, int], ...] = ()
+    """Drafts of selective entries that were verified: a class of confidence (``N_CONFIDENCES`` more
+    for requests with a temperature), how many, and how many of them were accepted."""
 
 
 # ----------------------------------------------------------------------- back to the app

@@ -481,7 +481,7 @@ def test_a_result_that_the_plan_cannot_have_is_noticed(outcome: EntryResult) -> 
     scheduler.add(make_sequence(backend, "r", [65], max_tokens=9))
     run_step(scheduler, backend)
     with pytest.raises(InternalError, match="was given"):
-        scheduler.update(StepResult(1, (outcome,), 1, 0, 0.0, 0.0, 0.0, 0.0), 0.0)
+        scheduler.update(StepResult(1, (outcome,), 1, 1, 0, 0, 0.0, 0.0, 0.0, 0.0), 0.0)
 
 
 def test_results_are_taken_in_the_order_of_the_plans() -> None:
@@ -489,7 +489,7 @@ def test_results_are_taken_in_the_order_of_the_plans() -> None:
     scheduler = Scheduler(backend.facts)
 
     def result(plan: int) -> StepResult:
-        return StepResult(plan, (EntryResult((65,), 0, 0, None),), 1, 0, 0.0, 0.0, 0.0, 0.0)
+        return StepResult(plan, (EntryResult((65,), 0, 0, None),), 1, 1, 0, 0, 0.0, 0.0, 0.0, 0.0)
 
     with pytest.raises(InternalError, match="of plan 1, which is not its turn"):
         scheduler.update(result(1), 0.0)

@@ -118,16 +118,20 @@ def _result(step: Any) -> StepResult:
         else:
             entries.append(NO_RESULT)
         at = begin + n_tokens
+    t = step.trials
     return StepResult(
         step.plan,
         tuple(entries),
         step.n_target_tokens,
+        step.n_target_decodes,
+        step.n_draft_tokens,
         step.n_draft_decodes,
         step.gap_us / 1e6,
         step.draft_us / 1e6,
         step.target_us / 1e6,
         step.sample_us / 1e6,
-        failure,
+        error=failure,
+        trials=tuple((t[3 * i], t[3 * i + 1], t[3 * i + 2]) for i in range(step.n_trials)),
     )
 
 
@@ -158,13 +162,20 @@ def _native_plan(plan: Plan) -> tuple[Any, list[Any]]:
     for e in plan.entries:
         tokens = ffi.new("int32_t[]", e.tokens) if e.tokens else ffi.NULL
         references.append(tokens)
-        entries.append([e.seq_id, len(e.tokens), tokens, e.sample, e.n_draft])
+        entries.append(
+            [e.seq_id, len(e.tokens), tokens, e.sample, e.n_draft, e.selective, e.expected]
+        )
     references += [
         ffi.new("int32_t[]", plan.release),
         ffi.new("mtpbatch_admission[]", admissions),
         ffi.new("mtpbatch_entry[]", entries),
     ]
     release, admit, entry = references[-3:]
+    terms = ffi.NULL
+    if (t := plan.terms) is not None:
+        prices = [t.target_row, t.target_pass, t.draft_row, t.draft_decode]
+        terms = ffi.new("mtpbatch_terms *", [*prices, [*t.greedy, *t.sampled]])
+        references.append(terms)
     native = ffi.new(
         "mtpbatch_plan *",
         [
@@ -175,6 +186,7 @@ def _native_plan(plan: Plan) -> tuple[Any, list[Any]]:
             admit,
             len(entries),
             entry,
+            terms,
             plan.run_ahead,
             plan.followed,
         ],

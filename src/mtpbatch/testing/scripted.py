@@ -312,6 +312,8 @@ class ScriptedBackend:
             plan=plan.number,
             entries=tuple(results),
             n_target_tokens=n_rows,
+            n_target_decodes=min(n_rows, 1),
+            n_draft_tokens=sum(result.n_drafted for result in results),
             n_draft_decodes=max((result.n_drafted for result in results), default=0),
             gap_time=0.0,
             draft_time=0.0,
