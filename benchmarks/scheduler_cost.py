@@ -106,7 +106,18 @@ class Subject:
         if ends:
             results[0] = _LAST
         self._stepped = True
-        return StepResult(self._standing.number, tuple(results), 1, 0, 0.0, 0.0, 0.0, 0.0)
+        return StepResult(
+            plan=self._standing.number,
+            entries=tuple(results),
+            n_target_tokens=1,
+            n_target_decodes=1,
+            n_draft_tokens=0,
+            n_draft_decodes=0,
+            gap_time=0.0,
+            draft_time=0.0,
+            target_time=0.0,
+            sample_time=0.0,
+        )
 
 
 def measure(n_sequences: int, n_waiting: int, n_steps: int, *, followed: bool) -> list[list[float]]:
