@@ -19,6 +19,7 @@ from benchmarks import command_line
 from benchmarks.report import spread, table
 from mtpbatch.scheduler import Scheduler
 from mtpbatch.sequence import Sequence
+from mtpbatch.speculation import DraftWish
 from mtpbatch.text import TextAssembler
 from mtpbatch.types import EntryResult, ModelFacts, Plan, SamplingParams, StepResult
 
@@ -92,7 +93,7 @@ class Subject:
             SamplingParams(),
             seed=0,
             max_tokens=_N_CTX - len(_PROMPT),
-            draft_limit=_N_DRAFT,
+            wish=DraftWish(_N_DRAFT, adaptive=True),
             n_draft_max=_N_DRAFT,
             followed=self._followed,
             assembler=TextAssembler(_TOKEN_BYTES),

@@ -61,7 +61,7 @@ from mtpbatch.exceptions import (
 from mtpbatch.generation import Generation
 from mtpbatch.scheduler import Event, Scheduler
 from mtpbatch.sequence import Sequence
-from mtpbatch.speculation import draft_limit
+from mtpbatch.speculation import DraftWish, draft_wish
 from mtpbatch.text import TextAssembler
 from mtpbatch.types import (
     Completion,
@@ -171,7 +171,7 @@ class Engine:
             failure = loading.failure or engine._failure
             if failure is not None:
                 raise failure
-            draft_limit(None, engine.config, engine.model)  # is the config's wish one it can have?
+            draft_wish(None, engine.config, engine.model)  # is the config's wish one it can have?
         except BaseException:
             loading.give_up()
             await engine.aclose()
@@ -328,7 +328,7 @@ class Engine:
                 "requests need a running event loop in their thread"
             ) from None
         self._check_ids("stop_token_ids", params.stop_token_ids)
-        depth = draft_limit(params.speculation, self._config, self._facts)
+        wish = draft_wish(params.speculation, self._config, self._facts)
         ticket = next(self._tickets)
         request_id = f"req-{ticket}"
         build = partial(
@@ -336,7 +336,7 @@ class Engine:
             request_id,
             ticket,
             params,
-            depth,
+            wish,
             _seed(params),
             followed=streaming,
             submitted=self._clock(),
@@ -381,7 +381,7 @@ class Engine:
         request_id: str,
         ticket: int,
         params: SamplingParams,
-        depth: int,
+        wish: DraftWish,
         seed: int,
         prompt: tuple[int, ...],
         *,
@@ -395,7 +395,7 @@ class Engine:
             params,
             seed=seed,
             max_tokens=min(params.max_tokens, self._facts.n_ctx - len(prompt)),
-            draft_limit=depth,
+            wish=wish,
             n_draft_max=self._facts.n_draft_max,
             followed=followed,
             assembler=TextAssembler(self._token_bytes, params.stop),

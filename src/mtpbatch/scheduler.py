@@ -20,6 +20,7 @@ from msgspec import Struct
 
 from mtpbatch.exceptions import DecodeError, InternalError, MtpBatchError, NativeError
 from mtpbatch.sequence import Sequence, at_least
+from mtpbatch.speculation import Speculator
 from mtpbatch.types import (
     Admission,
     Completion,
@@ -77,7 +78,8 @@ class Scheduler:
     executor. ``_in_flight`` are the plans of which results can come, oldest first; a sequence
     that ends meanwhile leaves at once, and what still comes for it is dropped. ``_prompting`` is
     the running one of whose prompt a part has not been planned: the next is admitted only when
-    that leaves room. Totals only grow. Every method but the properties changes it, so all calls
+    that leaves room. ``_speculator`` learns from results, and says how deep to draft. Totals only
+    grow. Every method but the properties changes it, so all calls
     belong to one thread.
     """
 
@@ -90,6 +92,7 @@ class Scheduler:
         self._released: list[int] = []
         self._in_flight: deque[_InFlight] = deque()
         self._n_plans = 0
+        self._speculator = Speculator(facts)
 
         self._finished: dict[FinishReason, int] = {"stop": 0, "length": 0, "abort": 0, "error": 0}
         self._prompt_tokens = 0
@@ -132,10 +135,13 @@ class Scheduler:
         know too little, and a request that comes meanwhile would wait behind them.
         """
         release = self._take_released()
-        something_new = (
-            self._prompting is not None or (self._waiting and self._free) or self._followed_in_vain
+        something_new = self._n_ahead < _MAX_AHEAD and (
+            self._speculator.review(self._running.values())
+            or self._prompting is not None
+            or (self._waiting and self._free)
+            or self._followed_in_vain
         )
-        if not something_new or self._n_ahead == _MAX_AHEAD:
+        if not something_new:
             return Plan(release, (), ()) if release else None
 
         admit: list[Admission] = []
@@ -146,13 +152,14 @@ class Scheduler:
         budget = self._facts.n_batch - len(self._running)
         for sequence in self._running.values():
             if sequence is not self._prompting:
-                n_draft = min(sequence.draft_limit, budget)
-                budget -= n_draft
-                entries.append(PlanEntry(_id(sequence), (), True, n_draft))
+                entries.append(self._entry(sequence, (), budget))
                 sequences.append(sequence)
+                budget -= entries[-1].n_draft
 
         chunks: list[tuple[Sequence, tuple[int, ...]]] = []
         spare = budget  # rows for the drafts of these when the plan is repeated
+        if entries and (most := self._speculator.costs.chunk) is not None:
+            budget = min(budget, most)
         if self._prompting is not None:
             chunks.append((self._prompting, self._prompting.take_chunk(budget + 1)))
             budget -= len(chunks[0][1]) - 1
@@ -163,10 +170,9 @@ class Scheduler:
             budget -= len(chunks[-1][1])
             spare -= 1
         for sequence, chunk in chunks:
-            n_draft = min(sequence.draft_limit, spare) if sequence.prompt_planned else 0
-            spare -= n_draft
-            entries.append(PlanEntry(_id(sequence), chunk, sequence.prompt_planned, n_draft))
+            entries.append(self._entry(sequence, chunk, spare))
             sequences.append(sequence)
+            spare -= entries[-1].n_draft
         # The others had room for their whole prompt, or nobody would have come after them.
         self._prompting = None
         if chunks and not chunks[-1][0].prompt_planned:
@@ -177,6 +183,7 @@ class Scheduler:
             release,
             tuple(admit),
             tuple(entries),
+            self._speculator.choice.terms,
             number=self._n_plans,
             run_ahead=_RUN_AHEAD,
             followed=any(sequence.followed for sequence in self._running.values()),
@@ -200,6 +207,8 @@ class Scheduler:
         self._sample_time += result.sample_time
 
         events = []
+        n_prompt = 0
+        verifying = [0] * (self._facts.n_draft_max + 1)  # sequences by the length of their drafts
         for sequence, entry, outcome in zip(
             flight.sequences, plan.entries, result.entries, strict=True
         ):
@@ -207,8 +216,10 @@ class Scheduler:
                 continue
             n_before = len(sequence.token_ids)
             delta = sequence.absorb(entry, outcome, now, repeated=repeated)
-            if not repeated:
-                self._prompt_tokens += len(entry.tokens)
+            if entry.tokens and not repeated:
+                n_prompt += len(entry.tokens)
+            elif outcome.token_ids:
+                verifying[outcome.n_drafted] += 1
             n_tokens = len(sequence.token_ids) - n_before
             if n_tokens:
                 self._generated_tokens += n_tokens
@@ -217,6 +228,8 @@ class Scheduler:
             if delta is not None:
                 completion = self._retire(sequence) if sequence.finished else None
                 events.append(Event(sequence.request_id, delta, completion))
+        self._prompt_tokens += n_prompt
+        self._speculator.observe(result, verifying, n_prompt)
         return events
 
     # ----------------------------------------------------------------------- figures
@@ -330,8 +343,16 @@ class Scheduler:
     def _admit_next(self, now: float) -> Sequence:
         sequence = self._waiting.pop()
         self._running[sequence.request_id] = sequence
-        sequence.admit(heapq.heappop(self._free), now)
+        sequence.admit(heapq.heappop(self._free), self._speculator.new_habit(), now)
         return sequence
+
+    def _entry(self, sequence: Sequence, chunk: tuple[int, ...], most_drafts: int) -> PlanEntry:
+        """A sequence's part in a plan. It drafts from the step on in which it generates."""
+        if not sequence.prompt_planned:
+            return PlanEntry(_id(sequence), chunk, False, 0)
+        n_draft = min(self._speculator.depth_of(sequence), most_drafts)
+        expected = round(sequence.habit.next_accepted, 1)
+        return PlanEntry(_id(sequence), chunk, True, n_draft, sequence.wish.adaptive, expected)
 
     def _admission(self, sequence: Sequence) -> Admission:
         params = sequence.params
@@ -344,7 +365,7 @@ class Scheduler:
             sequence.seed,
             tuple(sorted(stop)),
             sequence.max_tokens,
-            drafts=sequence.draft_limit > 0,
+            drafts=sequence.wish.limit > 0,
             ticket=sequence.ticket,
         )
 

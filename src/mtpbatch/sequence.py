@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import accumulate
 
 from mtpbatch.exceptions import InternalError
+from mtpbatch.speculation import DraftWish, Habit
 from mtpbatch.text import TextAssembler
 from mtpbatch.types import (
     NO_RESULT,
@@ -32,11 +33,11 @@ class Sequence:
     request, or a stop text. Otherwise it is at the end, which is much cheaper.
 
     Mutable state, all of it: ``seq_id``, ``n_planned``, ``token_ids``, the text assembler and its
-    pieces, the counters ``_n_fed``, ``_n_accepting`` and ``drafted``, the times ``admitted``,
-    ``first_token`` and ``ended``, and ``finish_reason``. It changes only in :meth:`admit`,
-    :meth:`take_chunk`, :meth:`absorb` and :meth:`end`, and only the scheduler that holds the
-    sequence calls these. Times are seconds of the caller's clock; everything else is fixed when
-    the sequence is made.
+    pieces, its drafting ``habit``, the counters ``_n_fed``, ``_n_accepting`` and ``drafted``, the
+    times ``admitted``, ``first_token`` and ``ended``, and ``finish_reason``. It changes only in
+    :meth:`admit`, :meth:`take_chunk`, :meth:`absorb` and :meth:`end`, and only the scheduler that
+    holds the sequence calls these; its speculator settles the ``habit``. Times are seconds of the
+    caller's clock; everything else is fixed when the sequence is made.
     """
 
     __slots__ = (
@@ -46,12 +47,12 @@ class Sequence:
         "_pieces",
         "_reads_along",
         "admitted",
-        "draft_limit",
         "drafted",
         "ended",
         "finish_reason",
         "first_token",
         "followed",
+        "habit",
         "max_tokens",
         "n_planned",
         "params",
@@ -62,6 +63,7 @@ class Sequence:
         "submitted",
         "ticket",
         "token_ids",
+        "wish",
     )
 
     def __init__(
@@ -73,7 +75,7 @@ class Sequence:
         *,
         seed: int,
         max_tokens: int,
-        draft_limit: int,
+        wish: DraftWish,
         n_draft_max: int,
         followed: bool,
         assembler: TextAssembler,
@@ -85,7 +87,7 @@ class Sequence:
         self.params = params
         self.seed = seed
         self.max_tokens = max_tokens
-        self.draft_limit = draft_limit
+        self.wish = wish
         self.followed = followed
         self.submitted = submitted
         self._reads_along = followed or bool(params.stop)
@@ -96,6 +98,7 @@ class Sequence:
         self._assembler = assembler
         self._pieces: list[str] = []
         self._n_fed = 0  # prompt tokens that have been through the model
+        self.habit = Habit.guess(n_draft_max)
         self._n_accepting = [0] * (n_draft_max + 1)  # steps by how many drafts they accepted
         self.drafted = 0
         self.admitted: float | None = None
@@ -156,9 +159,10 @@ class Sequence:
         self.n_planned += len(chunk)
         return chunk
 
-    def admit(self, seq_id: int, now: float) -> None:
-        """A sequence id was taken for it."""
+    def admit(self, seq_id: int, habit: Habit, now: float) -> None:
+        """A sequence id was taken for it. It begins with others' drafting habit."""
         self.seq_id = seq_id
+        self.habit = habit
         self.admitted = now
 
     def absorb(
@@ -188,6 +192,7 @@ class Sequence:
             if self._assembler.stopped:
                 kept, reason = kept[:n_taken], "stop"
                 accepted = min(accepted, n_taken)
+        self.habit.note(min(entry.n_draft, self.remaining - 1), result.n_drafted, accepted)
         self.token_ids += kept
         self._n_accepting[accepted] += 1
         self.drafted += result.n_drafted

@@ -250,7 +250,7 @@ N_CONFIDENCES = 16
 
 
 class Terms(Struct, frozen=True, gc=False):
-    """When a draft pays. Prices are in tokens: those that could be generated in the time it takes."""
+    """When a draft pays. Prices are in tokens: those that could be generated in the time."""
 
     target_row: float
     """To verify one more token."""

@@ -21,6 +21,7 @@ from hypothesis.stateful import (
 from mtpbatch.exceptions import DecodeError, InternalError
 from mtpbatch.scheduler import Event, Scheduler
 from mtpbatch.sequence import Sequence
+from mtpbatch.speculation import DraftWish
 from mtpbatch.testing import ScriptedBackend
 from mtpbatch.text import TextAssembler
 from mtpbatch.types import (
@@ -53,7 +54,7 @@ def make_sequence(
         parsed,
         seed=7,
         max_tokens=min(parsed.max_tokens, facts.n_ctx - len(prompt)),
-        draft_limit=facts.n_draft_max if depth is None else depth,
+        wish=DraftWish(facts.n_draft_max if depth is None else depth, adaptive=depth is None),
         n_draft_max=facts.n_draft_max,
         followed=followed,
         assembler=TextAssembler(backend.token_bytes, parsed.stop),

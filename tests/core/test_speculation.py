@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mtpbatch.exceptions import InvalidParameterError
-from mtpbatch.speculation import draft_limit
+from mtpbatch.speculation import draft_wish
 from mtpbatch.types import EngineConfig, ModelFacts, Speculation
 
 
@@ -37,20 +37,20 @@ def facts(n_draft_max: int) -> ModelFacts:
 def test_the_requests_wish_goes_before_the_configs(
     requested: Speculation | None, configured: Speculation, depth: int
 ) -> None:
-    assert draft_limit(requested, EngineConfig(speculation=configured), facts(3)) == depth
+    assert draft_wish(requested, EngineConfig(speculation=configured), facts(3)).limit == depth
 
 
 @pytest.mark.parametrize("requested", [None, "auto", 0])
 def test_without_heads_nothing_is_drafted(requested: Speculation | None) -> None:
-    assert draft_limit(requested, EngineConfig(), facts(0)) == 0
+    assert draft_wish(requested, EngineConfig(), facts(0)).limit == 0
 
 
 def test_without_heads_asking_for_drafts_is_an_error_that_says_what_to_do() -> None:
     with pytest.raises(InvalidParameterError, match=r"no MTP heads.*use speculation=0") as caught:
-        draft_limit(1, EngineConfig(), facts(0))
+        draft_wish(1, EngineConfig(), facts(0))
     assert caught.value.parameter == "speculation"
 
 
 def test_deeper_than_the_engine_drafts_is_an_error() -> None:
     with pytest.raises(InvalidParameterError, match="4 is deeper than n_draft_max=3"):
-        draft_limit(4, EngineConfig(), facts(3))
+        draft_wish(4, EngineConfig(), facts(3))

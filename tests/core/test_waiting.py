@@ -18,6 +18,7 @@ from hypothesis.stateful import (
 
 from mtpbatch.exceptions import InternalError
 from mtpbatch.sequence import Sequence
+from mtpbatch.speculation import DraftWish
 from mtpbatch.text import TextAssembler
 from mtpbatch.types import SamplingParams
 from mtpbatch.waiting import WaitingQueue
@@ -37,7 +38,7 @@ def request(submitted: float = 0.0, **params: Any) -> Sequence:
         SamplingParams(**params),
         seed=0,
         max_tokens=1,
-        draft_limit=0,
+        wish=DraftWish(0, adaptive=False),
         n_draft_max=0,
         followed=False,
         assembler=TextAssembler([b""]),

@@ -82,6 +82,7 @@ class SimulatedExecutor:
         self._plans: deque[Plan] = deque()
         self._standing: Plan | None = None
         self._stepped = False
+        self._terms: Terms | None = None  # of the standing plan, if it has selective entries
         self._prompts: list[_Part] = []
         self._going: list[_Part] = []
         self._under_way: StepResult | None = None
@@ -164,6 +165,7 @@ class SimulatedExecutor:
         if not plan.entries:
             return
         self._standing, self._stepped = plan, False
+        self._terms = plan.terms if any(entry.selective for entry in plan.entries) else None
         parts = [
             (index, entry, played)
             for index, entry in enumerate(plan.entries)
@@ -177,13 +179,13 @@ class SimulatedExecutor:
     def _play(self, plan: Plan, now: float) -> None:
         first, self._stepped = not self._stepped, True
         prompts = self._prompts if first else []
-        if plan.terms is None:
+        if self._terms is None:
             drafts = self._draft_all()
         else:
-            drafts = self._draft_what_pays(plan.terms)
+            drafts = self._draft_what_pays(self._terms)
             if self._facts.recurrent:
                 entries = [entry for _, entry, _ in self._going]
-                _even_out(drafts, entries, plan.terms, feeds=bool(prompts))
+                _even_out(drafts, entries, self._terms, feeds=bool(prompts))
         passes, n_decodes = self._passes(prompts, drafts.lengths)
 
         results = [NO_RESULT] * len(plan.entries)

@@ -23,7 +23,7 @@ from msgspec import Struct
 from mtpbatch.exceptions import InternalError, InvalidParameterError, PromptTooLongError
 from mtpbatch.scheduler import Scheduler
 from mtpbatch.sequence import Sequence
-from mtpbatch.speculation import draft_limit
+from mtpbatch.speculation import draft_wish
 from mtpbatch.testing.simulated import CostModel, SimulatedExecutor
 from mtpbatch.testing.workload import (
     N_LUCK,
@@ -328,7 +328,7 @@ class _Requests:
         left: int,
     ) -> None:
         config = EngineConfig(n_draft_max=facts.n_draft_max, speculation=speculation)
-        self._depth = draft_limit(None, config, facts)
+        self._wish = draft_wish(None, config, facts)
         self._facts = facts
         self._chance = random.Random(f"requests {seed}")
         self._kinds = kinds
@@ -365,7 +365,7 @@ class _Requests:
             ),
             seed=0,
             max_tokens=n_answer,
-            draft_limit=self._depth,
+            wish=self._wish,
             n_draft_max=facts.n_draft_max,
             followed=kind.streaming,
             assembler=TextAssembler(_NO_TEXT),
