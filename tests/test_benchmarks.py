@@ -122,6 +122,6 @@ def test_every_study_of_the_simulator_runs(
 def test_the_scheduler_is_measured_with_and_without_a_queue() -> None:
     from benchmarks.scheduler_cost import measure
 
-    quiet, busy = measure(n_sequences=4, n_waiting=20, n_steps=3, followed=True)
-    assert len(quiet) == len(busy) == 2
-    assert min(*quiet, *busy) > 0
+    alone, crowded = measure(n_sequences=4, n_waiting=20, n_steps=5, followed=True)
+    assert len(alone) == len(crowded) == 5
+    assert min(*alone, *crowded) > 0
