@@ -7,8 +7,8 @@
 
 Prints tables, and with ``--plots FOLDER`` writes SVG files there (``pip install '.[bench]'``). What
 a step costs is given as four times in milliseconds: of a forward pass and of each of its tokens, of
-a draft decode and of each of its tokens. The default is about what `docs/performance.md` has of the
-wide model on two CPUs.
+a draft decode and of each of its tokens. The default of the first two studies is about the wide
+model on two CPUs, that of the others an attention-only model on some GPU: an example, not measured.
 
 No model runs, and the figures are the same on every machine, but for those of ``million``.
 """
@@ -40,7 +40,7 @@ from mtpbatch.testing import (
 )
 from mtpbatch.types import ModelFacts, Speculation
 
-_WIDE = (9.0, 4.8, 0.6, 0.3)
+_WIDE = (5.5, 1.5, 0.7, 0.15)
 _N_CTX = 4096
 _PROMPT = LogNormal(median=32, sigma=1.0, most=2000)
 _ANSWER = LogNormal(median=64, sigma=0.8, most=1000)
@@ -50,17 +50,18 @@ _KINDS = [  # in equal parts: texts that repeat themselves, prose, and drafts th
 ]
 
 
-def facts(n_seq: int, n_draft_max: int = 3) -> ModelFacts:
-    """An attention-only model."""
+def facts(n_seq: int, *, recurrent: bool) -> ModelFacts:
     return ModelFacts(
         n_ctx=_N_CTX,
         n_seq=n_seq,
         n_batch=2048,
-        n_draft_max=n_draft_max,
+        n_draft_max=3,
         n_vocab=32_000,
         eog_token_ids=frozenset(),
         n_cells=n_seq * _N_CTX,
         n_ubatch=512,
+        recurrent=recurrent,
+        truncates=not recurrent,
     )
 
 
@@ -91,7 +92,7 @@ def policies(options: argparse.Namespace) -> None:
                 report = simulate(
                     OpenLoop(steady(rate), options.variation),
                     _KINDS,
-                    facts(n_seq),
+                    facts(n_seq, recurrent=options.recurrent),
                     cost,
                     n_requests=options.requests,
                     speculation=depth,
@@ -139,7 +140,7 @@ def changes(options: argparse.Namespace) -> None:
             report = simulate(
                 ClosedLoop(load),
                 _KINDS,
-                facts(32),
+                facts(32, recurrent=options.recurrent),
                 cost,
                 until=options.seconds,
                 speculation=depth,
@@ -165,7 +166,7 @@ def replicas(options: argparse.Namespace) -> None:
             report = simulate(
                 OpenLoop(steady(options.rate), options.variation),
                 _KINDS,
-                facts(options.sequences),
+                facts(options.sequences, recurrent=options.recurrent),
                 cost,
                 n_requests=options.requests,
                 speculation=depth,
@@ -192,7 +193,7 @@ def million(options: argparse.Namespace) -> None:
         report = simulate(
             OpenLoop(steady(options.rate), options.variation),
             _KINDS,
-            facts(options.sequences),
+            facts(options.sequences, recurrent=options.recurrent),
             step_cost(options.cost),
             n_requests=options.requests,
             speculation=depth,
@@ -257,6 +258,7 @@ def _parser() -> argparse.ArgumentParser:
         run: Callable[[argparse.Namespace], None],
         *,
         cost: tuple[float, ...] = _WIDE,
+        recurrent: bool = False,
         depths: Sequence[Speculation] = (0, 1, 3, "auto"),
     ) -> argparse.ArgumentParser:
         added = studies.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
@@ -268,6 +270,12 @@ def _parser() -> argparse.ArgumentParser:
             default=cost,
             metavar=("PASS", "TOKEN", "DRAFT_DECODE", "DRAFT_TOKEN"),
             help="what a step costs, in milliseconds",
+        )
+        added.add_argument(
+            "--recurrent",
+            action=argparse.BooleanOptionalAction,
+            default=recurrent,
+            help="whether drafts of different lengths are different passes",
         )
         added.add_argument(
             "--depths",
@@ -285,15 +293,15 @@ def _parser() -> argparse.ArgumentParser:
     variation: dict[str, Any] = {"type": float, "help": "of the gaps: 1 at random, more in bursts"}
     requests: dict[str, Any] = {"type": int, "help": "of each run"}
 
-    bursty = study(policies)
+    bursty = study(policies, recurrent=True)
     bursty.add_argument(
-        "--rates", type=float, nargs="+", default=[0.4, 0.8, 1.2], help="requests per second"
+        "--rates", type=float, nargs="+", default=[1.0, 2.0, 3.0], help="requests per second"
     )
     bursty.add_argument("--variation", default=3.0, **variation)
     bursty.add_argument("--sequences", default=[4, 8, 16], help="of the engine", **several_counts)
     bursty.add_argument("--requests", default=2000, **requests)
 
-    changing = study(changes)
+    changing = study(changes, recurrent=True)
     changing.add_argument("--seconds", type=float, default=1200.0, help="of the virtual clock")
 
     several = study(replicas, cost=(12.0, 0.05, 1.0, 0.02))
