@@ -289,7 +289,7 @@ class SimulatedExecutor:
             before = length
         n_decodes = min(len(undrafted), 1)
         for length in range(1, max(lengths, default=0) + 1):
-            most = self._facts.n_ubatch // (length + 1)  # sequences, which are not parted
+            most = max(1, self._facts.n_ubatch // (length + 1))  # sequences, which stay whole
             decodes = _split(lengths.count(length), most)
             passes += [n * (length + 1) for n in decodes]
             n_decodes += len(decodes)
