@@ -209,11 +209,11 @@ class Session {
         float        expected    = 0;      // selective: see mtpbatch_entry
     };
 
-    // Of a request that is not selective, the tokens alone.
     struct Draft {
         std::vector<llama_token> tokens;
-        std::vector<int32_t>     confidences;  // of each, an index of the terms' acceptance
-        std::vector<float>       chances;      // that it and all before it are accepted
+        // Of each token, if there are terms:
+        std::vector<int32_t> confidences;  // an index of their acceptance
+        std::vector<float>   chances;      // that it and all before it are accepted
 
         void resize(size_t n);
     };

@@ -268,7 +268,7 @@ typedef struct mtpbatch_plan {
     const mtpbatch_admission * admit;
     int32_t                    n_entries;  // 0: the plan before this one stands
     const mtpbatch_entry *     entries;
-    const mtpbatch_terms *     terms;  // of entries that are selective
+    const mtpbatch_terms *     terms;  // NULL: none, and no entry is selective
     // 0: a single step. Otherwise the plan is repeated, without the prompts it fed, until the next
     // one comes, and a step begins while at most this many steps have not been taken in.
     int32_t run_ahead;
@@ -299,7 +299,7 @@ typedef struct mtpbatch_step {
     int32_t         n_target_decodes;
     int32_t         n_draft_tokens;  // rows decoded by the draft context
     int32_t         n_draft_decodes;
-    // Drafts of selective entries that were verified: n_trials times an index of `acceptance`, how
+    // Drafts that were verified, if the plan has terms: n_trials times an index of `acceptance`, how
     // many, and of them how many were accepted.
     int32_t         n_trials;
     const int32_t * trials;

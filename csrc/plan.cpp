@@ -20,7 +20,7 @@ void require(bool rule, Words && otherwise) {
 Plan::Plan(const mtpbatch_plan & given)
     : number(given.number),
       release(given.release, given.release + given.n_release),
-      terms(given.terms ? *given.terms : mtpbatch_terms{}),
+      terms(given.terms ? std::optional(*given.terms) : std::nullopt),
       run_ahead(given.run_ahead),
       followed(given.followed) {
     admit.reserve(static_cast<size_t>(given.n_admit));

@@ -4,6 +4,8 @@
 #include "internal.hpp"
 #include "stop_texts.hpp"
 
+#include <optional>
+
 namespace mtpbatch {
 
 struct Admission {
@@ -29,13 +31,13 @@ struct Entry {
 struct Plan {
     explicit Plan(const mtpbatch_plan & given);
 
-    int64_t                   number;
-    std::vector<llama_seq_id> release;
-    std::vector<Admission>    admit;
-    std::vector<Entry>        entries;
-    mtpbatch_terms            terms;
-    int32_t                   run_ahead;
-    bool                      followed;
+    int64_t                       number;
+    std::vector<llama_seq_id>     release;
+    std::vector<Admission>        admit;
+    std::vector<Entry>            entries;
+    std::optional<mtpbatch_terms> terms;
+    int32_t                       run_ahead;
+    bool                          followed;
 };
 
 // Refuses plans that break a rule. It knows what the plans before have said, not what came of

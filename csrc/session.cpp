@@ -513,6 +513,9 @@ void Session::draft(std::vector<Request> requests, const mtpbatch_terms * terms,
 
     const int32_t n_vocab = target_->model().n_vocab();
     const bool    chained = draft_->n_heads() > 1;
+    // Where each length is a pass of its own, drafts that pay go as deep as the others: who verifies
+    // them cuts them to the lengths that pay.
+    const bool level = target_->model().keeps_recurrent_state();
     drafts.assign(requests.size(), {});
     int32_t                                 depth = 0;               // tokens drafted so far
     std::vector<int32_t>                    turns(requests.size());  // decodes that each request took part in
@@ -536,7 +539,7 @@ void Session::draft(std::vector<Request> requests, const mtpbatch_terms * terms,
             Pick &          p       = picks[static_cast<size_t>(i)];
             const Request & request = requests[outputs[static_cast<size_t>(i)].first];
             p.token                 = argmax(p.logits, n_vocab);
-            if (request.selective || config_.p_min > 0) {
+            if (terms || config_.p_min > 0) {
                 const float temperature = request.temperature > 0 ? request.temperature : 1;
                 p.probability           = probability_of(p.token, p.logits, n_vocab, temperature);
             }
@@ -557,11 +560,11 @@ void Session::draft(std::vector<Request> requests, const mtpbatch_terms * terms,
         if (config_.p_min > 0 && pick.probability < config_.p_min) {
             return false;
         }
-        if (request.selective) {
+        if (terms) {
             const int32_t confidence = confidence_of(pick.probability, request.temperature);
             const float   before     = draft.chances.empty() ? 1 : draft.chances.back();
             const float   chance     = before * terms->acceptance[confidence];
-            if (chance < terms->target_row) {
+            if (request.selective && chance < terms->target_row && !level) {
                 return false;
             }
             draft.confidences.push_back(confidence);
@@ -587,24 +590,27 @@ void Session::draft(std::vector<Request> requests, const mtpbatch_terms * terms,
         rows.clear();
         outputs.clear();
     };
-    // Drops the requests whose next draft is not expected to pay, by itself or with all others.
+    // Drops the selective requests whose next draft is not expected to pay: with all others, or by
+    // itself, unless drafts are to be level.
     const auto drop_unpromising = [&] {
         float      gain  = 0;
         bool       bound = false;  // to decode once more anyway
-        const auto pays  = [&](size_t r) {
+        const auto stays = [&](size_t r) {
             const Request & request = requests[r];
             if (!request.selective) {
                 bound = true;
                 return true;
             }
-            const float next = drafts[r].chances.back() * request.expected - terms->target_row - terms->draft_row;
-            gain += std::max(next, 0.0f);
-            return next > 0;
+            const float next = drafts[r].chances.back() * request.expected - terms->target_row;
+            gain += level ? std::max(next, 0.0f) - terms->draft_row : std::max(next - terms->draft_row, 0.0f);
+            return level || next > terms->draft_row;
         };
-        drafting.erase(std::remove_if(drafting.begin(), drafting.end(), [&](size_t r) { return !pays(r); }),
+        drafting.erase(std::remove_if(drafting.begin(), drafting.end(), [&](size_t r) { return !stays(r); }),
                        drafting.end());
-        if (!bound && terms && gain < terms->draft_decode) {
-            drafting.clear();
+        if (gain < (terms ? terms->draft_decode : 0) && !(bound && !level)) {
+            drafting.erase(
+                std::remove_if(drafting.begin(), drafting.end(), [&](size_t r) { return requests[r].selective; }),
+                drafting.end());
         }
     };
     const auto add = [&](size_t r, llama_token token, llama_pos position, const float * hidden, bool output) {

@@ -160,7 +160,7 @@ void Stepper::draft(const Plan & plan) {
     if (drafting_.empty()) {
         return;
     }
-    session_->draft(draft_requests_, &plan.terms, &pool_, drafts_);
+    session_->draft(draft_requests_, plan.terms ? &*plan.terms : nullptr, &pool_, drafts_);
     for (size_t i = 0; i < drafting_.size(); ++i) {
         Part & part = parts_[drafting_[i]];
         std::swap(part.draft, drafts_[i]);
@@ -168,48 +168,55 @@ void Stepper::draft(const Plan & plan) {
     }
 }
 
-// On models that keep recurrent state each length of drafts is a pass of its own. A length that is
-// not worth one is cut to the next shorter one there is.
+// On models that keep recurrent state each length of drafts is a pass of its own. So selective ones
+// are cut to one or two lengths, those that give most for the rows and passes that they take.
 void Stepper::even_out(const Plan & plan) {
-    if (drafting_.empty() || !target_->model().keeps_recurrent_state()) {
+    if (drafting_.empty() || !plan.terms || !target_->model().keeps_recurrent_state()) {
         return;
     }
-    std::vector<std::vector<size_t>> by_length(1);
+    const mtpbatch_terms & terms = *plan.terms;
+    std::vector<size_t>    selective;
+    std::vector<bool>      passes(1);  // by length of drafts: those that there are anyway
     for (size_t i = 0; i < parts_.size(); ++i) {
         const size_t length = parts_[i].draft.tokens.size();
         if (parts_[i].request) {
-            by_length.resize(std::max(by_length.size(), length + 1));
-            by_length[length].push_back(i);
+            passes.resize(std::max(passes.size(), length + 1));
+            if (length > 0 && plan.entries[i].selective) {
+                selective.push_back(i);
+            } else {
+                passes[length] = true;
+            }
         }
     }
-    while (true) {
-        float  most = 0;
-        size_t from = 0, to = 0;
-        size_t shorter = 0;
-        for (size_t length = 1; length < by_length.size(); ++length) {
-            if (by_length[length].empty()) {
-                continue;
+    // What it is worth to verify the first tokens of a draft.
+    const auto worth = [&](size_t i, size_t length) {
+        const auto & chances = parts_[i].draft.chances;
+        float        sum     = 0;
+        for (size_t k = 0; k < std::min(length, chances.size()); ++k) {
+            sum += chances[k] - terms.target_row;
+        }
+        return sum;
+    };
+    float  most = -INFINITY;
+    size_t one = 0, other = 0;
+    for (size_t low = 0; low < passes.size(); ++low) {
+        for (size_t high = low; high < passes.size(); ++high) {
+            std::vector<bool> taken = passes;
+            float             gain  = 0;
+            for (const size_t i : selective) {
+                const size_t better = worth(i, high) > worth(i, low) ? high : low;
+                gain += worth(i, better);
+                taken[std::min(better, parts_[i].draft.tokens.size())] = true;
             }
-            float gain = by_length[shorter].empty() ? 0 : plan.terms.target_pass;
-            for (const size_t i : by_length[length]) {
-                const auto & chances = parts_[i].draft.chances;
-                for (size_t k = shorter; k < length; ++k) {
-                    gain += plan.terms.target_row - (plan.entries[i].selective ? chances[k] : INFINITY);
-                }
-            }
+            gain -= terms.target_pass * static_cast<float>(std::count(taken.begin(), taken.end(), true));
             if (gain > most) {
-                most = gain, from = length, to = shorter;
+                most = gain, one = low, other = high;
             }
-            shorter = length;
         }
-        if (most <= 0) {
-            return;
-        }
-        for (const size_t i : by_length[from]) {
-            parts_[i].draft.resize(to);
-            by_length[to].push_back(i);
-        }
-        by_length[from].clear();
+    }
+    for (const size_t i : selective) {
+        const size_t better = worth(i, other) > worth(i, one) ? other : one;
+        parts_[i].draft.resize(std::min(better, parts_[i].draft.tokens.size()));
     }
 }
 

@@ -280,7 +280,7 @@ class Plan(Struct, frozen=True, gc=False):
     admit: tuple[Admission, ...]
     entries: tuple[PlanEntry, ...]
     terms: Terms | None = None
-    """Of the entries that are selective."""
+    """None: no entry is selective."""
     number: int = 0
     """Names the plan in its results."""
     run_ahead: int = 0
@@ -335,8 +335,8 @@ class StepResult(Struct, frozen=True, gc=False):
     lost: tuple[int, ...] = ()
     """Sequence ids whose snapshot could not be restored: they take no part until released."""
     trials: tuple[tuple[int, int, int], ...] = ()
-    """Drafts of selective entries that were verified: a class of confidence (``N_CONFIDENCES`` more
-    for requests with a temperature), how many, and how many of them were accepted."""
+    """Drafts that were verified, if the plan has terms: a class of confidence (``N_CONFIDENCES``
+    more for requests with a temperature), how many, and how many of them were accepted."""
 
 
 # ----------------------------------------------------------------------- back to the app
