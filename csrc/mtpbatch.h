@@ -311,7 +311,7 @@ typedef struct mtpbatch_step {
 mtpbatch_status mtpbatch_executor_create(const mtpbatch_context * target, const mtpbatch_session * session,
                                          mtpbatch_executor ** executor, mtpbatch_error * error);
 // Ends its thread when the step under way has ended, and the wait of an exchange; idempotent. No
-// step begins after that.
+// step begins after that, and every further exchange fails with MTPBATCH_CONTEXT_FAILED.
 void mtpbatch_executor_stop(mtpbatch_executor * executor);
 void mtpbatch_executor_free(mtpbatch_executor * executor);
 // Takes in that the steps of the last call were seen, hands over a plan (or NULL), and gives the
@@ -332,7 +332,8 @@ mtpbatch_status mtpbatch_executor_exchange(mtpbatch_executor * executor, const m
 // Any thread: ends the wait of the exchange under way, or of the next one.
 void mtpbatch_executor_wake(mtpbatch_executor * executor);
 // Any thread: wakes, and the requests of that ticket take part in no step after the one under way.
-// That needs no exchange. A plan must still release them.
+// That needs no exchange. A plan must still release them. It counts for requests that were handed
+// over, and for those that the next exchange hands over: whoever makes plans learns of it after that.
 void mtpbatch_executor_cancel(mtpbatch_executor * executor, int64_t ticket);
 
 // --- sampler -------------------------------------------------------------------------------------

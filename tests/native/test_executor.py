@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import random
@@ -21,6 +22,7 @@ import pytest
 import loops
 from mtpbatch.exceptions import ContextError, InternalError
 from mtpbatch.native import Batch, Context, Executor, Model, MtpSession
+from mtpbatch.native._library import lib
 from mtpbatch.types import NO_RESULT, Admission, Plan, PlanEntry, SamplingParams, StepResult
 
 DEPTH = 3
@@ -681,11 +683,58 @@ def test_who_is_cancelled_sits_out_though_nobody_exchanges(tiny: Model, n_draft:
         assert target.length(0) <= n_most
     assert target.length(1) > 1000
     assert results[-1].entries[0] == NO_RESULT
-    # Before it is admitted as well: then its prompt is not even begun.
-    third = msgspec.structs.replace(admit(2, 50), ticket=12)
-    executor.exchange(Plan((1,), (third,), (prefill(2),)), wait=False)
+
+
+def busy_with_a_long_step(model: Model) -> tuple[Context, Executor, Callable[[], bool]]:
+    """An executor whose first step has begun or is about to, and whether that step still runs.
+
+    It is of plan 1, on sequence 0. Hand over what shall wait behind it, and ask after that.
+    """
+    target, executor = make(model, n_ctx=1024, n_batch=1024, n_ubatch=1024)
+    plan = Plan((), (admit(0),), (prefill(0, [50] * 990),), number=1)
+    executor.exchange(plan, wait=False)
+    return target, executor, lambda: target.length(0) == 0
+
+
+def results_until(executor: Executor, number: int) -> dict[int, StepResult]:
+    """The first result of each plan, up to the plan of that number."""
+    results: dict[int, StepResult] = {}
+    while number not in results:
+        for result in executor.exchange(None, wait=True):
+            results.setdefault(result.plan, result)
+    return results
+
+
+def test_who_is_cancelled_while_its_plan_waits_is_not_even_begun(tiny: Model) -> None:
+    """It is admitted, since its plan says so, but no token of its prompt is decoded."""
+    one = msgspec.structs.replace(admit(2, 50), ticket=12)
+    other = msgspec.structs.replace(admit(3, 50), ticket=13)
+    for _ in range(50):  # a busy machine may end the long step too soon
+        target, executor, still_busy = busy_with_a_long_step(tiny)
+        executor.exchange(Plan((), (one, other), (prefill(2), prefill(3)), number=2), wait=False)
+        executor.cancel(12)
+        if still_busy():
+            break
+    else:
+        pytest.fail("no plan had to wait")
+    sat_out, took_part = results_until(executor, 2)[2].entries
+    assert sat_out == NO_RESULT
+    assert took_part.token_ids
+    assert target.length(2) == 0
+
+
+def test_who_is_cancelled_before_its_plan_comes_is_not_even_begun(tiny: Model) -> None:
+    """With the next exchange, as whoever makes plans learns of it before the one after that."""
+    one = msgspec.structs.replace(admit(2, 50), ticket=12)
+    target, executor = make(tiny)
+    executor.cancel(11)
     executor.cancel(12)
-    assert target.length(2) <= len(PROMPT)
+    executor.exchange(Plan((), (one,), (prefill(2),), number=1), wait=False)
+    assert results_until(executor, 1)[1].entries == (NO_RESULT,)
+    assert target.length(2) == 0
+    # Nothing is kept of it longer, lest what is kept of tickets that never come piles up.
+    executor.exchange(Plan((2,), (one,), (prefill(2),), number=2), wait=False)
+    assert results_until(executor, 2)[2].entries[0].token_ids
 
 
 def test_a_waiting_exchange_can_be_woken(tiny: Model) -> None:
@@ -698,6 +747,30 @@ def test_a_waiting_exchange_can_be_woken(tiny: Model) -> None:
     thread.join()
     executor.close()
     executor.wake()
+
+
+@pytest.mark.parametrize("stop", [Executor.close, lambda e: lib.mtpbatch_executor_stop(e._native)])
+def test_a_stopped_executor_leaves_nobody_waiting(
+    tiny: Model, stop: Callable[[Executor], None]
+) -> None:
+    """Neither who waits already nor who comes after, who is told why."""
+    _, executor = make(tiny)
+    about_to = threading.Event()
+
+    def wait() -> None:
+        about_to.set()
+        with contextlib.suppress(ContextError):  # if it comes too late
+            executor.exchange(None, wait=True)
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    about_to.wait()
+    stop(executor)
+    thread.join(60)
+    assert not thread.is_alive()
+    for wait_too in (True, False):
+        with pytest.raises(ContextError):
+            executor.exchange(None, wait=wait_too)
 
 
 def test_gaps_are_counted_only_while_sequences_are_left_to_go_on(tiny: Model) -> None:
@@ -715,7 +788,25 @@ def test_gaps_are_counted_only_while_sequences_are_left_to_go_on(tiny: Model) ->
 
 
 def test_what_is_released_does_not_wait_for_plans_that_have_not_begun(tiny: Model) -> None:
-    """Their entries for it are skipped; who takes the id after that is not confused with it."""
+    """Each of them passes it over, though the release comes with the last one."""
+    for _ in range(50):  # a busy machine may end the long step too soon
+        _, executor, still_busy = busy_with_a_long_step(tiny)
+        entries = (step(0), prefill(1, [51]), prefill(2, [52]))
+        executor.exchange(Plan((), (admit(1), admit(2)), entries, number=2), wait=False)
+        executor.exchange(Plan((), (), (step(0), step(1), step(2)), number=3), wait=False)
+        executor.exchange(Plan((0,), (), ()), wait=False)
+        if still_busy():
+            break
+    else:
+        pytest.fail("no plan had to wait")
+    for number, result in results_until(executor, 3).items():
+        released, *others = result.entries
+        assert (released == NO_RESULT) == (number > 1)
+        assert all(entry.token_ids for entry in others)
+
+
+def test_who_takes_a_released_id_is_not_confused_with_who_had_it(tiny: Model) -> None:
+    """Though plans that release it and plans with entries for either wait side by side."""
     _, executor = make(tiny)
     loops.execute(executor, Plan((), (admit(0), admit(1)), (prefill(0), prefill(1, [51]))))
     plans = [
