@@ -2,11 +2,11 @@
 
     python -m benchmarks.scheduler_cost [--sequences 256] [--waiting 100000]
 
-No model runs: results are made up, three tokens for each sequence and step. Measured is one call of
-``Scheduler.schedule`` and one of ``Scheduler.update``, which are all of Python's that a step must
-have, and ``Scheduler.add`` where a request comes. In a quiet step the plan stands; in a busy one a
-request ends, one comes and one is admitted, so that a plan is made. Two schedulers, of which one
-has the requests waiting, take turns step by step, so that the machine is the same for both.
+No model runs: the executor of ``mtpbatch.testing`` plays the steps. In about each of them a request
+ends and another takes its place. Measured is the processor time of what Python must do between two
+steps: ``Scheduler.update``, ``Scheduler.add`` where a request comes, and ``Scheduler.schedule``.
+Two schedulers have the same requests, but one has all of them from the beginning. They take turns
+step by step, so that the machine is the same for both.
 """
 
 from __future__ import annotations
@@ -14,110 +14,111 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
+from collections.abc import Sequence as Items
 
 from benchmarks import command_line
 from benchmarks.report import spread, table
 from mtpbatch.scheduler import Scheduler
 from mtpbatch.sequence import Sequence
 from mtpbatch.speculation import DraftWish
+from mtpbatch.testing import Drafts, StepCost
+from mtpbatch.testing.simulated import SimulatedExecutor
+from mtpbatch.testing.workload import N_LUCK, luck_of
 from mtpbatch.text import TextAssembler
-from mtpbatch.types import EntryResult, ModelFacts, Plan, SamplingParams, StepResult
+from mtpbatch.types import ModelFacts, SamplingParams
 
 _N_DRAFT = 3
-_N_CTX = 1 << 20  # nobody's context ends
+_N_CTX = 4096
 _PROMPT = (65,) * 32
-_TOKEN_BYTES = [bytes([byte]) for byte in range(256)]
-_FIRST = EntryResult((65,), 0, 0, None)
-_NEXT = EntryResult((66, 67, 68), _N_DRAFT, 2, None)
-_LAST = EntryResult((66, 67, 68), _N_DRAFT, 2, "stop")
+_LUCK = luck_of(Drafts())
+_COST = StepCost(target_pass=0.05, target_row=1e-4, draft_decode=1e-3, draft_row=1e-5)
+_WARM_UP = 200  # steps: the first requests begin together, but do not end so
 
 
 class Subject:
-    """A scheduler whose sequence ids are all taken, and who waits."""
+    """A scheduler that shares its steps among as many requests as it has sequence ids."""
 
     def __init__(self, n_sequences: int, n_waiting: int, *, followed: bool) -> None:
-        self._followed = followed
-        self._tickets = itertools.count(1)
-        self._scheduler = Scheduler(
-            ModelFacts(
-                n_ctx=_N_CTX,
-                n_seq=n_sequences,
-                n_batch=max(2048, n_sequences * (len(_PROMPT) + _N_DRAFT)),  # no prompt is cut
-                n_draft_max=_N_DRAFT,
-                n_vocab=256,
-                eog_token_ids=frozenset(),
-                n_cells=n_sequences * _N_CTX,
-                n_ubatch=512,
-            )
+        facts = ModelFacts(
+            n_ctx=_N_CTX,
+            n_seq=n_sequences,
+            n_batch=2048,
+            n_draft_max=_N_DRAFT,
+            n_vocab=256,
+            eog_token_ids=frozenset(),
+            n_cells=n_sequences * _N_CTX,
+            n_ubatch=512,
         )
-        for _ in range(n_sequences):
+        self._followed = followed
+        self._n_sequences = n_sequences
+        self._scheduler = Scheduler(facts)
+        self._executor = SimulatedExecutor(facts, _COST)
+        self._tickets = itertools.count(1)
+        for _ in range(n_sequences + n_waiting):
             self._scheduler.add(self._request())
-        while self._scheduler.stats.waiting:
-            self._plan()
-            self._scheduler.update(self._result(), 0.0)
-        for _ in range(n_waiting):
-            self._scheduler.add(self._request())
+        self._plan(0.0)
+        for _ in range(_WARM_UP):
+            self.step()
 
-    def quiet(self) -> float:
-        """Seconds of a step in which the plan stands."""
-        result = self._result()
-        begin = time.perf_counter()
-        self._scheduler.schedule(0.0)
-        self._scheduler.update(result, 0.0)
-        return time.perf_counter() - begin
+    def step(self) -> float:
+        """Seconds of processor time that Python takes for a step."""
+        now = self._executor.step_end
+        self._executor.end_step()
+        seconds = 0.0
+        for result in self._executor.take_results(now):
+            begin = time.thread_time()
+            events = self._scheduler.update(result, now)
+            seconds += time.thread_time() - begin
+            for _ in (event for event in events if event.last):
+                request = self._request()
+                begin = time.thread_time()
+                self._scheduler.add(request)
+                seconds += time.thread_time() - begin
+        return seconds + self._plan(now)
 
-    def busy(self) -> float:
-        """Seconds of a step in which a request ends and another takes its sequence id."""
-        result, request = self._result(ends=True), self._request()
-        begin = time.perf_counter()
-        self._scheduler.update(result, 0.0)
-        self._scheduler.add(request)
-        self._plan()
-        seconds = time.perf_counter() - begin
-        self._scheduler.update(self._result(), 0.0)  # of the prompt that has come
+    def _plan(self, now: float) -> float:
+        seconds = 0.0
+        plan = None
+        while not seconds or plan is not None:
+            begin = time.thread_time()
+            plan = self._scheduler.schedule(now)
+            seconds += time.thread_time() - begin
+            if plan is not None:
+                self._executor.hand_over(plan, now)
         return seconds
-
-    def _plan(self) -> None:
-        plan = self._scheduler.schedule(0.0)
-        assert plan is not None
-        assert plan.admit
-        self._standing: Plan = plan
-        self._stepped = False
 
     def _request(self) -> Sequence:
         ticket = next(self._tickets)
+        luck = ticket * 2_654_435_761
+        self._executor.expect(ticket, _LUCK, luck % N_LUCK)
+        # So long that one ends in each step, of 2 tokens for each sequence.
+        max_tokens = self._n_sequences + luck % (2 * self._n_sequences)
         return Sequence(
             f"r{ticket}",
             ticket,
             _PROMPT,
             SamplingParams(),
             seed=0,
-            max_tokens=_N_CTX - len(_PROMPT),
+            max_tokens=max_tokens,
             wish=DraftWish(_N_DRAFT, adaptive=True),
             n_draft_max=_N_DRAFT,
             followed=self._followed,
-            assembler=TextAssembler(_TOKEN_BYTES),
+            assembler=TextAssembler([b"x"]),
             submitted=float(ticket),
         )
 
-    def _result(self, *, ends: bool = False) -> StepResult:
-        """Of the standing plan's next step. The oldest request may end in it."""
-        entries = self._standing.entries
-        results = [_FIRST if entry.tokens and not self._stepped else _NEXT for entry in entries]
-        if ends:
-            results[0] = _LAST
-        self._stepped = True
-        return StepResult(self._standing.number, tuple(results), 1, 1, 0, 0, 0.0, 0.0, 0.0, 0.0)
 
-
-def measure(n_sequences: int, n_waiting: int, n_steps: int, *, followed: bool) -> list[list[float]]:
-    """Microseconds, medians over the steps: quiet ones and busy ones, of both schedulers."""
+def measure(
+    n_sequences: int, n_waiting: int, n_steps: int, *, followed: bool
+) -> list[Items[float]]:
+    """Microseconds of each step, of both schedulers."""
     subjects = [Subject(n_sequences, n, followed=followed) for n in (0, n_waiting)]
-    figures = []
-    for step in (Subject.quiet, Subject.busy):
-        times = [[1e6 * step(subject) for subject in subjects] for _ in range(n_steps)]
-        figures.append([statistics.median(of_one) for of_one in zip(*times, strict=True)])
-    return figures
+    steps = [[1e6 * subject.step() for subject in subjects] for _ in range(n_steps)]
+    return list(zip(*steps, strict=True))
+
+
+def percentile(times: Items[float], share: float) -> float:
+    return sorted(times)[int(share * len(times))]
 
 
 def main() -> None:
@@ -125,7 +126,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--sequences", type=int, default=256)
     parser.add_argument("--waiting", type=int, default=100_000)
-    parser.add_argument("--steps", type=int, default=400, help="of each kind in a round")
+    parser.add_argument("--steps", type=int, default=500, help="in a round")
     options = parser.parse_args()
     print(f"{command_line.in_one_line(command_line.conditions())}\n")
     rows = []
@@ -134,21 +135,17 @@ def main() -> None:
             measure(options.sequences, options.waiting, options.steps, followed=followed)
             for _ in range(options.rounds)
         ]
-        for name, of_kind in zip(
-            ("plan stands", "new plan"), zip(*rounds, strict=True), strict=True
+        for name, figure in (
+            ("median", statistics.median),
+            ("9 of 10 take less than", lambda times: percentile(times, 0.9)),
         ):
-            alone, crowded = zip(*of_kind, strict=True)
-            ratios = [b / a for a, b in of_kind]
-            rows.append(
-                [
-                    "stream" if followed else "generate",
-                    name,
-                    spread(alone),
-                    spread(crowded),
-                    spread(ratios, 3),
-                ]
+            alone, crowded = (
+                [figure(times) for times in side] for side in zip(*rounds, strict=True)
             )
-    head = ["requests", "step", "nobody waits, µs", f"{options.waiting:,} wait, µs", "ratio"]
+            ratios = [b / a for a, b in zip(alone, crowded, strict=True)]
+            requests = "stream" if followed else "generate"
+            rows.append([requests, name, spread(alone), spread(crowded), spread(ratios, 3)])
+    head = ["requests", "steps", "nobody waits, µs", f"{options.waiting:,} wait, µs", "ratio"]
     print(table(head, rows))
 
 

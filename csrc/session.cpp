@@ -182,11 +182,28 @@ void Session::reset(llama_seq_id seq_id) {
 }
 
 void Session::ignore(llama_seq_id seq_id) {
-    auto & s = sequence(seq_id);
-    if (s.n_past > 0) {
-        throw Error(MTPBATCH_SESSION_SEQUENCE, sequence_name(seq_id) + " has begun already");
-    }
+    auto &        s      = sequence(seq_id);
+    const int32_t n_past = s.n_past;
+    reset(seq_id);
+    s.n_past  = n_past;
     s.ignored = true;
+}
+
+bool Session::cut(llama_seq_id seq_id, int32_t length) {
+    auto & s = settled(seq_id);
+    if (length >= s.n_past) {
+        return true;
+    }
+    if (!target_->truncate(seq_id, length)) {
+        return false;
+    }
+    draft_->truncate(seq_id, length);
+    s.decoded.assign(s.decoded.size(), length);
+    s.n_past = length;
+    // The row that the next token pairs with was not kept. Like the first token it goes without: its
+    // one entry misleads no draft for long.
+    s.hidden.assign(s.hidden.size(), 0);
+    return true;
 }
 
 // A sequence that has no draft under way and is where the target is.
@@ -276,6 +293,10 @@ void Session::restore(llama_seq_id seq_id, const uint8_t * state, size_t size) {
     if (header.n_past > target_->params().n_ctx) {
         refuse("the saved sequence has " + std::to_string(header.n_past) +
                " positions, more than n_ctx=" + std::to_string(target_->params().n_ctx));
+    }
+    if (!target_->has_room(seq_id, header.n_past)) {
+        refuse("the saved sequence has " + std::to_string(header.n_past) +
+               " positions, and the others leave fewer of n_cells=" + std::to_string(target_->params().n_cells));
     }
     reset(seq_id);
     const uint8_t * body = state + sizeof header;
@@ -513,6 +534,9 @@ void Session::draft(std::vector<Request> requests, const mtpbatch_terms * terms,
 
     const int32_t n_vocab = target_->model().n_vocab();
     const bool    chained = draft_->n_heads() > 1;
+    // Where each length is a pass of its own, drafts that pay go as deep as the others: who verifies
+    // them cuts them to the lengths that pay.
+    const bool level = target_->model().keeps_recurrent_state();
     drafts.assign(requests.size(), {});
     int32_t                                 depth = 0;               // tokens drafted so far
     std::vector<int32_t>                    turns(requests.size());  // decodes that each request took part in
@@ -536,7 +560,7 @@ void Session::draft(std::vector<Request> requests, const mtpbatch_terms * terms,
             Pick &          p       = picks[static_cast<size_t>(i)];
             const Request & request = requests[outputs[static_cast<size_t>(i)].first];
             p.token                 = argmax(p.logits, n_vocab);
-            if (request.selective || config_.p_min > 0) {
+            if (terms || config_.p_min > 0) {
                 const float temperature = request.temperature > 0 ? request.temperature : 1;
                 p.probability           = probability_of(p.token, p.logits, n_vocab, temperature);
             }
@@ -557,11 +581,11 @@ void Session::draft(std::vector<Request> requests, const mtpbatch_terms * terms,
         if (config_.p_min > 0 && pick.probability < config_.p_min) {
             return false;
         }
-        if (request.selective) {
+        if (terms) {
             const int32_t confidence = confidence_of(pick.probability, request.temperature);
             const float   before     = draft.chances.empty() ? 1 : draft.chances.back();
             const float   chance     = before * terms->acceptance[confidence];
-            if (chance < terms->target_row) {
+            if (request.selective && chance < terms->target_row && !level) {
                 return false;
             }
             draft.confidences.push_back(confidence);
@@ -587,24 +611,27 @@ void Session::draft(std::vector<Request> requests, const mtpbatch_terms * terms,
         rows.clear();
         outputs.clear();
     };
-    // Drops the requests whose next draft is not expected to pay, by itself or with all others.
+    // Drops the selective requests whose next draft is not expected to pay: with all others, or by
+    // itself, unless drafts are to be level.
     const auto drop_unpromising = [&] {
         float      gain  = 0;
         bool       bound = false;  // to decode once more anyway
-        const auto pays  = [&](size_t r) {
+        const auto stays = [&](size_t r) {
             const Request & request = requests[r];
             if (!request.selective) {
                 bound = true;
                 return true;
             }
-            const float next = drafts[r].chances.back() * request.expected - terms->target_row - terms->draft_row;
-            gain += std::max(next, 0.0f);
-            return next > 0;
+            const float next = drafts[r].chances.back() * request.expected - terms->target_row;
+            gain += level ? std::max(next, 0.0f) - terms->draft_row : std::max(next - terms->draft_row, 0.0f);
+            return level || next > terms->draft_row;
         };
-        drafting.erase(std::remove_if(drafting.begin(), drafting.end(), [&](size_t r) { return !pays(r); }),
+        drafting.erase(std::remove_if(drafting.begin(), drafting.end(), [&](size_t r) { return !stays(r); }),
                        drafting.end());
-        if (!bound && terms && gain < terms->draft_decode) {
-            drafting.clear();
+        if (gain < (terms ? terms->draft_decode : 0) && !(bound && !level)) {
+            drafting.erase(
+                std::remove_if(drafting.begin(), drafting.end(), [&](size_t r) { return requests[r].selective; }),
+                drafting.end());
         }
     };
     const auto add = [&](size_t r, llama_token token, llama_pos position, const float * hidden, bool output) {

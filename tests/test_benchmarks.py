@@ -91,3 +91,37 @@ def test_a_window_that_outlasts_its_generations_is_refused() -> None:
 
     with pytest.raises(RuntimeError, match="--window"):
         anyio.run(one_token)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "plots"),
+    [
+        (["policies", "--rates", "0.5", "--sequences", "4", "--requests", "20"], ["policies"]),
+        (["changes", "--seconds", "60"], ["ramp", "square_wave"]),
+        (["replicas", "--engines", "2", "--requests", "200", "--rate", "9"], ["replicas"]),
+        (["million", "--requests", "200"], []),
+    ],
+)
+def test_every_study_of_the_simulator_runs(
+    arguments: list[str], plots: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from benchmarks import simulate
+
+    command = [*arguments, "--depths", "0", "auto"]
+    simulate.main(command)
+    text = capsys.readouterr().out
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert len(rows) == 4, "a head, the line below it, and one row for each depth"
+    if plots:
+        pytest.importorskip("matplotlib")
+        simulate.main([*command, "--plots", str(tmp_path)])
+        assert capsys.readouterr().out == text, "the same figures every time"
+    assert sorted(path.stem for path in tmp_path.iterdir()) == plots
+
+
+def test_the_scheduler_is_measured_with_and_without_a_queue() -> None:
+    from benchmarks.scheduler_cost import measure
+
+    alone, crowded = measure(n_sequences=4, n_waiting=20, n_steps=5, followed=True)
+    assert len(alone) == len(crowded) == 5
+    assert min(*alone, *crowded) > 0

@@ -179,11 +179,13 @@ class Scheduler:
             self._prompting = chunks[-1][0]
 
         self._n_plans += 1
+        adaptive = any(sequence.wish.adaptive for sequence in self._running.values())
+        terms = self._speculator.choice.terms if adaptive else None
         plan = Plan(
             release,
             tuple(admit),
             tuple(entries),
-            self._speculator.choice.terms,
+            terms,
             number=self._n_plans,
             run_ahead=_RUN_AHEAD,
             followed=any(sequence.followed for sequence in self._running.values()),
@@ -343,16 +345,18 @@ class Scheduler:
     def _admit_next(self, now: float) -> Sequence:
         sequence = self._waiting.pop()
         self._running[sequence.request_id] = sequence
-        sequence.admit(heapq.heappop(self._free), self._speculator.new_habit(), now)
+        habit = self._speculator.new_habit(len(sequence.prompt))
+        sequence.admit(heapq.heappop(self._free), habit, now)
         return sequence
 
     def _entry(self, sequence: Sequence, chunk: tuple[int, ...], most_drafts: int) -> PlanEntry:
         """A sequence's part in a plan. It drafts from the step on in which it generates."""
         if not sequence.prompt_planned:
             return PlanEntry(_id(sequence), chunk, False, 0)
-        n_draft = min(self._speculator.depth_of(sequence), most_drafts)
-        expected = round(sequence.habit.next_accepted, 1)
-        return PlanEntry(_id(sequence), chunk, True, n_draft, sequence.wish.adaptive, expected)
+        wish = self._speculator.wish_for(sequence)
+        n_draft = min(wish.limit, most_drafts)
+        expected = round(sequence.habit.acceptance, 1)
+        return PlanEntry(_id(sequence), chunk, True, n_draft, wish.adaptive, expected)
 
     def _admission(self, sequence: Sequence) -> Admission:
         params = sequence.params

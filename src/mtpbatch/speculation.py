@@ -16,12 +16,14 @@ accepted every second time.
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Collection, Iterable
 from collections.abc import Sequence as Items
 from itertools import accumulate
 from typing import Final, Protocol
 
+import msgspec
 from msgspec import Struct
 
 from mtpbatch.exceptions import InvalidParameterError
@@ -75,77 +77,72 @@ def _refusal(wish: int, facts: ModelFacts) -> str:
 # ------------------------------------------------------------------------- what things cost
 
 
-class Curve:
-    """Seconds that a decode takes, by its rows. Learnt from decodes; 0 before the first.
+class Cost:
+    """Seconds that a decode takes: so much for a pass, and so much for each of its rows.
 
-    Known at powers of two, and in between on straight lines. Each decode moves the points beside
-    it, quickly at first, and all others a little: a machine that is slower for a while is slower
-    for all. Points that nothing came near keep the shape of a guess, in which a pass costs as
-    much as 8 of its rows.
+    Follows what decodes took as a Kalman filter does, with the logarithms of the seconds of a pass
+    and of a row's share in them as its state. So it knows what it cannot tell from decodes of
+    always the same size, and takes it up quickly when other sizes come: a machine that becomes
+    slower changes the pass, and the row with it; the share changes slowly.
 
-    State: ``_points`` and ``_seen``, changed by :meth:`observe` alone.
+    State: ``_pass`` and ``_share``, and what of them is uncertain, as variances and covariance of
+    their logarithms; :meth:`observe` changes them.
     """
 
-    _PASS_ROWS: Final = 8.0
-    _SLOWEST: Final = 0.1  # of an observation's surprise, what its points take over in the end
-    _COMMON: Final = 0.1  # and what all points do
-    _SURPRISE: Final = 4.0  # at most: a step during which the machine did something else
+    _NOISE: Final = 0.02  # variance of an observation, relative: about 14 %
+    _DRIFT: Final = (2e-3, 2e-4)  # what the variances of pass and share grow by with each
+    _FIRST: Final = (25.0, 2.0)  # what they are before the first: anything; a factor of 4
+    _SURPRISE: Final = 0.7  # at most, of a logarithm: a step in which the machine did other things
 
-    def __init__(self, most_rows: int) -> None:
-        n_points = max(2, most_rows.bit_length() + 1)
-        self._points = [self._PASS_ROWS + 2.0**i for i in range(n_points)]
-        self._seen = [0] * n_points
-        self._n_observed = 0
+    def __init__(self) -> None:
+        self._pass = 0.0  # 0: nothing was observed
+        self._share = 1 / 8
+        self._var_pass, self._var_share = self._FIRST
+        self._covar = 0.0
 
-    def at(self, rows: float) -> float:
-        """Seconds of a decode of so many rows. Less than one: it happens that often."""
-        if not self._n_observed or rows <= 0:
-            return 0.0
-        if rows < 1:
-            return rows * self._points[0]
-        i, share = self._place(rows)
-        return self._points[i] + share * (self._points[i + 1] - self._points[i])
+    def of(self, passes: float, rows: float) -> float:
+        """Seconds of so many passes, with so many rows in all."""
+        return self._pass * (passes + self._share * rows)
 
-    def per_row(self, rows: float) -> float:
-        """Seconds that one row more takes."""
-        return max(0.0, self.at(1.5 * rows + 1) - self.at(rows)) / (0.5 * rows + 1)
+    @property
+    def per_pass(self) -> float:
+        """Seconds."""
+        return self._pass
 
-    def per_pass(self, rows: float) -> float:
-        """Seconds that it takes more to decode so many rows in two passes."""
-        return max(0.0, 2 * self.at(max(1.0, rows / 2)) - self.at(max(1.0, rows)))
+    @property
+    def per_row(self) -> float:
+        """Seconds."""
+        return self._pass * self._share
 
-    def observe(self, decodes: Items[int], seconds: float) -> None:
-        """Take in that decodes of so many rows took so long together."""
+    def observe(self, passes: int, rows: int, seconds: float) -> None:
+        """Take in how long so many passes took, with so many rows in all."""
         if seconds <= 0:
             return
-        if not self._n_observed:
-            self._n_observed = 1  # from here on there are times, in some unit
-        expected = [self.at(rows) for rows in decodes]
-        total = sum(expected)
-        surprise = seconds / total
-        if self._n_observed > 1:
-            surprise = min(max(surprise, 1 / self._SURPRISE), self._SURPRISE)
-        common = surprise ** max(self._COMMON, 1 / self._n_observed)
-        self._points = [seconds * common for seconds in self._points]
-        self._n_observed += 1
-        for rows, part in zip(decodes, expected, strict=True):
-            i, share = self._place(rows)
-            for point, weight in ((i, 1 - share), (i + 1, share)):
-                pace = max(self._SLOWEST, 1 / (1 + self._seen[point]))
-                self._points[point] *= (surprise / common) ** (pace * weight * part / total)
-                self._seen[point] += weight > 0.3
-
-    def _place(self, rows: float) -> tuple[int, float]:
-        """The point below, and how far it is to the next one: past the last, beyond 1."""
-        i = min(int(rows).bit_length() - 1, len(self._points) - 2)
-        return i, rows / 2**i - 1
+        if not self._pass:
+            self._pass = seconds / (passes + self._share * rows)
+        in_rows = self._share * rows
+        weight = in_rows / (passes + in_rows)  # of the share in the logarithm of the seconds
+        surprise = math.log(seconds / self.of(passes, rows))
+        surprise = min(max(surprise, -self._SURPRISE), self._SURPRISE)
+        drift_pass, drift_share = self._DRIFT
+        self._var_pass += drift_pass
+        self._var_share += drift_share
+        with_pass = self._var_pass + weight * self._covar
+        with_share = self._covar + weight * self._var_share
+        variance = with_pass + weight * with_share + self._NOISE
+        gain_pass, gain_share = with_pass / variance, with_share / variance
+        self._pass *= math.exp(gain_pass * surprise)
+        self._share *= math.exp(gain_share * surprise)
+        self._var_pass -= gain_pass * with_pass
+        self._var_share -= gain_share * with_share
+        self._covar -= gain_pass * with_share
 
 
 class CostModel:
     """How long the parts of a step take, learnt from the steps.
 
-    State: ``target`` and ``draft``, by the rows of a decode; ``prompt_row``, seconds that a row of
-    a prompt adds to a step; ``overhead``, seconds of a step beside its decodes; ``step``, seconds
+    State: ``target`` and ``draft``, of their decodes; ``prompt_row``, seconds that a row of a
+    prompt adds to a step; ``overhead``, seconds of a step beside its decodes; ``step``, seconds
     of a step without prompts, lately. :meth:`observe` changes them.
     """
 
@@ -155,8 +152,9 @@ class CostModel:
 
     def __init__(self, facts: ModelFacts) -> None:
         self._recurrent = facts.recurrent
-        self.target = Curve(facts.n_batch)
-        self.draft = Curve(facts.n_batch)
+        self._n_ubatch = facts.n_ubatch
+        self.target = Cost()
+        self.draft = Cost()
         self.prompt_row = 0.0
         self.overhead = 0.0
         self.step = 0.0
@@ -178,22 +176,27 @@ class CostModel:
         ``lengths[n]`` is how many sequences verified a draft of n tokens; 0 counts those that
         decoded one token. ``n_prompt`` rows were of prompts.
         """
-        decodes = [count * (1 + length) for length, count in enumerate(lengths) if count]
-        if not self._recurrent and decodes:
-            decodes = [sum(decodes)]
+        rows = sum(count * (1 + length) for length, count in enumerate(lengths))
         if result.n_draft_decodes:
-            per_decode = max(1, round(result.n_draft_tokens / result.n_draft_decodes))
-            self.draft.observe([per_decode] * result.n_draft_decodes, result.draft_time)
+            self.draft.observe(result.n_draft_decodes, result.n_draft_tokens, result.draft_time)
         if n_prompt:
-            beside = sum(map(self.target.at, decodes))
+            beside = self.target.of(self._passes(lengths, rows), rows)
             row = max(0.0, result.target_time - beside) / n_prompt
             self.prompt_row += (row - self.prompt_row) * (self._PACE if self.prompt_row else 1)
-        elif decodes:
-            self.target.observe(decodes, result.target_time)
+        elif rows:
+            self.target.observe(self._passes(lengths, rows), rows, result.target_time)
             rest = result.sample_time + min(result.gap_time, result.target_time)
             self.overhead += (rest - self.overhead) * self._PACE
             step = result.draft_time + result.target_time + rest
             self.step += (step - self.step) * (self._PACE if self.step else 1)
+
+    def _passes(self, lengths: Items[int], rows: int) -> int:
+        """Forward passes that the decodes of a step take."""
+        if self._recurrent:  # each length is one, or more
+            sizes = [count * (1 + length) for length, count in enumerate(lengths) if count]
+        else:
+            sizes = [rows] if rows else []
+        return sum(-(-size // self._n_ubatch) for size in sizes)
 
 
 # --------------------------------------------------------------------- what drafts are worth
@@ -203,36 +206,51 @@ class Habit:
     """How drafting goes, by depth: how often it comes to it, and how often that is accepted.
 
     ``reached[d]`` is the share of steps that draft more than d tokens, and ``gained[d]`` of those
-    in which more than d are accepted, of the steps that may. Both fade: what came long ago counts
+    in which more than d are accepted, of the steps that may; ``acceptance`` is the chance of a
+    draft that is verified, if all before it were accepted. All fade: what came long ago counts
     little. A sequence begins with everybody's and soon follows its own.
 
-    State: those two, and what came since they were last brought up to date; :meth:`note` and
-    :meth:`settle` change it.
+    State: those three, ``behind``, the tokens that the head has to take in before it drafts, and
+    what came since they were last brought up to date; :meth:`note` and :meth:`settle` change it.
     """
 
-    __slots__ = ("_allowed", "_drafted", "_gained", "_memory", "_weight", "gained", "reached")
+    __slots__ = (
+        *("reached", "gained", "acceptance", "behind", "_memory", "_weight", "_n_tried"),
+        *("_allowed", "_drafted", "_gained", "_tried"),
+    )
+    _PRIOR: Final = 4.0  # steps, and drafts, that what it begins with counts as
 
-    def __init__(self, reached: Items[float], gained: Items[float], memory: float) -> None:
+    def __init__(
+        self, reached: Items[float], gained: Items[float], acceptance: float, memory: float
+    ) -> None:
         self.reached = list(reached)
         self.gained = list(gained)
+        self.acceptance = acceptance
+        self.behind = 0
         self._memory = memory  # steps that count at most
-        self._weight = [4.0] * len(self.reached)  # steps that count so far
+        self._weight = [self._PRIOR] * len(self.reached)  # steps that count so far
+        self._n_tried = self._PRIOR  # drafts that do
         self._forget()
 
     @classmethod
     def guess(cls, n_draft_max: int, memory: float = 1.0) -> Habit:
         """Before anything is known: three of four drafts are accepted."""
-        return cls([1.0] * n_draft_max, [0.75 ** (d + 1) for d in range(n_draft_max)], memory)
+        gained = [0.75 ** (d + 1) for d in range(n_draft_max)]
+        return cls([1.0] * n_draft_max, gained, 0.75, memory)
 
-    def copy(self, memory: float) -> Habit:
+    def copy(self, memory: float, behind: int) -> Habit:
         """One that begins with this one's figures."""
-        return Habit(self.reached, self.gained, memory)
+        habit = Habit(self.reached, self.gained, self.acceptance, memory)
+        habit.behind = behind
+        return habit
 
     def note(self, allowed: int, drafted: int, accepted: int) -> None:
         """Take in a step that may draft ``allowed`` tokens."""
         self._allowed[allowed] += 1
         self._drafted[drafted] += 1
         self._gained[accepted] += 1
+        self._tried += accepted + (drafted > accepted)
+        self.behind = 1 + accepted if drafted else self.behind + 1
 
     def settle(self, others: Habit) -> None:
         """Bring the figures up to date, and ``others``, which is everybody's, with them."""
@@ -246,6 +264,10 @@ class Habit:
                 if allowed[d]:
                     for habit in (self, others):
                         habit._take(d, allowed[d], drafted[d], gained[d])
+            if self._tried:
+                accepted = sum(gained)
+                for habit in (self, others):
+                    habit._take_tried(self._tried, accepted)
         self._forget()
 
     def ahead(self, limit: int) -> tuple[float, float, float]:
@@ -254,20 +276,20 @@ class Habit:
         drafted = 1 + verified - self.reached[limit - 1] if limit else 0.0
         return sum(self.gained[:limit]), verified, drafted
 
-    @property
-    def next_accepted(self) -> float:
-        """The chance that a draft comes to one token more and has it accepted, after one was."""
-        before = sum(self.gained[:-1])
-        return sum(self.gained[1:]) / before if before > 0 else 0.0
-
     def _take(self, d: int, allowed: int, drafted: int, gained: int) -> None:
         self._weight[d] = weight = min(self._weight[d] + allowed, self._memory)
         pace = min(1.0, allowed / weight)
         self.reached[d] += (min(1.0, drafted / allowed) - self.reached[d]) * pace
         self.gained[d] += (min(1.0, gained / allowed) - self.gained[d]) * pace
 
+    def _take_tried(self, tried: int, accepted: int) -> None:
+        self._n_tried = min(self._n_tried + tried, self._memory)
+        pace = min(1.0, tried / self._n_tried)
+        self.acceptance += (accepted / tried - self.acceptance) * pace
+
     def _forget(self) -> None:
         n_counts = len(self.reached) + 1
+        self._tried = 0
         self._allowed = [0] * n_counts
         self._drafted = [0] * n_counts
         self._gained = [0] * n_counts
@@ -323,13 +345,19 @@ class Choice(Struct, frozen=True):
 
     depth: int
     """Most tokens of those that draft."""
-    left_out: frozenset[str]
-    """Requests that do not, though others do."""
     terms: Terms
+    left_out: frozenset[str] = frozenset()
+    """Requests that do not, though others do."""
+    trial: int | None = None
+    """A depth to try out."""
+    on_trial: frozenset[str] = frozenset()
+    """Requests that draft to it, whatever that costs."""
 
     def differs(self, other: Choice) -> bool:
         """Whether it is worth a new plan."""
-        if self.depth != other.depth or self.left_out != other.left_out:
+        if (self.depth, self.left_out, self.trial, self.on_trial) != (
+            *(other.depth, other.left_out, other.trial, other.on_trial),
+        ):
             return True
         one, two = self.terms, other.terms
         return self.depth > 0 and not (
@@ -343,15 +371,16 @@ class _Outlook:
     """What one depth would come to in a step: sums over the sequences, then what follows."""
 
     __slots__ = (
-        *("depth", "tokens", "drafted", "undrafted", "draft_rows"),
-        *("left_out", "rows", "seconds"),
+        *("depth", "tokens", "rows", "draft_rows", "seconds", "left_out"),
+        *("n_sequences", "n_drafting", "n_verifying"),
     )
 
     def __init__(self, depth: int, n_decodes: int) -> None:
         self.depth = depth
+        self.n_sequences = 0
+        self.n_drafting = 0
+        self.n_verifying = 0.0  # of these, those that find something worth it
         self.tokens = 0.0
-        self.drafted = 0.0  # rows of sequences that verify a draft
-        self.undrafted = 0.0  # and of those that verify none
         self.draft_rows = [0.0] * n_decodes  # by decode of the draft context
         self.left_out: list[str] = []
         self.rows = 0.0
@@ -368,18 +397,22 @@ class Speculator:
     It looks at every depth from 0 on: what a step would give and take, by the costs and habits as
     they are known. Of depths that are nearly as good the present one stays. What would have to be
     known to be sure, how long a step of another depth takes and how much would be accepted, is
-    tried out now and then, for a step or two and for at most a fiftieth of the time.
+    tried out with a few sequences for a step or two: each depth at first, and then ever more
+    rarely. What that is expected to lose is at most a hundredth of the time.
 
     State: ``costs``, ``calibration`` and ``everybody``'s habit, which results change through
-    :meth:`observe`; and through :meth:`review` the ``choice`` in force, the depth that it stays at
-    when a trial ends, whether it is one, and ``_credit``, seconds that trials may still cost.
+    :meth:`observe`; and through :meth:`review` the ``choice`` in force, ``_credit``, seconds that
+    trials may still lose, and for each depth ``_next_trial``, in steps so far, and ``_pause``,
+    steps from that to the one after.
     """
 
     _STEPS: Final = 8  # between reviews, while the same sequences run
-    _STAYS: Final = 1.02  # how much better another depth must look
-    _TRIALS: Final = 0.02  # of the time may be lost by trials
-    _MOST_TRIALS: Final = 8  # steps' time that may be lost at a stretch, as at the beginning
-    _WORTH_A_TRIAL: Final = 0.7  # of the best speed that a depth must promise
+    _STAYS: Final = 1.03  # how much better another depth must look
+    _TRIALS: Final = 0.01  # of the time may be lost by trials
+    _MOST_TRIALS: Final = 4  # steps' time that may be lost at a stretch, as at the beginning
+    _TRIED_WITH: Final = 4  # sequences at most
+    _WORTH_A_TRIAL: Final = 0.6  # of the best speed that a depth must promise
+    _PAUSES: Final = (64, 1024)  # steps between trials of a depth, at first and in the end
     _SHARED_MEMORY: Final = 400.0  # steps of all sequences together
     _OWN_MEMORY: Final = 24.0  # steps of one
 
@@ -389,24 +422,30 @@ class Speculator:
         self.costs = CostModel(facts)
         self.calibration = Calibration()
         self.everybody = Habit.guess(facts.n_draft_max, self._SHARED_MEMORY)
-        self._depth = facts.n_draft_max
-        self.choice = self._whatever_it_costs(self._depth)
-        self._trial = False
-        self._next_trial = 0  # depth
+        chances = self.calibration.chances
+        terms = Terms(0.0, 0.0, 0.0, 0.0, chances[:N_CONFIDENCES], chances[N_CONFIDENCES:])
+        self.choice = Choice(facts.n_draft_max, terms)
+        self._next_trial = [0] * len(self._depths)
+        self._pause = [self._PAUSES[0]] * len(self._depths)
         self._credit = math.inf
-        self._n_steps = 0  # since the last review
+        self._n_steps = 0
+        self._n_steps_reviewed = 0
         self._n_reviewed = 0  # sequences at the last review
 
-    def new_habit(self) -> Habit:
-        """For a sequence that begins."""
-        return self.everybody.copy(self._OWN_MEMORY)
+    def new_habit(self, n_prompt: int) -> Habit:
+        """For a sequence that begins, with a prompt of so many tokens."""
+        return self.everybody.copy(self._OWN_MEMORY, n_prompt)
 
-    def depth_of(self, sequence: Drafter) -> int:
-        """Most tokens that it may draft per step, by the choice in force."""
-        wish = sequence.wish
+    def wish_for(self, sequence: Drafter) -> DraftWish:
+        """How it drafts from now on, by the choice in force."""
+        wish, choice = sequence.wish, self.choice
         if not wish.adaptive:
-            return wish.limit
-        return 0 if sequence.request_id in self.choice.left_out else self.choice.depth
+            return wish
+        if choice.trial is not None and sequence.request_id in choice.on_trial:
+            return DraftWish(choice.trial, adaptive=False)
+        if sequence.request_id in choice.left_out:
+            return DraftWish(0, adaptive=True)
+        return DraftWish(choice.depth, adaptive=True)
 
     def observe(self, result: StepResult, lengths: Items[int], n_prompt: int) -> None:
         """Take in a step: see :meth:`CostModel.observe`."""
@@ -418,37 +457,37 @@ class Speculator:
 
     def review(self, sequences: Collection[Drafter]) -> bool:
         """Choose anew if it is time to; whether the choice is another one now."""
-        enough = self._n_steps >= (1 if self._trial else self._STEPS)
-        if not self._n_steps or not (enough or len(sequences) != self._n_reviewed):
+        n_new = self._n_steps - self._n_steps_reviewed
+        enough = n_new >= (self._STEPS if self.choice.trial is None else 1)
+        if not n_new or not (enough or len(sequences) != self._n_reviewed):
             return False
         self._n_reviewed = len(sequences)
-        self._n_steps = 0
+        self._n_steps_reviewed = self._n_steps
         adaptive = False
         for sequence in sequences:
             adaptive = adaptive or sequence.wish.adaptive
             sequence.habit.settle(self.everybody)
         if not adaptive:
             return False
-        outlooks = self._outlooks(sequences)
-        best = max(self._depths, key=lambda depth: outlooks[depth].speed)
-        if outlooks[best].speed > self._STAYS * outlooks[self._depth].speed:
-            self._depth = best
-        trial = None if self._trial else self._depth_to_try(outlooks)
-        self._trial = trial is not None
-        if trial is not None:
-            choice = self._whatever_it_costs(trial)
-        else:
-            outlook = outlooks[self._depth]
-            choice = Choice(self._depth, frozenset(outlook.left_out), self._terms(outlook))
+        outlooks = self._outlooks(sequences, self.choice.terms)
+        if not outlooks[0].seconds:  # nothing was timed yet
+            return False
+        depth = max(self._depths, key=lambda depth: outlooks[depth].speed)
+        if outlooks[depth].speed < self._STAYS * outlooks[self.choice.depth].speed:
+            depth = self.choice.depth
+        outlook = outlooks[depth]
+        choice = Choice(depth, self._terms(outlook), frozenset(outlook.left_out))
+        if self.choice.trial is None:
+            choice = self._with_trial(choice, outlook, sequences)
         if not choice.differs(self.choice):
             return False
         self.choice = choice
         return True
 
-    def _outlooks(self, sequences: Iterable[Drafter]) -> list[_Outlook]:
-        """What a step would come to, by depth. Only those draft for whom it pays by itself."""
+    def _outlooks(self, sequences: Iterable[Drafter], terms: Terms | None) -> list[_Outlook]:
+        """What a step would come to, by depth. With terms, those draft for whom it pays."""
         outlooks = [_Outlook(depth, self._depths[-1]) for depth in self._depths]
-        target_row, draft_row = self.choice.terms.target_row, self.choice.terms.draft_row
+        target_row, draft_row = (terms.target_row, terms.draft_row) if terms else (-1.0, -1.0)
         for sequence in sequences:
             wish, habit = sequence.wish, sequence.habit
             for outlook in outlooks:
@@ -457,66 +496,82 @@ class Speculator:
                 if limit and wish.adaptive and gain <= target_row * rows + draft_row * draft_rows:
                     outlook.left_out.append(sequence.request_id)
                     limit = 0
+                outlook.n_sequences += 1
                 outlook.tokens += 1
+                outlook.rows += 1
                 if limit == 0:
-                    outlook.undrafted += 1
                     continue
-                first = habit.reached[0]
+                outlook.n_drafting += 1
+                outlook.n_verifying += habit.reached[0]
                 outlook.tokens += gain
-                outlook.undrafted += 1 - first
-                outlook.drafted += first + rows
+                outlook.rows += rows
                 outlook.draft_rows[0] += 1 + gain  # what was accepted last is decoded as well
                 for d in range(1, limit):
                     outlook.draft_rows[d] += habit.reached[d - 1]
         for outlook in outlooks:
-            outlook.rows = outlook.drafted + outlook.undrafted
-            passes = [outlook.drafted, outlook.undrafted] if self._recurrent else [outlook.rows]
+            # A decode of less than a row happens that often.
+            n_draft_decodes = sum(min(1.0, rows) for rows in outlook.draft_rows)
             outlook.seconds = (
                 self.costs.overhead
-                + sum(map(self.costs.target.at, passes))
-                + sum(map(self.costs.draft.at, outlook.draft_rows))
+                + self.costs.target.of(self._passes(outlook), outlook.rows)
+                + self.costs.draft.of(n_draft_decodes, sum(outlook.draft_rows))
             )
         return outlooks
+
+    def _passes(self, outlook: _Outlook) -> float:
+        """Passes of the target, as far as drafts make a difference."""
+        if not self._recurrent or not outlook.n_drafting:
+            return 1.0
+        # Drafts are cut to the same length, to none now and then. Who does not draft takes part
+        # in a pass of its own then.
+        share = outlook.n_verifying / outlook.n_drafting
+        others = outlook.n_sequences - outlook.n_drafting
+        return 1 + share * min(1.0, others)
 
     def _terms(self, outlook: _Outlook) -> Terms:
         """The prices where a step is as an outlook says."""
         speed, target, draft = outlook.speed, self.costs.target, self.costs.draft
-        draft_rows = max(outlook.draft_rows, default=0.0)
-        draft_row = draft.per_row(draft_rows)
         chances = self.calibration.chances
         return Terms(
-            target_row=speed * target.per_row(outlook.rows),
-            target_pass=speed * target.per_pass(outlook.rows),
-            draft_row=speed * draft_row,
-            draft_decode=speed * max(0.0, draft.at(draft_rows) - draft_row * draft_rows),
+            target_row=speed * target.per_row,
+            target_pass=speed * target.per_pass,
+            draft_row=speed * draft.per_row,
+            draft_decode=speed * draft.per_pass,
             greedy=chances[:N_CONFIDENCES],
             sampled=chances[N_CONFIDENCES:],
         )
 
-    def _depth_to_try(self, outlooks: Items[_Outlook]) -> int | None:
-        """Another depth, if one is worth knowing more about and can be afforded."""
-        present = outlooks[self._depth]
-        if not present.seconds:  # nothing has been timed yet
-            return None
-        self._credit = min(self._credit, self._MOST_TRIALS * present.seconds)
-        for _ in outlooks:
-            depth, self._next_trial = self._next_trial, (self._next_trial + 1) % len(outlooks)
-            outlook = outlooks[depth]
-            if depth == self._depth or outlook.speed < self._WORTH_A_TRIAL * present.speed:
+    def _with_trial(
+        self, choice: Choice, outlook: _Outlook, sequences: Iterable[Drafter]
+    ) -> Choice:
+        """The choice, with another depth to try out if one is due and can be afforded."""
+        due = [
+            d for d in self._depths if self._n_steps >= self._next_trial[d] and d != choice.depth
+        ]
+        if not due:
+            return choice
+        self._credit = min(self._credit, self._MOST_TRIALS * outlook.seconds)
+        # Who has little to catch up with loses least.
+        adaptive = (s for s in sequences if s.wish.adaptive)
+        subjects = heapq.nsmallest(self._TRIED_WITH, adaptive, key=lambda s: s.habit.behind)
+        alone = self._outlooks(subjects, terms=None)
+        now = alone[choice.depth]
+        behind = sum(s.habit.behind for s in subjects)
+        for depth in due:
+            self._next_trial[depth] = self._n_steps + self._pause[depth]
+            then = alone[depth]
+            if then.speed < self._WORTH_A_TRIAL * now.speed:
                 continue
             # Another step goes by until it is known how the first went.
-            lost = 2 * (outlook.seconds - outlook.tokens / present.speed)
-            lost = max(lost, 0.1 * present.seconds)  # as it may be worse than it looks
+            lost = 2 * (then.seconds - now.seconds - (then.tokens - now.tokens) / outlook.speed)
+            if depth > choice.depth == 0:
+                lost += self.costs.draft.of(1, behind)
             if lost <= self._credit:
-                self._credit -= lost
-                return depth
-        return None
-
-    def _whatever_it_costs(self, depth: int) -> Choice:
-        """All sequences draft to a depth, to see what comes of it."""
-        chances = self.calibration.chances
-        terms = Terms(0.0, 0.0, 0.0, 0.0, chances[:N_CONFIDENCES], chances[N_CONFIDENCES:])
-        return Choice(depth, frozenset(), terms)
+                self._credit -= max(0.0, lost)
+                self._pause[depth] = min(2 * self._pause[depth], self._PAUSES[1])
+                on_trial = frozenset(s.request_id for s in subjects)
+                return msgspec.structs.replace(choice, trial=depth, on_trial=on_trial)
+        return choice
 
 
 def _prices(terms: Terms) -> tuple[float, ...]:

@@ -12,10 +12,10 @@ is next::
   ``PATIENCE``, those with one wait less than their deadlines.
 - Equal priority and no deadline: first come, first served.
 
-Nobody waits forever. The time from ``submitted`` to ``due`` is the same for all but for ``SPREAD``
-seconds at most, so only requests that come at most so much later can go before one that waits.
-Those are a finite number; each of them goes before it once, and ends at its token limit at the
-latest.
+Nobody waits forever. From ``submitted`` to ``due`` it is the same time for all, but for at most
+``2 * MAX_PRIORITY * AGEING`` seconds, so only requests that come at most so much later can go
+before one that waits. Those are a finite number; each of them goes before it once, and ends at its
+token limit at the latest.
 """
 
 from __future__ import annotations
@@ -26,11 +26,9 @@ from typing import Final, TypeAlias
 
 from mtpbatch.exceptions import InternalError
 from mtpbatch.sequence import Sequence
-from mtpbatch.types import MAX_PRIORITY
 
 AGEING: Final = 10.0  # seconds
 PATIENCE: Final = 60.0  # seconds
-SPREAD: Final = 2 * MAX_PRIORITY * AGEING  # seconds
 
 _Entry: TypeAlias = tuple[float, int, Sequence]  # when it is due, its ticket, itself
 

@@ -43,6 +43,17 @@ MAY_IMPORT: dict[str, set[str]] = {
         "native",  # inside open() only
     },
     "testing/scripted": {"engine", "_loops", "types", "exceptions"},
+    "testing/workload": {"types", "exceptions"},
+    "testing/simulated": {"testing", "sequence", "types", "exceptions"},
+    "testing/simulation": {
+        "testing",
+        "scheduler",
+        "sequence",
+        "speculation",
+        "text",
+        "types",
+        "exceptions",
+    },
 }
 
 IMPURE = {"anyio", "asyncio", "cffi", "ctypes", "llama_cpp", "threading", "time", "trio", "uvloop"}

@@ -13,6 +13,16 @@ The engine is the real one, with its thread and its scheduler; only the model is
 it answers, how many drafts are accepted and how long steps take is written down beforehand, so
 every run is the same. A step can be held (:meth:`ScriptedBackend.hold_step`) to cancel or close
 at exactly that moment, and can be made to fail (:meth:`ScriptedBackend.fail_step`).
+
+Or find out what an engine would do under a load, without a model and without waiting for it
+(:func:`simulate`)::
+
+    from mtpbatch.testing import Fixed, OpenLoop, RequestKind, StepCost, simulate, steady
+
+    kind = RequestKind(prompt=Fixed(200), answer=Fixed(100))
+    cost = StepCost(target_pass=0.02, target_row=0.001, draft_decode=0.002, draft_row=0.0001)
+    report = simulate(OpenLoop(steady(2.0)), [kind], engine.model, cost, n_requests=10_000)
+    print(report.throughput, report.first_token.p99)
 """
 
 from __future__ import annotations
@@ -23,5 +33,44 @@ from mtpbatch.testing.scripted import (
     VirtualClock,
     open_scripted_engine,
 )
+from mtpbatch.testing.simulated import CostModel, StepCost
+from mtpbatch.testing.simulation import Sample, SimulationReport, Summary, simulate
+from mtpbatch.testing.workload import (
+    ClosedLoop,
+    Drafts,
+    Fixed,
+    Lengths,
+    LogNormal,
+    OpenLoop,
+    Profile,
+    RequestKind,
+    Uniform,
+    ramp,
+    square_wave,
+    steady,
+)
 
-__all__ = ["ScriptedBackend", "StepGate", "VirtualClock", "open_scripted_engine"]
+__all__ = [
+    "ClosedLoop",
+    "CostModel",
+    "Drafts",
+    "Fixed",
+    "Lengths",
+    "LogNormal",
+    "OpenLoop",
+    "Profile",
+    "RequestKind",
+    "Sample",
+    "ScriptedBackend",
+    "SimulationReport",
+    "StepCost",
+    "StepGate",
+    "Summary",
+    "Uniform",
+    "VirtualClock",
+    "open_scripted_engine",
+    "ramp",
+    "simulate",
+    "square_wave",
+    "steady",
+]
