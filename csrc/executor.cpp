@@ -37,19 +37,23 @@ class Executor {
     void                               stop();
 
   private:
-    // Takes the target for as long as the thread may use it.
+    // Takes the target for as long as the thread may use it, and leaves it as it was set.
     class Drive {
       public:
         explicit Drive(std::shared_ptr<Context> target) : target_(std::move(target)) {
             target_->require_free();
             target_->set_driven(true);
         }
-        ~Drive() { target_->set_driven(false); }
+        ~Drive() {
+            target_->keep_hidden(keeps_hidden_);
+            target_->set_driven(false);
+        }
         Drive(const Drive &)             = delete;
         Drive & operator=(const Drive &) = delete;
 
       private:
         const std::shared_ptr<Context> target_;
+        const bool                     keeps_hidden_ = target_->keeps_hidden();
     };
 
     void                      run();

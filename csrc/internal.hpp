@@ -124,6 +124,8 @@ class Context {
     // Of a default context, from the next decode on. Without them llama.cpp computes the end of the
     // last layer for outputs alone.
     void keep_hidden(bool keep);
+    bool keeps_hidden() const { return keeps_hidden_; }
+    bool kept_hidden() const { return kept_hidden_; }  // in the last decode
     // Of several chained heads, the one that decodes from now on.
     void select_head(int32_t head);
     // Whether a model that keeps recurrent state takes these rows in one forward pass: equally many
@@ -184,6 +186,8 @@ class Context {
     llama_batch_ext *                  batch_         = nullptr;
     std::vector<SequenceState>         sequences_;
     std::vector<Row>                   last_batch_;
+    bool                               keeps_hidden_ = false;
+    bool                               kept_hidden_  = false;
     int64_t                            n_decodes_ = 0;
     std::atomic<bool>                  driven_{ false };
 };

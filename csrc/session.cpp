@@ -363,6 +363,11 @@ void Session::process() {
                             ": every decode of the target must be processed, once, and what was rejected " +
                             "truncated to what was accepted");
         }
+        const bool begins_anew = rows[i].position == 0 && s.n_past > 0;
+        if (!target_->kept_hidden() && (!s.ignored || begins_anew)) {
+            throw Error(MTPBATCH_SESSION_PROCESS, "an executor without this session decoded the batch: its hidden " +
+                                                      std::string("rows were not kept"));
+        }
         if (s.n_drafted > 0 && s.n_verified > 0 && rows[i].position != 0) {
             throw Error(MTPBATCH_SESSION_PROCESS,
                         sequence_name(rows[i].seq_id) +

@@ -11,16 +11,18 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Any
 
+import gguf
 import msgspec
 import pytest
 
 import loops
-from mtpbatch.exceptions import ContextError, InternalError
+import random_model
+from mtpbatch.exceptions import ContextError, InternalError, MtpDraftError, MtpProcessError
 from mtpbatch.native import Batch, Context, Executor, Model, MtpSession
 from mtpbatch.native._library import lib
 from mtpbatch.types import NO_RESULT, Admission, Plan, PlanEntry, SamplingParams, StepResult
@@ -245,6 +247,29 @@ def test_closed_parts_stay_for_as_long_as_the_executor_runs(tiny_path: Path) -> 
         loops.execute(executor, Plan((), (), ()))
 
 
+@pytest.mark.parametrize("with_session", [True, False])
+def test_a_session_goes_on_after_an_executor(tiny: Model, with_session: bool) -> None:
+    """Though its last steps, of a request that never drafts, kept no hidden rows."""
+
+    def made() -> tuple[Context, MtpSession]:
+        target = make_target(tiny)
+        return target, MtpSession(target, Context.mtp(target), 4, DEPTH)
+
+    def goes_on(target: Context, session: MtpSession) -> loops.Stream:
+        return loops.drafted(target, session, {1: PROMPT}, 24, lambda *_: DEPTH)[1]
+
+    target, session = made()
+    executor = Executor(target, session if with_session else None)
+    undrafting = msgspec.structs.replace(admit(0), drafts=False)
+    loops.execute(executor, Plan((), (undrafting,), (prefill(0),)))
+    executor.close()
+    batch = Batch()
+    batch.add_sequence(PROMPT, 0, 0)
+    with pytest.raises(MtpProcessError, match="processed already" if with_session else "not kept"):
+        session.process(batch)
+    assert goes_on(target, session) == goes_on(*made())
+
+
 # ---------------------------------------------------------------------------------- ends of text
 
 
@@ -414,6 +439,52 @@ def test_an_id_drafts_or_never_does_from_one_request_to_the_next(tiny: Model) ->
         assert tokens == expected
         assert accepted > 0
         loops.execute(executor, Plan((0, 1), (), ()))
+
+
+@pytest.fixture(scope="module")
+def thick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+    """A model that spends nearly all of its time in the end of its last layer.
+
+    Its hidden rows are so wide that of each of 64 sequences only 256 may wait.
+    """
+    path = tmp_path_factory.mktemp("models") / "thick.gguf"
+    random_model.write_random_step35(
+        path, mtp_heads=1, layers=1, width=1024, ff=4096, heads=1, vocab=300, mix=0.3
+    )
+    with Model(path) as model:
+        yield model
+
+
+def long_prompt(model: Model, *, drafts: bool) -> tuple[MtpSession, StepResult]:
+    """What a prompt of 300 tokens costs, of a request that may draft or never does."""
+    target = make_target(model, n_seq=64, n_ctx=320, n_batch=320, kv_unified=False)
+    session = MtpSession(target, Context.mtp(target), target.n_seq, DEPTH)
+    admission = msgspec.structs.replace(admit(0, 2), drafts=drafts)
+    with Executor(target, session) as executor:
+        plan = Plan((), (admission,), (prefill(0, [50] * 300),))
+        return session, loops.execute(executor, plan)
+
+
+def test_nothing_is_decoded_nor_kept_for_who_never_drafts(thick: Model) -> None:
+    session, result = long_prompt(thick, drafts=True)
+    assert result.n_draft_tokens == 300, "the buffer was full"
+    assert session.draft(0, 300, 60)
+    session, result = long_prompt(thick, drafts=False)
+    assert result.n_draft_tokens == 0
+    with pytest.raises(MtpDraftError, match="nothing was kept"):
+        session.draft(0, 300, 60)
+
+
+def test_hidden_rows_are_computed_only_for_who_may_draft(thick: Model) -> None:
+    """Without them the end of the last layer is computed for one row of the prompt, not for all.
+
+    That makes a difference of many times, of which the best of some tries must show the half.
+    """
+    times = {
+        drafts: min(long_prompt(thick, drafts=drafts)[1].target_time for _ in range(3))
+        for drafts in (True, False)
+    }
+    assert times[False] < times[True] / 2
 
 
 # ---------------------------------------------------------------------------------- sampling
@@ -667,6 +738,49 @@ def test_a_sequence_stops_where_its_text_is_complete(tiny: Model, n_draft: int) 
         assert tokens == text[: len(tokens)]
         before_last_step = len(b"".join(pieces[: len(tokens) - 1 - n_draft]))
         assert before_last_step < found + 5, "no step more"
+
+
+@pytest.fixture(scope="module")
+def babbler(tiny: Model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+    """The tiny model, kept from saying anything but "t", "h" and "th"."""
+    path = tmp_path_factory.mktemp("models") / "babbler.gguf"
+    path.write_bytes(tiny.path.read_bytes())
+    banned = [piece not in (b"t", b"h", b"th") for piece in tiny.vocabulary]
+    file = gguf.GGUFReader(path, "r+")
+    [output] = [tensor.data for tensor in file.tensors if tensor.name == "output.weight"]
+    output[banned] = 0
+    output[banned, 0] = -60  # by way of the channel that is always 1
+    file.data.flush()
+    del file, output
+    with Model(path) as model:
+        assert banned.count(False) == 3
+        yield model
+
+
+def test_a_stop_text_is_found_wherever_it_begins(babbler: Model) -> None:
+    """Also within a beginning of it that came to nothing, as "tth" in "ttth"; in any tokens."""
+
+    def generated(*stops: str) -> list[bytes]:
+        plan = Plan((), (admit(0, 100, (), stops, temperature=3.0, seed=1),), (prefill(0),))
+        pieces: list[bytes] = []
+        while True:
+            [entry] = loops.execute(executor, plan).entries
+            pieces += map(babbler.token_bytes, entry.token_ids)
+            if entry == NO_RESULT or entry.finish_reason:
+                loops.execute(executor, Plan((0,), (), ()))
+                return pieces
+            plan = Plan((), (), (step(0),))
+
+    _, executor = make(babbler, n_ctx=128)
+    whole = generated()
+    n_found = 0
+    for letters in itertools.product("th", repeat=5):
+        stop = "".join(letters)
+        beginnings = (whole[:n] for n in range(len(whole)))
+        expected = next((b for b in beginnings if stop.encode() in b"".join(b)), whole)
+        assert generated(stop) == expected
+        n_found += expected != whole
+    assert n_found > 16
 
 
 @pytest.mark.parametrize("n_draft", [0, DEPTH])
