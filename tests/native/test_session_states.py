@@ -13,7 +13,7 @@ import pytest
 import loops
 import random_model
 from mtpbatch.exceptions import ContextError, MtpBadSequenceError, MtpStateError
-from mtpbatch.native import Context, Model, MtpSession
+from mtpbatch.native import Context, DraftRequest, Model, MtpSession
 
 PROMPTS = {0: [41, 52, 63], 1: [70] * 9, 2: list(range(30, 60)), 3: [99]}
 DEPTH = 3
@@ -200,6 +200,25 @@ def test_a_sequence_without_tokens(running: Running, undisturbed: dict[int, loop
     del running.last[2]
     running.run(BEFORE, 2)
     assert running.run(AFTER, 2)[2] == undisturbed[2]
+
+
+@pytest.mark.parametrize("how", ["restored", "forked"])
+def test_the_very_next_draft_is_that_of_the_source(setting: Setting, how: str) -> None:
+    """Nothing is decoded in between: the last hidden row has no entry in any cache yet."""
+    running = Running(setting, n_seq=2 * len(PROMPTS))
+    running.run(BEFORE, *PROMPTS)
+    session = running.session
+    copies = {s: s + len(PROMPTS) for s in PROMPTS}
+    for source, copy in copies.items():
+        if how == "forked":
+            session.fork(source, copy)
+        else:
+            session.restore(copy, session.save(source))
+    lengths = {s: running.target.length(s) for s in PROMPTS}
+    sources = [DraftRequest(s, lengths[s], running.last[s]) for s in PROMPTS]
+    same = [DraftRequest(copies[s], lengths[s], running.last[s]) for s in PROMPTS]
+    drafts = session.draft_many(sources + same)
+    assert drafts[: len(PROMPTS)] == drafts[len(PROMPTS) :]
 
 
 @pytest.mark.parametrize("seed", range(4))
