@@ -6,6 +6,7 @@ does; tokens are only counted. Nothing is cancelled, so that whoever a plan rele
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -82,7 +83,7 @@ class SimulatedExecutor:
         self._plans: deque[Plan] = deque()
         self._standing: Plan | None = None
         self._stepped = False
-        self._terms: Terms | None = None  # of the standing plan, if it has selective entries
+        self._terms: Terms | None = None  # of the standing plan, if it has any
         self._prompts: list[_Part] = []
         self._going: list[_Part] = []
         self._under_way: StepResult | None = None
@@ -165,7 +166,7 @@ class SimulatedExecutor:
         if not plan.entries:
             return
         self._standing, self._stepped = plan, False
-        self._terms = plan.terms if any(entry.selective for entry in plan.entries) else None
+        self._terms = plan.terms
         parts = [
             (index, entry, played)
             for index, entry in enumerate(plan.entries)
@@ -237,10 +238,11 @@ class SimulatedExecutor:
     def _draft_what_pays(self, terms: Terms) -> _Drafts:
         """As ``Session::draft`` does it: whoever is selective drafts on while that pays."""
         going = self._going
-        drafts = _Drafts([0] * len(going), [], selective=True)
+        drafts = _Drafts([0] * len(going), [], measured=True)
         limits = [min(entry.n_draft, played.remaining - 1) for _, entry, played in going]
         drafting = [i for i, limit in enumerate(limits) if limit]
         acceptance = terms.greedy + terms.sampled
+        level = self._facts.recurrent
         n_waiting = 0
         for limit, (_, _, played) in zip(limits, going, strict=True):
             n_waiting += played.waiting if limit else 0
@@ -251,14 +253,13 @@ class SimulatedExecutor:
             gain, bound, left = 0.0, False, []
             for i in drafting:
                 _, entry, played = going[i]
-                if entry.selective:
-                    confidence = played.confidence(depth)
-                    chances = drafts.chances[i]
-                    chance = (chances[-1] if chances else 1.0) * acceptance[confidence]
-                    if chance < terms.target_row:
-                        continue
-                    chances.append(chance)
-                    drafts.confidences[i].append(confidence)
+                confidence = played.confidence(depth)
+                chances = drafts.chances[i]
+                chance = (chances[-1] if chances else 1.0) * acceptance[confidence]
+                if entry.selective and chance < terms.target_row and not level:
+                    continue
+                chances.append(chance)
+                drafts.confidences[i].append(confidence)
                 drafts.lengths[i] += 1
                 if drafts.lengths[i] == limits[i]:
                     continue
@@ -266,11 +267,16 @@ class SimulatedExecutor:
                     bound = True
                     left.append(i)
                     continue
-                more = drafts.chances[i][-1] * entry.expected - terms.target_row - terms.draft_row
-                if more > 0:
-                    gain += more
+                more = drafts.chances[i][-1] * entry.expected - terms.target_row
+                if level:
+                    gain += max(more, 0.0) - terms.draft_row
                     left.append(i)
-            drafting = left if bound or gain >= terms.draft_decode else []
+                elif more > terms.draft_row:
+                    gain += more - terms.draft_row
+                    left.append(i)
+            if gain < terms.draft_decode and (level or not bound):
+                left = [i for i in left if not going[i][1].selective]
+            drafting = left
         return drafts
 
     def _passes(self, prompts: list[_Part], lengths: list[int]) -> tuple[list[int], int]:
@@ -361,13 +367,13 @@ class _Drafts:
 
     __slots__ = ("_tried", "chances", "confidences", "lengths", "rows")
 
-    def __init__(self, lengths: list[int], rows: list[int], *, selective: bool = False) -> None:
+    def __init__(self, lengths: list[int], rows: list[int], *, measured: bool = False) -> None:
         self.lengths = lengths
         self.rows = rows
         """Of each draft decode."""
-        self.confidences: list[list[int]] = [[] for _ in lengths] if selective else []
-        """Of the drafts of who is selective; nothing if nobody is."""
-        self.chances: list[list[float]] = [[] for _ in lengths] if selective else []
+        self.confidences: list[list[int]] = [[] for _ in lengths] if measured else []
+        """Of the drafts, if the plan has terms."""
+        self.chances: list[list[float]] = [[] for _ in lengths] if measured else []
         """That a draft and all before it are accepted."""
         self._tried: dict[int, list[int]] = {}
 
@@ -390,32 +396,37 @@ class _Drafts:
 
 
 def _even_out(drafts: _Drafts, entries: list[PlanEntry], terms: Terms, *, feeds: bool) -> None:
-    """As ``Stepper::even_out`` does it: cut lengths that are not worth a pass of their own.
+    """As ``Stepper::even_out`` does it: cut selective drafts to the one or two best lengths.
 
     ``feeds``: there are prompts, which are never drafted after.
     """
-    by_length: list[list[int]] = [[] for _ in range(max(drafts.lengths, default=0) + 1)]
+    there = {0} if feeds else set()
+    worth: list[tuple[int, list[float]]] = []
     for i, length in enumerate(drafts.lengths):
-        by_length[length].append(i)
-    while True:
-        most, cut, to, shorter = 0.0, 0, 0, 0
-        for length in range(1, len(by_length)):
-            if not by_length[length]:
-                continue
-            there_is_one = by_length[shorter] or (shorter == 0 and feeds)
-            gain = terms.target_pass if there_is_one else 0.0
-            for i in by_length[length]:
-                chances = drafts.chances[i] if entries[i].selective else [math.inf] * length
-                gain += sum(terms.target_row - chance for chance in chances[shorter:])
-            if gain > most:
-                most, cut, to = gain, length, shorter
-            shorter = length
-        if not most:
-            return
-        for i in by_length[cut]:
-            drafts.cut(i, to)
-        by_length[to] += by_length[cut]
-        by_length[cut] = []
+        if length and entries[i].selective:
+            gains = (chance - terms.target_row for chance in drafts.chances[i])
+            worth.append((i, list(itertools.accumulate(gains, initial=0.0))))
+        else:
+            there.add(length)
+    depths = range(max(drafts.lengths, default=0) + 1)
+    most, best = -math.inf, (0, 0)
+    for low, high in itertools.combinations_with_replacement(depths, 2):
+        gain = 0.0
+        taken = set(there)
+        for _, worths in worth:
+            length = _better(worths, low, high)
+            gain += worths[length]
+            taken.add(length)
+        gain -= terms.target_pass * len(taken)
+        if gain > most:
+            most, best = gain, (low, high)
+    for i, worths in worth:
+        drafts.cut(i, _better(worths, *best))
+
+
+def _better(worths: list[float], low: int, high: int) -> int:
+    low, high = min(low, len(worths) - 1), min(high, len(worths) - 1)
+    return high if worths[high] > worths[low] else low
 
 
 def _split(n: int, most: int) -> list[int]:
