@@ -191,10 +191,10 @@ mtpbatch_status mtpbatch_session_accept(mtpbatch_session * session, int32_t seq_
 // if that is more than `size`, nothing was written. No draft may be under way.
 mtpbatch_status mtpbatch_session_save(mtpbatch_session * session, int32_t seq_id, uint8_t * state, size_t size,
                                       size_t * n, mtpbatch_error * error);
-// Replaces a sequence by a saved one, of any session of the same model and settings (n_ctx may
-// differ, and n_seq if kv_unified). With recurrent layers or a sliding window the target cannot be
-// truncated into it. A state that is refused changes nothing; one that llama.cpp cannot take leaves
-// the sequence empty.
+// Replaces a sequence by a saved one, of any session of the same model (its metadata, and some bytes
+// of each tensor) and settings (n_ctx may differ, and n_seq if kv_unified). With recurrent layers or a sliding window
+// the target cannot be truncated into it. A state that is refused changes nothing; one that llama.cpp cannot take
+// leaves the sequence empty.
 mtpbatch_status mtpbatch_session_restore(mtpbatch_session * session, int32_t seq_id, const uint8_t * state, size_t size,
                                          mtpbatch_error * error);
 // Replaces a sequence by a copy of another. No draft of `source` may be under way.

@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 import struct
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gguf
 import pytest
 
 import loops
@@ -271,6 +273,39 @@ def test_any_mix_of_it_all_changes_no_draft(setting: Setting, seed: int) -> None
         assert running.session.draft(s, length, text[length]) == expected
 
 
+def change(path: Path, tensor: int) -> None:
+    """Change a tensor of a model file a little."""
+    file = gguf.GGUFReader(path, "r+")
+    file.tensors[tensor].data[:] *= 1.01
+    file.data.flush()
+
+
+def test_a_model_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its states are its own in another session, and not if a weight in any file differs."""
+    writer = partial(gguf.GGUFWriter, split_max_tensors=20)
+    monkeypatch.setattr(gguf, "GGUFWriter", writer)
+    random_model.write_random_step35(tmp_path / "many.gguf", vocab=300, window=WINDOW, mix=0.3)
+    parts = sorted(tmp_path.iterdir())
+    assert len(parts) > 2
+
+    def opened() -> Running:
+        return Running(Setting(Model(parts[0]), None, kv_unified=False))
+
+    running = opened()
+    running.run(BEFORE, 1)
+    state, last = running.session.save(1), running.last[1]
+    expected = running.run(AFTER, 1)[1]
+    other = opened()
+    other.restore(2, state, last)
+    assert other.run(AFTER, 2)[2] == expected
+    for part in parts:
+        sound = part.read_bytes()
+        change(part, 5)
+        with pytest.raises(MtpStateError, match="another model"):
+            opened().session.restore(2, state)
+        part.write_bytes(sound)
+
+
 # -------------------------------------------------------------------------------- refused
 
 
@@ -370,6 +405,25 @@ class TestForeignStates:
         with Model(path) as model:
             for other in {model, tiny} - {running.setting.model}:
                 foreign = Running(Setting(other, None, kv_unified=False), n_ctx=64)
+                foreign.run(4, 0)
+                self.refused(running, foreign.session.save(0), "another model")
+
+    @pytest.mark.parametrize("tensor", [0, 7, -1])
+    def test_of_a_model_with_other_weights(
+        self, running: Running, setting: Setting, tmp_path: Path, tensor: int
+    ) -> None:
+        """Of the same name and shape: one tensor of it, or of its assistant, was trained on."""
+        models = (
+            [setting.model] if setting.assistant is None else [setting.model, setting.assistant]
+        )
+        for changed in models:
+            path = tmp_path / "other.gguf"
+            path.write_bytes(changed.path.read_bytes())
+            change(path, tensor)
+            with Model(path) as model:
+                pair = [model if m is changed else m for m in (setting.model, setting.assistant)]
+                assert pair[0]
+                foreign = Running(Setting(pair[0], pair[1], setting.kv_unified))
                 foreign.run(4, 0)
                 self.refused(running, foreign.session.save(0), "another model")
 
