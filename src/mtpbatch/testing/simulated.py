@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import accumulate, combinations_with_replacement
 from typing import Final, TypeAlias
 
 from msgspec import Struct
@@ -82,7 +83,6 @@ class SimulatedExecutor:
         self._plans: deque[Plan] = deque()
         self._standing: Plan | None = None
         self._stepped = False
-        self._terms: Terms | None = None  # of the standing plan, if it has selective entries
         self._prompts: list[_Part] = []
         self._going: list[_Part] = []
         self._under_way: StepResult | None = None
@@ -165,7 +165,6 @@ class SimulatedExecutor:
         if not plan.entries:
             return
         self._standing, self._stepped = plan, False
-        self._terms = plan.terms if any(entry.selective for entry in plan.entries) else None
         parts = [
             (index, entry, played)
             for index, entry in enumerate(plan.entries)
@@ -179,13 +178,13 @@ class SimulatedExecutor:
     def _play(self, plan: Plan, now: float) -> None:
         first, self._stepped = not self._stepped, True
         prompts = self._prompts if first else []
-        if self._terms is None:
+        if plan.terms is None:
             drafts = self._draft_all()
         else:
-            drafts = self._draft_what_pays(self._terms)
+            drafts = self._draft_what_pays(plan.terms)
             if self._facts.recurrent:
                 entries = [entry for _, entry, _ in self._going]
-                _even_out(drafts, entries, self._terms, feeds=bool(prompts))
+                _even_out(drafts, entries, plan.terms, feeds=bool(prompts))
         passes, n_decodes = self._passes(prompts, drafts.lengths)
 
         results = [NO_RESULT] * len(plan.entries)
@@ -237,7 +236,7 @@ class SimulatedExecutor:
     def _draft_what_pays(self, terms: Terms) -> _Drafts:
         """As ``Session::draft`` does it: whoever is selective drafts on while that pays."""
         going = self._going
-        drafts = _Drafts([0] * len(going), [], selective=True)
+        drafts = _Drafts([0] * len(going), [], on_terms=True)
         limits = [min(entry.n_draft, played.remaining - 1) for _, entry, played in going]
         drafting = [i for i, limit in enumerate(limits) if limit]
         acceptance = terms.greedy + terms.sampled
@@ -245,20 +244,21 @@ class SimulatedExecutor:
         for limit, (_, _, played) in zip(limits, going, strict=True):
             n_waiting += played.waiting if limit else 0
             played.waiting = 0 if limit else played.waiting + 1
+        # Where each length is a pass, all go equally deep and are cut afterwards.
+        level = self._facts.recurrent
         while drafting:
             depth = len(drafts.rows)
             drafts.rows.append(len(drafting) + (0 if depth else n_waiting))
             gain, bound, left = 0.0, False, []
             for i in drafting:
                 _, entry, played = going[i]
-                if entry.selective:
-                    confidence = played.confidence(depth)
-                    chances = drafts.chances[i]
-                    chance = (chances[-1] if chances else 1.0) * acceptance[confidence]
-                    if chance < terms.target_row:
-                        continue
-                    chances.append(chance)
-                    drafts.confidences[i].append(confidence)
+                chances = drafts.chances[i]
+                confidence = played.confidence(depth)
+                chance = (chances[-1] if chances else 1.0) * acceptance[confidence]
+                if entry.selective and chance < terms.target_row and not level:
+                    continue
+                chances.append(chance)
+                drafts.confidences[i].append(confidence)
                 drafts.lengths[i] += 1
                 if drafts.lengths[i] == limits[i]:
                     continue
@@ -266,11 +266,16 @@ class SimulatedExecutor:
                     bound = True
                     left.append(i)
                     continue
-                more = drafts.chances[i][-1] * entry.expected - terms.target_row - terms.draft_row
-                if more > 0:
-                    gain += more
+                more = chance * entry.expected - terms.target_row
+                if level:
+                    gain += max(more, 0.0) - terms.draft_row
                     left.append(i)
-            drafting = left if bound or gain >= terms.draft_decode else []
+                elif more > terms.draft_row:
+                    gain += more - terms.draft_row
+                    left.append(i)
+            if gain < terms.draft_decode and (level or not bound):
+                left = [i for i in left if not going[i][1].selective]
+            drafting = left
         return drafts
 
     def _passes(self, prompts: list[_Part], lengths: list[int]) -> tuple[list[int], int]:
@@ -361,14 +366,14 @@ class _Drafts:
 
     __slots__ = ("_tried", "chances", "confidences", "lengths", "rows")
 
-    def __init__(self, lengths: list[int], rows: list[int], *, selective: bool = False) -> None:
+    def __init__(self, lengths: list[int], rows: list[int], *, on_terms: bool = False) -> None:
         self.lengths = lengths
         self.rows = rows
         """Of each draft decode."""
-        self.confidences: list[list[int]] = [[] for _ in lengths] if selective else []
-        """Of the drafts of who is selective; nothing if nobody is."""
-        self.chances: list[list[float]] = [[] for _ in lengths] if selective else []
-        """That a draft and all before it are accepted."""
+        self.confidences: list[list[int]] = [[] for _ in lengths] if on_terms else []
+        """Of the drafts, if the plan has terms."""
+        self.chances: list[list[float]] = [[] for _ in lengths] if on_terms else []
+        """That each of them and all before it are accepted."""
         self._tried: dict[int, list[int]] = {}
 
     @property
@@ -390,32 +395,33 @@ class _Drafts:
 
 
 def _even_out(drafts: _Drafts, entries: list[PlanEntry], terms: Terms, *, feeds: bool) -> None:
-    """As ``Stepper::even_out`` does it: cut lengths that are not worth a pass of their own.
+    """As ``Stepper::even_out`` does it: cut selective drafts to the one or two best lengths.
 
-    ``feeds``: there are prompts, which are never drafted after.
+    ``feeds``: there are prompts, which make a pass without drafts.
     """
-    by_length: list[list[int]] = [[] for _ in range(max(drafts.lengths, default=0) + 1)]
+    anyway = {0} if feeds else set()  # lengths that are passes in any case
+    worths: dict[int, list[float]] = {}  # of selective drafts, by how much of them is verified
     for i, length in enumerate(drafts.lengths):
-        by_length[length].append(i)
-    while True:
-        most, cut, to, shorter = 0.0, 0, 0, 0
-        for length in range(1, len(by_length)):
-            if not by_length[length]:
-                continue
-            there_is_one = by_length[shorter] or (shorter == 0 and feeds)
-            gain = terms.target_pass if there_is_one else 0.0
-            for i in by_length[length]:
-                chances = drafts.chances[i] if entries[i].selective else [math.inf] * length
-                gain += sum(terms.target_row - chance for chance in chances[shorter:])
-            if gain > most:
-                most, cut, to = gain, length, shorter
-            shorter = length
-        if not most:
-            return
-        for i in by_length[cut]:
-            drafts.cut(i, to)
-        by_length[to] += by_length[cut]
-        by_length[cut] = []
+        if length and entries[i].selective:
+            gains = (chance - terms.target_row for chance in drafts.chances[i])
+            worths[i] = list(accumulate(gains, initial=0.0))
+        else:
+            anyway.add(length)
+
+    def cut(i: int, low: int, high: int) -> int:
+        worth = worths[i]
+        low, high = min(low, len(worth) - 1), min(high, len(worth) - 1)
+        return high if worth[high] > worth[low] else low
+
+    def gain(low: int, high: int) -> float:
+        lengths = {i: cut(i, low, high) for i in worths}
+        n_passes = len(anyway.union(lengths.values()))
+        return sum(worths[i][n] for i, n in lengths.items()) - terms.target_pass * n_passes
+
+    lengths = range(max(drafts.lengths, default=0) + 1)
+    best = max(combinations_with_replacement(lengths, 2), key=lambda pair: gain(*pair))
+    for i in worths:
+        drafts.cut(i, cut(i, *best))
 
 
 def _split(n: int, most: int) -> list[int]:
