@@ -39,6 +39,15 @@ void check_params(const Model & model, const mtpbatch_context_params & p) {
     if (p.n_ctx < 1 || static_cast<int64_t>(p.n_ctx) * p.n_seq > INT32_MAX) {
         refuse("n_ctx must be at least 1, and n_ctx * n_seq below 2^31");
     }
+    const int32_t n_full = p.n_ctx * p.n_seq;
+    if (p.n_cells < p.n_ctx || p.n_cells > n_full) {
+        refuse("n_cells must be from n_ctx=" + std::to_string(p.n_ctx) + " to n_ctx * n_seq=" + std::to_string(n_full) +
+               ", got " + std::to_string(p.n_cells));
+    }
+    if (p.n_cells < n_full && !p.kv_unified) {
+        refuse("n_cells=" + std::to_string(p.n_cells) + " below n_ctx * n_seq=" + std::to_string(n_full) +
+               " needs kv_unified: otherwise each sequence has n_ctx cells of its own");
+    }
     if (p.n_batch < 1 || p.n_ubatch < 1 || p.n_rs_seq < 0) {
         refuse("n_batch and n_ubatch must be at least 1, n_rs_seq at least 0");
     }
@@ -52,17 +61,17 @@ void check_params(const Model & model, const mtpbatch_context_params & p) {
         refuse("kv_type is not a ggml type");
     }
     // llama.cpp cuts n_batch to all cells, and n_ubatch to n_batch.
-    const int64_t n_cells  = static_cast<int64_t>(p.n_ctx) * p.n_seq;
+    const int64_t n_cells  = p.n_cells;
     const int64_t n_ubatch = std::min<int64_t>({ p.n_ubatch, p.n_batch, n_cells });
     if (model.keeps_recurrent_state() && p.n_rs_seq > 0 && n_ubatch <= static_cast<int64_t>(p.n_rs_seq) + 1) {
-        refuse("n_ubatch, n_batch and n_ctx * n_seq must exceed n_rs_seq + 1 = " +
+        refuse("n_ubatch, n_batch and n_cells must exceed n_rs_seq + 1 = " +
                std::to_string(static_cast<int64_t>(p.n_rs_seq) + 1) + " on a model with recurrent layers");
     }
     const int64_t memory = physical_memory();
     const int64_t n_wanted =
         n_cells * BYTES_PER_CELL + (model.keeps_recurrent_state() ? n_ubatch : 0) * BYTES_PER_UBATCH_ROW;
     if (memory > 0 && n_wanted > memory) {
-        refuse("n_ctx * n_seq=" + std::to_string(n_cells) + " with n_ubatch=" + std::to_string(n_ubatch) +
+        refuse("n_cells=" + std::to_string(n_cells) + " with n_ubatch=" + std::to_string(n_ubatch) +
                " needs more memory than this machine has");
     }
 }
@@ -99,6 +108,9 @@ int32_t checked_heads(const Model & model) {
 
 Context::Context(std::shared_ptr<const Model> model, const mtpbatch_context_params & params)
     : model_(std::move(model)), params_(params) {
+    if (params_.n_cells == 0) {
+        params_.n_cells = static_cast<int32_t>(std::min<int64_t>(int64_t{ params_.n_ctx } * params_.n_seq, INT32_MAX));
+    }
     check_params(*model_, params_);
     create();
 }
@@ -118,6 +130,9 @@ Context::Context(std::shared_ptr<Context> target, std::shared_ptr<const Model> m
         // Chained heads take turns on the same cells, where each must find its own entries again:
         // position p of a sequence is cell p of its own share.
         params_.kv_unified = params_.kv_unified && n_heads_ == 1;
+    }
+    if (!params_.kv_unified) {
+        params_.n_cells = params_.n_ctx * params_.n_seq;
     }
     params_.n_rs_seq      = 0;
     params_.n_outputs_max = params_.n_seq;
@@ -155,7 +170,7 @@ void Context::check_assistant(const Context & target) const {
 
 void Context::create() {
     auto p            = llama_context_default_params();
-    p.n_ctx           = static_cast<uint32_t>(params_.n_ctx) * params_.n_seq;
+    p.n_ctx           = static_cast<uint32_t>(params_.n_cells);
     p.n_batch         = params_.n_batch;
     p.n_ubatch        = params_.n_ubatch;
     p.n_seq_max       = params_.n_seq;
@@ -244,8 +259,26 @@ void Context::check(const std::vector<Row> & rows) const {
     }
 }
 
+int64_t Context::n_held() const {
+    int64_t n = 0;
+    for (llama_seq_id s = 0; s < params_.n_seq; ++s) {
+        n += length(s);
+    }
+    return n;
+}
+
+bool Context::has_room(llama_seq_id seq_id, int32_t n_tokens) const {
+    return n_held() - length(seq_id) + n_tokens <= params_.n_cells;
+}
+
 void Context::decode(const std::vector<Row> & rows) {
     check(rows);
+    const int64_t n_taken = n_held();
+    if (!shares_memory() && n_taken + static_cast<int64_t>(rows.size()) > params_.n_cells) {
+        throw Error(MTPBATCH_NO_KV_SLOT, "no free KV cells for a batch of " + std::to_string(rows.size()) +
+                                             " rows: " + std::to_string(n_taken) +
+                                             " of n_cells=" + std::to_string(params_.n_cells) + " are taken");
+    }
     llama_batch_ext_clear(batch_);
     for (const Row & row : rows) {
         const int32_t i  = llama_batch_ext_add_token(batch_, row.seq_id, row.token);
@@ -373,6 +406,10 @@ void Context::save(llama_seq_id seq_id, uint8_t * state, size_t size) const {
 
 bool Context::load(llama_seq_id seq_id, const uint8_t * state, size_t size, int32_t length) {
     llama_memory_t memory = llama_get_memory(raw_);
+    if (!has_room(seq_id, length)) {
+        truncate(seq_id, 0);
+        return false;
+    }
     truncate(seq_id, 0);
     if (llama_state_seq_set_data_ext(raw_, state, size, seq_id, 0) != size ||
         llama_memory_seq_pos_max(memory, seq_id) != length - 1) {

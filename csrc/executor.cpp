@@ -46,7 +46,6 @@ class Executor {
     bool                      begins() const;
     void                      leave_early(std::unique_lock<std::mutex> & lock);
     std::vector<llama_seq_id> take_early_releases();
-    void                      release(const std::vector<llama_seq_id> & seq_ids);
     void                      open_plan(std::unique_lock<std::mutex> & lock);
     void                      step(Step & out);
 
@@ -131,6 +130,10 @@ const std::vector<mtpbatch_step> & Executor::exchange(const mtpbatch_plan * plan
         step.report.words    = step.words.data();
         step.report.n_trials = static_cast<int32_t>(step.trials.size() / 3);
         step.report.trials   = step.trials.data();
+        step.report.n_saved  = static_cast<int32_t>(step.saved.size());
+        step.report.saved    = step.saved.data();
+        step.report.n_lost   = static_cast<int32_t>(step.lost.size());
+        step.report.lost     = step.lost.data();
         reports_.push_back(step.report);
     }
     return reports_;
@@ -180,8 +183,9 @@ void Executor::serve() {
             return;
         }
         leave_early(lock);
-        // Every plan gets its step, before the next one's entries take its place.
-        while (!plans_.empty() && (!standing_ || stepped_ || plans_.front().entries.empty())) {
+        // Every plan gets its step before the next one's entries take its place, or it saves what came
+        // of that step.
+        while (!plans_.empty() && (!standing_ || stepped_ || !plans_.front().follows_a_step())) {
             open_plan(lock);
         }
         if (!begins()) {
@@ -198,7 +202,7 @@ void Executor::serve() {
         // To wake somebody takes a processor away from the model: not for each of many steps that
         // nobody waits for. The first one of a plan may be what the next plan waits for.
         since_report_us_ += out_us;
-        if (first || steps_.back().ends_any || standing_->followed || n_unseen_ > standing_->run_ahead ||
+        if (first || steps_.back().ends_any || standing_->followed || !begins() ||
             since_report_us_ >= REPORT_EVERY_US) {
             since_report_us_ = 0;
             worth_a_look_    = true;
@@ -226,32 +230,35 @@ void Executor::leave_early(std::unique_lock<std::mutex> & lock) {
     for (const int64_t ticket : cancelled) {
         stepper_.cancel(ticket);
     }
-    release(released);
+    for (const llama_seq_id seq_id : released) {
+        stepper_.release(seq_id);
+    }
     under_way_ = under_way_ && stepper_.any_left();
     lock.lock();
 }
 
-// What waiting plans release, unless one before them admits it first: entries for it are skipped.
+// What waiting plans release, unless they or one before them save, admit or resume it first: entries
+// for it are skipped.
 std::vector<llama_seq_id> Executor::take_early_releases() {
-    std::vector<llama_seq_id> admitted, early;
+    std::vector<llama_seq_id> awaited, early;
     const auto                to_come = [&](llama_seq_id seq_id) {
-        return std::find(admitted.begin(), admitted.end(), seq_id) != admitted.end();
+        return std::find(awaited.begin(), awaited.end(), seq_id) != awaited.end();
     };
     for (Plan & plan : plans_) {
+        for (const auto & save : plan.save) {
+            awaited.push_back(save.seq_id);
+        }
         const auto now = std::stable_partition(plan.release.begin(), plan.release.end(), to_come);
         early.insert(early.end(), now, plan.release.end());
         plan.release.erase(now, plan.release.end());
         for (const Admission & admission : plan.admit) {
-            admitted.push_back(admission.seq_id);
+            awaited.push_back(admission.seq_id);
+        }
+        for (const auto & resume : plan.resume) {
+            awaited.push_back(resume.seq_id);
         }
     }
     return early;
-}
-
-void Executor::release(const std::vector<llama_seq_id> & seq_ids) {
-    for (const llama_seq_id seq_id : seq_ids) {
-        stepper_.release(seq_id);
-    }
 }
 
 // Begins with the next plan: carries out what it says beside its steps.
@@ -259,20 +266,30 @@ void Executor::open_plan(std::unique_lock<std::mutex> & lock) {
     Plan plan = std::move(plans_.front());
     plans_.pop_front();
     lock.unlock();
-    release(plan.release);
-    for (Admission & admission : plan.admit) {
-        stepper_.admit(std::move(admission));
-    }
+    stepper_.open(plan);
     if (!plan.entries.empty()) {
         standing_ = std::move(plan);
         stepped_  = false;
+        lock.lock();
+        return;
     }
+    Step out;
+    out.report.plan = plan.number;
+    stepper_.report_memory(out);
+    under_way_ = under_way_ && stepper_.any_left();
     lock.lock();
+    if (!out.saved.empty()) {
+        n_unseen_ += 1;
+        steps_.push_back(std::move(out));
+        worth_a_look_ = true;
+        ended_.notify_one();
+    }
 }
 
 void Executor::step(Step & out) {
     out.report.plan   = standing_->number;
     out.report.gap_us = under_way_ ? since_step_.lap() : 0;
+    stepper_.report_memory(out);
     mtpbatch_error error{};
     out.report.status                = guard(&error, [&] { stepper_.step(*standing_, stepped_, out); });
     const mtpbatch_status failures[] = { MTPBATCH_OK, MTPBATCH_OUT_OF_MEMORY, MTPBATCH_NO_KV_SLOT,

@@ -131,6 +131,10 @@ class Context {
     bool is_one_pass(const std::vector<Row> & rows) const;
     // Takes back positions from `length` on; false if recurrent state or a sliding window does not allow it.
     bool truncate(llama_seq_id seq_id, int32_t length);
+    // Tokens that all sequences hold: as many cells, except where forks share them.
+    int64_t n_held() const;
+    // Whether there are cells for so many tokens in place of a sequence's.
+    bool has_room(llama_seq_id seq_id, int32_t n_tokens) const;
 
     // What the memory holds of one sequence, which replaces another by load() or copy(): these
     // leave it empty and return false if that does not fit.
@@ -233,8 +237,11 @@ class Session {
     void accept(llama_seq_id seq_id, int32_t n_accepted);
     // Forgets a sequence, also in the draft context.
     void reset(llama_seq_id seq_id);
-    // The sequence will not draft until it is reset: nothing is kept for it. It must be empty.
+    // The sequence will not draft until it is reset: nothing is kept for it, nor of it.
     void ignore(llama_seq_id seq_id);
+    // Takes back a sequence's positions from `length` on, in both contexts; it must have no draft under
+    // way. False if the target cannot: then nothing has changed.
+    bool cut(llama_seq_id seq_id, int32_t length);
 
     // All of a sequence, in both contexts, which restore() puts into any other. save() returns how
     // many bytes that takes, and writes them if they fit into `size`.

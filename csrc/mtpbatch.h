@@ -109,6 +109,9 @@ typedef struct mtpbatch_context_params {
     int32_t n_threads;
     int32_t kv_type;  // a ggml_type
     bool    kv_unified;
+    // Tokens that all sequences together can hold, a fork's counted again; n_ctx to n_ctx * n_seq, and
+    // less than that only if kv_unified. 0: n_ctx * n_seq.
+    int32_t n_cells;
 } mtpbatch_context_params;
 
 // Rows of one decode. Rows of one sequence stand together and continue its positions.
@@ -121,8 +124,8 @@ typedef struct mtpbatch_batch {
 } mtpbatch_batch;
 
 // `target` NULL makes a default context; otherwise an MTP context that drafts for `target`, with
-// the target's own n_ctx, n_seq, n_batch, n_ubatch, n_threads, kv_type and kv_unified (`params` is
-// not read and may be NULL). `model` is then the target's own, or an assistant made for it.
+// the target's own n_ctx, n_seq, n_batch, n_ubatch, n_threads, kv_type, kv_unified and n_cells
+// (`params` is not read and may be NULL). `model` is then the target's own, or an assistant made for it.
 mtpbatch_status mtpbatch_context_create(const mtpbatch_model * model, const mtpbatch_context_params * params,
                                         const mtpbatch_context * target, mtpbatch_context ** context,
                                         mtpbatch_error * error);
@@ -233,8 +236,35 @@ typedef struct mtpbatch_admission {
     int32_t               n_stop_texts;
     const mtpbatch_text * stop_texts;
     bool                  drafts;  // false: it never will, so that nothing is kept for the MTP head
-    int64_t               ticket;  // names the request for mtpbatch_executor_cancel
+    int64_t               ticket;  // names the request for mtpbatch_executor_cancel, and when it is parked
+    // A snapshot that it starts from, and how many of its first tokens are kept: all of them, unless
+    // the model has neither recurrent layers nor a sliding window. 0: it starts empty. What never
+    // drafted can start only what never does.
+    int64_t snapshot;
+    int32_t n_reused;
 } mtpbatch_admission;
+
+// A sequence's state is copied to host memory, as a snapshot that a number, not 0, names until a plan
+// drops it.
+typedef struct mtpbatch_save {
+    int32_t seq_id;
+    int64_t snapshot;
+} mtpbatch_save;
+
+// A request gives up its sequence id, and is kept by its ticket; with a snapshot of its state,
+// unless that is 0.
+typedef struct mtpbatch_park {
+    int32_t seq_id;
+    int64_t snapshot;
+} mtpbatch_park;
+
+// A parked request takes a sequence id again. From the snapshot it was parked with, it goes on as if
+// it had never paused. With 0, all of its tokens, prompt and generated ones, come again as a prompt.
+typedef struct mtpbatch_resume {
+    int32_t seq_id;
+    int64_t ticket;
+    int64_t snapshot;
+} mtpbatch_resume;
 
 typedef struct mtpbatch_entry {
     int32_t         seq_id;
@@ -275,6 +305,17 @@ typedef struct mtpbatch_plan {
     // Whether each step's result is waited for. Otherwise they come together, every 50 ms, but for
     // those of the plan's first step and of steps in which a sequence ends.
     bool followed;
+    // Memory. In this order: save, park, release, drop and forget, admit, resume.
+    int32_t                 n_save;
+    const mtpbatch_save *   save;
+    int32_t                 n_park;
+    const mtpbatch_park *   park;
+    int32_t                 n_drop;
+    const int64_t *         drop;  // snapshots
+    int32_t                 n_forget;
+    const int64_t *         forget;  // tickets of parked requests
+    int32_t                 n_resume;
+    const mtpbatch_resume * resume;
 } mtpbatch_plan;
 
 typedef enum mtpbatch_finish {
@@ -284,6 +325,11 @@ typedef enum mtpbatch_finish {
 } mtpbatch_finish;
 
 #define MTPBATCH_OUTCOME_WORDS 4
+
+typedef struct mtpbatch_saved {
+    int64_t snapshot;
+    int64_t n_bytes;  // 0: it could not be taken, and there is none
+} mtpbatch_saved;
 
 typedef struct mtpbatch_step {
     int64_t         plan;     // its number
@@ -305,6 +351,13 @@ typedef struct mtpbatch_step {
     const int32_t * trials;
     int64_t         gap_us;  // since the step before, if it left sequences to go on
     int64_t         draft_us, target_us, sample_us;
+    // What came of the plan's saves, parks and restores: reported with its first step. A plan that
+    // saves or parks and has no entries is reported like a step, in which nothing else happened.
+    int32_t                n_saved;
+    const mtpbatch_saved * saved;
+    int32_t                n_lost;
+    const int32_t *        lost;     // ids whose snapshot could not be restored; release them
+    int64_t                save_us;  // spent on all of that
 } mtpbatch_step;
 
 // `session` NULL: never drafts. From here on the contexts and the session belong to the executor.
@@ -322,7 +375,9 @@ void mtpbatch_executor_free(mtpbatch_executor * executor);
 // decodes, samples and verifies, and takes back what was rejected. It begins when the step under
 // way ends; plans that wait are begun in order, each for one step at least. What a waiting plan
 // releases leaves at once, and entries of plans before it for that sequence are passed over, unless
-// one of those admits it first. All entries share one decode, except that on models with recurrent
+// one of those admits it first, or it is to be saved before. A step begins only if all its rows find
+// cells; a plan that stands is not repeated otherwise, and the first step of one fails with
+// MTPBATCH_NO_KV_SLOT. All entries share one decode, except that on models with recurrent
 // layers drafts of each length have one of their own.
 //
 // MTPBATCH_INVALID_ARGUMENT: the plan breaks a rule and was not taken. Any other status: the thread

@@ -182,11 +182,28 @@ void Session::reset(llama_seq_id seq_id) {
 }
 
 void Session::ignore(llama_seq_id seq_id) {
-    auto & s = sequence(seq_id);
-    if (s.n_past > 0) {
-        throw Error(MTPBATCH_SESSION_SEQUENCE, sequence_name(seq_id) + " has begun already");
-    }
+    auto &        s      = sequence(seq_id);
+    const int32_t n_past = s.n_past;
+    reset(seq_id);
+    s.n_past  = n_past;
     s.ignored = true;
+}
+
+bool Session::cut(llama_seq_id seq_id, int32_t length) {
+    auto & s = settled(seq_id);
+    if (length >= s.n_past) {
+        return true;
+    }
+    if (!target_->truncate(seq_id, length)) {
+        return false;
+    }
+    draft_->truncate(seq_id, length);
+    s.decoded.assign(s.decoded.size(), length);
+    s.n_past = length;
+    // The row that the next token pairs with was not kept. Like the first token it goes without: its
+    // one entry misleads no draft for long.
+    s.hidden.assign(s.hidden.size(), 0);
+    return true;
 }
 
 // A sequence that has no draft under way and is where the target is.
@@ -276,6 +293,10 @@ void Session::restore(llama_seq_id seq_id, const uint8_t * state, size_t size) {
     if (header.n_past > target_->params().n_ctx) {
         refuse("the saved sequence has " + std::to_string(header.n_past) +
                " positions, more than n_ctx=" + std::to_string(target_->params().n_ctx));
+    }
+    if (!target_->has_room(seq_id, header.n_past)) {
+        refuse("the saved sequence has " + std::to_string(header.n_past) +
+               " positions, and the others leave fewer of n_cells=" + std::to_string(target_->params().n_cells));
     }
     reset(seq_id);
     const uint8_t * body = state + sizeof header;

@@ -1,9 +1,10 @@
-// One step for all active sequences: draft, decode, verify, take back.
+// Who holds which sequence id, and one step for all of them: draft, decode, verify, take back.
 #include "stepper.hpp"
 
 #include <algorithm>
 #include <cmath>
 #include <tuple>
+#include <utility>
 
 namespace mtpbatch {
 
@@ -11,7 +12,38 @@ Stepper::Stepper(std::shared_ptr<Context> target, std::shared_ptr<Session> sessi
     : target_(std::move(target)),
       session_(std::move(session)),
       pool_(target_->params().n_threads),
-      requests_(static_cast<size_t>(target_->params().n_seq)) {}
+      requests_(static_cast<size_t>(target_->params().n_seq)),
+      snapshots_(target_, session_) {}
+
+void Stepper::open(Plan & plan) {
+    for (const auto & entry : plan.save) {
+        save(entry.seq_id, entry.snapshot);
+    }
+    for (const auto & entry : plan.park) {
+        park(entry);
+    }
+    for (const llama_seq_id seq_id : plan.release) {
+        release(seq_id);
+    }
+    for (const int64_t snapshot : plan.drop) {
+        snapshots_.drop(snapshot);
+    }
+    for (const int64_t ticket : plan.forget) {
+        parked_.erase(ticket);
+    }
+    for (Admission & admission : plan.admit) {
+        admit(admission);
+    }
+    for (const auto & entry : plan.resume) {
+        resume(entry);
+    }
+}
+
+void Stepper::report_memory(Step & out) {
+    out.saved          = std::exchange(saved_, {});
+    out.lost           = std::exchange(lost_, {});
+    out.report.save_us = std::exchange(save_us_, 0);
+}
 
 void Stepper::release(llama_seq_id seq_id) {
     target_->truncate(seq_id, 0);
@@ -21,20 +53,79 @@ void Stepper::release(llama_seq_id seq_id) {
     requests_[static_cast<size_t>(seq_id)].reset();
 }
 
-void Stepper::admit(Admission admission) {
+void Stepper::admit(Admission & admission) {
     const llama_seq_id seq_id = admission.seq_id;
     release(seq_id);  // whatever was decoded on it before
-    if (session_ && !admission.drafts) {
-        session_->ignore(seq_id);
-    }
-    requests_[static_cast<size_t>(seq_id)].emplace(Request{
+    Request & request = requests_[static_cast<size_t>(seq_id)].emplace(Request{
         std::move(admission.sampler),
         std::move(admission.stop_tokens),
         std::move(admission.stop_texts),
         admission.max_tokens,
         admission.ticket,
-        admission.cancelled,
+        admission.drafts,
     });
+    request.over      = admission.cancelled;
+    if (admission.snapshot != 0) {
+        start_from_snapshot(seq_id, [&] { snapshots_.restore(admission.snapshot, seq_id, admission.n_reused); });
+    }
+    ignore_undrafted(seq_id);
+}
+
+// One that cannot be taken costs nobody anything but itself.
+void Stepper::save(llama_seq_id seq_id, int64_t snapshot) {
+    Stopwatch      watch;
+    mtpbatch_error error{};
+    size_t         n_bytes = 0;
+    guard(&error, [&] {
+        if (requests_[static_cast<size_t>(seq_id)]->lost) {
+            throw Error(MTPBATCH_SESSION_STATE, sequence_name(seq_id) + " has lost its state");
+        }
+        n_bytes = snapshots_.save(snapshot, seq_id);
+    });
+    saved_.push_back({ snapshot, static_cast<int64_t>(n_bytes) });
+    save_us_ += watch.lap();
+}
+
+void Stepper::park(const mtpbatch_park & park) {
+    if (park.snapshot != 0) {
+        save(park.seq_id, park.snapshot);
+    }
+    Request & request = *requests_[static_cast<size_t>(park.seq_id)];
+    parked_.emplace(request.ticket, std::move(request));
+    release(park.seq_id);
+}
+
+void Stepper::resume(const mtpbatch_resume & resume) {
+    release(resume.seq_id);  // whatever was decoded on it before
+    Request & request =
+        requests_[static_cast<size_t>(resume.seq_id)].emplace(std::move(parked_.extract(resume.ticket).mapped()));
+    if (resume.snapshot != 0) {
+        start_from_snapshot(resume.seq_id, [&] { snapshots_.restore(resume.snapshot, resume.seq_id); });
+    } else {
+        request.last_token = -1;  // it comes again, with all before it
+    }
+    ignore_undrafted(resume.seq_id);
+}
+
+// Nothing is kept for the MTP head of who never drafts.
+void Stepper::ignore_undrafted(llama_seq_id seq_id) {
+    if (session_ && !requests_[static_cast<size_t>(seq_id)]->drafts) {
+        session_->ignore(seq_id);
+    }
+}
+
+template <typename Restore>
+void Stepper::start_from_snapshot(llama_seq_id seq_id, Restore && restore) {
+    if (requests_[static_cast<size_t>(seq_id)]->over) {
+        return;
+    }
+    Stopwatch      watch;
+    mtpbatch_error error{};
+    if (guard(&error, restore) != MTPBATCH_OK) {
+        lose(seq_id);
+        lost_.push_back(seq_id);
+    }
+    save_us_ += watch.lap();
 }
 
 void Stepper::cancel(int64_t ticket) {
@@ -42,6 +133,10 @@ void Stepper::cancel(int64_t ticket) {
         if (request && request->ticket == ticket) {
             request->over = true;
         }
+    }
+    const auto parked = parked_.find(ticket);
+    if (parked != parked_.end()) {
+        parked->second.over = true;
     }
 }
 
@@ -51,8 +146,24 @@ bool Stepper::takes_part(const Entry & entry, bool repeated) const {
 }
 
 bool Stepper::can_repeat(const Plan & plan) const {
-    return std::any_of(plan.entries.begin(), plan.entries.end(),
+    return n_cells(plan, /*repeated*/ true) <= target_->params().n_cells &&
+           std::any_of(plan.entries.begin(), plan.entries.end(),
                        [&](const Entry & entry) { return takes_part(entry, /*repeated*/ true); });
+}
+
+// Tokens that all sequences hold at the most in the plan's next step.
+int64_t Stepper::n_cells(const Plan & plan, bool repeated) const {
+    int64_t n = target_->n_held();
+    for (const Entry & entry : plan.entries) {
+        if (!takes_part(entry, repeated)) {
+            continue;
+        }
+        const Request & request = *requests_[static_cast<size_t>(entry.seq_id)];
+        const bool      prompts = !repeated && !entry.tokens.empty();
+        n += prompts ? static_cast<int64_t>(entry.tokens.size())
+                     : 1 + std::min(entry.n_draft, request.max_tokens - request.n_generated - 1);
+    }
+    return n;
 }
 
 bool Stepper::any_left() const {
@@ -61,9 +172,14 @@ bool Stepper::any_left() const {
 }
 
 void Stepper::step(const Plan & plan, bool repeated, Step & out) try {
-    Stopwatch  watch;
-    const auto drafting = [&] { return session_ ? session_->statistics() : mtpbatch_session_statistics{}; };
-    const auto before   = drafting();
+    Stopwatch     watch;
+    const auto    drafting = [&] { return session_ ? session_->statistics() : mtpbatch_session_statistics{}; };
+    const auto    before   = drafting();
+    const int64_t n_needed = n_cells(plan, repeated);
+    if (n_needed > target_->params().n_cells) {
+        throw Error(MTPBATCH_NO_KV_SLOT, "the step needs " + std::to_string(n_needed) +
+                                             " KV cells, of n_cells=" + std::to_string(target_->params().n_cells));
+    }
     begin(plan, repeated);
     draft(plan);
     even_out(plan);
@@ -104,7 +220,7 @@ void Stepper::step(const Plan & plan, bool repeated, Step & out) try {
 
 void Stepper::lose(llama_seq_id seq_id) {
     if (auto & request = requests_[static_cast<size_t>(seq_id)]) {
-        request->over = true;
+        request->over = request->lost = true;
     }
 }
 

@@ -1,8 +1,9 @@
-// One step after another: draft, decode, verify, take back.
+// Requests on their sequence ids or parked, and one step after another.
 #pragma once
 
 #include "plan.hpp"
 #include "pool.hpp"
+#include "snapshots.hpp"
 
 #include <array>
 #include <optional>
@@ -16,6 +17,9 @@ struct Step {
     std::vector<int32_t> trials;
     std::string          message;
     bool                 ends_any = true;  // sequences, also by failing
+
+    std::vector<mtpbatch_saved> saved;
+    std::vector<llama_seq_id>   lost;
 };
 
 // Carries out the steps of plans that PlanRules has accepted.
@@ -23,8 +27,10 @@ class Stepper {
   public:
     Stepper(std::shared_ptr<Context> target, std::shared_ptr<Session> session);
 
+    // Carries out what a plan says beside its steps. report_memory() tells what came of it.
+    void open(Plan & plan);
+    void report_memory(Step & out);
     void release(llama_seq_id seq_id);
-    void admit(Admission admission);
     void cancel(int64_t ticket);
     // Whether repeating a plan would do anything.
     bool can_repeat(const Plan & plan) const;
@@ -41,6 +47,8 @@ class Stepper {
         StopTexts                stop_texts;
         int32_t                  max_tokens;
         int64_t                  ticket;
+        bool                     drafts;
+        bool                     lost = false;  // its state is not to be relied on
         bool        over = false;  // finished, cancelled, lost or at a stop text: nothing goes on until it is released
         int32_t     n_generated = 0;
         llama_token last_token  = -1;  // sampled, not yet decoded; -1: the prompt is not complete
@@ -67,25 +75,39 @@ class Stepper {
         std::vector<Row>    rows;
     };
 
-    void lose(llama_seq_id seq_id);
-    bool takes_part(const Entry & entry, bool repeated) const;
-    void begin(const Plan & plan, bool repeated);
-    void draft(const Plan & plan);
-    void even_out(const Plan & plan);
-    void form_groups();
-    bool drafts_from(const Group & group) const;
-    void append_rows(Part & part, std::vector<Row> & rows) const;
-    void sample(const Group & group);
-    bool completes_stop_text(Request & request, llama_token token) const;
-    void verify(Part & part, size_t first_candidates);
-    void take_back(Part & part);
-    void count_trials(const Part & part);
-    void write(Step & out) const;
+    void admit(Admission & admission);
+    void save(llama_seq_id seq_id, int64_t snapshot);
+    void park(const mtpbatch_park & park);
+    void resume(const mtpbatch_resume & resume);
+    void ignore_undrafted(llama_seq_id seq_id);
+    template <typename Restore>
+    void    start_from_snapshot(llama_seq_id seq_id, Restore && restore);
+    void    lose(llama_seq_id seq_id);
+    int64_t n_cells(const Plan & plan, bool repeated) const;
+    bool    takes_part(const Entry & entry, bool repeated) const;
+    void    begin(const Plan & plan, bool repeated);
+    void    draft(const Plan & plan);
+    void    even_out(const Plan & plan);
+    void    form_groups();
+    bool    drafts_from(const Group & group) const;
+    void    append_rows(Part & part, std::vector<Row> & rows) const;
+    void    sample(const Group & group);
+    bool    completes_stop_text(Request & request, llama_token token) const;
+    void    verify(Part & part, size_t first_candidates);
+    void    take_back(Part & part);
+    void    count_trials(const Part & part);
+    void    write(Step & out) const;
 
     const std::shared_ptr<Context>      target_;
     const std::shared_ptr<Session>      session_;
     Pool                                pool_;
     std::vector<std::optional<Request>> requests_;  // by seq_id
+    std::map<int64_t, Request>          parked_;    // by ticket
+    Snapshots                           snapshots_;
+    // What came of saving and restoring since it was reported.
+    std::vector<mtpbatch_saved> saved_;
+    std::vector<llama_seq_id>   lost_;
+    int64_t                     save_us_ = 0;
     // Of the step under way; kept for their memory.
     std::vector<Part>             parts_;  // parallel to the plan's entries
     std::vector<Session::Request> draft_requests_;

@@ -22,6 +22,7 @@ from random_model import (
     write_random,
     write_random_dense,
     write_random_gemma4,
+    write_random_glm4moe,
     write_random_step35,
 )
 from random_model import main as random_model_main
@@ -122,7 +123,9 @@ def write_gemma4_beside(path: Path, **how: Any) -> None:
     write_random_gemma4(path, path.with_suffix(".assistant"), **how)
 
 
-@pytest.mark.parametrize("write", [write_random, write_random_step35, write_gemma4_beside])
+@pytest.mark.parametrize(
+    "write", [write_random, write_random_step35, write_random_glm4moe, write_gemma4_beside]
+)
 def test_a_seed_gives_the_same_files_and_another_different_ones(
     tmp_path: Path, write: Callable[..., None]
 ) -> None:
@@ -136,7 +139,7 @@ def test_a_seed_gives_the_same_files_and_another_different_ones(
     assert not set(first) & set(digests(2))
 
 
-@pytest.mark.parametrize("architecture", ["qwen35", "step35", "gemma4", "llama"])
+@pytest.mark.parametrize("architecture", ["qwen35", "step35", "glm4moe", "gemma4", "llama"])
 def test_the_command_writes_every_architecture(
     tmp_path: Path, architecture: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -204,6 +207,15 @@ def test_a_random_step35_model_has_the_heads_asked_for(tmp_path: Path, mtp_heads
     write_random_step35(tmp_path / "step35.gguf", mtp_heads=mtp_heads)
     with Model(tmp_path / "step35.gguf") as model:
         assert (model.n_layer, model.n_mtp_heads) == (2, mtp_heads)
+        text = model.detokenize(greedy(model, model.tokenize("Hello"), 50))
+    assert text.isascii()
+    assert text.replace("\n", "").isprintable()
+
+
+def test_a_random_glm4moe_model_runs(tmp_path: Path) -> None:
+    write_random_glm4moe(tmp_path / "glm4moe.gguf")
+    with Model(tmp_path / "glm4moe.gguf") as model:
+        assert (model.n_layer, model.n_mtp_heads, model.keeps_recurrent_state) == (2, 1, False)
         text = model.detokenize(greedy(model, model.tokenize("Hello"), 50))
     assert text.isascii()
     assert text.replace("\n", "").isprintable()

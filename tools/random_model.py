@@ -6,6 +6,7 @@
 |--------------|--------------------------------------------------------------------------------|
 | `qwen35`     | one MTP head, for each depth anew (with `--no-mtp`: nothing)                   |
 | `step35`     | several MTP heads, each for its depth                                          |
+| `glm4moe`    | one MTP head, for each depth anew                                             |
 | `gemma4`     | a model of its own, OUT-assistant.gguf, which reads the memory of the other    |
 | `llama`      | nothing                                                                        |
 
@@ -132,11 +133,7 @@ def write_random_step35(
     for block in range(blocks):
         sizes |= _llama_block(block, width, ff)
     for block in range(layers, blocks):
-        sizes |= {
-            f"blk.{block}.nextn.eh_proj.weight": (width, 2 * width),
-            f"blk.{block}.nextn.enorm.weight": (width,),
-            f"blk.{block}.nextn.hnorm.weight": (width,),
-        }
+        sizes |= _nextn_block(block, width)
     writer = gguf.GGUFWriter(path, "step35")
     _add_shape(writer, blocks=blocks, width=width, ff=ff, heads=heads, context=context)
     writer.add_nextn_predict_layers(mtp_heads)
@@ -144,6 +141,53 @@ def write_random_step35(
     writer.add_expert_feed_forward_length(ff)  # required, although there are no experts
     writer.add_sliding_window(window)
     writer.add_sliding_window_pattern([block % 2 == 1 for block in range(blocks)])
+    weights = _random_weights(sizes, tokenizer, np.random.default_rng(seed), mix)
+    _finish(writer, weights, tokenizer, kind)
+
+
+def write_random_glm4moe(
+    path: Path,
+    *,
+    layers: int = 2,
+    width: int = 64,
+    ff: int = 128,
+    heads: int = 2,
+    vocab: int = 512,
+    context: int = 4096,
+    seed: int = 0,
+    mix: float = 0.2,
+    kind: Kind = "f32",
+) -> None:
+    """Write a random `glm4moe` model: attention alone, and one MTP block that drafts.
+
+    That block alone has experts. ``heads`` are those of attention. ``mix`` is as in
+    :func:`write_random`.
+    """
+    tokenizer = demo_tokenizer(vocab)
+    blocks, n_experts = layers + 1, 2
+    sizes = _outer_sizes(vocab, width)
+    for block in range(blocks):
+        sizes |= {
+            name.replace("ffn_norm", "post_attention_norm"): size
+            for name, size in _llama_block(block, width, ff).items()
+        }
+    for part in ("gate", "up", "down"):
+        rows, columns = sizes.pop(f"blk.{layers}.ffn_{part}.weight")
+        sizes[f"blk.{layers}.ffn_{part}_exps.weight"] = (n_experts, rows, columns)
+        sizes[f"blk.{layers}.ffn_{part}_shexp.weight"] = (rows, columns)
+    sizes[f"blk.{layers}.ffn_gate_inp.weight"] = (n_experts, width)
+    sizes[f"blk.{layers}.exp_probs_b.bias"] = (n_experts,)
+    sizes |= _nextn_block(layers, width)
+    writer = gguf.GGUFWriter(path, "glm4moe")
+    _add_shape(writer, blocks=blocks, width=width, ff=ff, heads=heads, context=context)
+    writer.add_nextn_predict_layers(1)
+    writer.add_head_count_kv(heads)
+    writer.add_rope_dimension_count(width // heads)
+    writer.add_leading_dense_block_count(layers)
+    writer.add_expert_count(n_experts)
+    writer.add_expert_used_count(1)
+    writer.add_expert_shared_count(1)
+    writer.add_expert_feed_forward_length(ff)
     weights = _random_weights(sizes, tokenizer, np.random.default_rng(seed), mix)
     _finish(writer, weights, tokenizer, kind)
 
@@ -234,6 +278,14 @@ def _llama_block(block: int, width: int, ff: int) -> dict[str, tuple[int, ...]]:
         f"blk.{block}.ffn_gate.weight": (ff, width),
         f"blk.{block}.ffn_up.weight": (ff, width),
         f"blk.{block}.ffn_down.weight": (width, ff),
+    }
+
+
+def _nextn_block(block: int, width: int) -> dict[str, tuple[int, ...]]:
+    return {
+        f"blk.{block}.nextn.eh_proj.weight": (width, 2 * width),
+        f"blk.{block}.nextn.enorm.weight": (width,),
+        f"blk.{block}.nextn.hnorm.weight": (width,),
     }
 
 
@@ -352,9 +404,9 @@ def _random_tensor(
         tensor[:, 0] = 1
     else:
         tensor = random.standard_normal(size) / np.sqrt(size[-1])
-    if name.endswith(("attn_output.weight", "ssm_out.weight", "ffn_down.weight")):
+    if name.endswith(("attn_output.weight", "ssm_out.weight")) or "ffn_down" in name:
         tensor *= mix
-        tensor[0] = 0
+        tensor[..., 0, :] = 0
     elif name.endswith(("nextn.eh_proj.weight", "nextn.pre_projection.weight")):
         # The embedding passes through unchanged, the hidden state is mixed in.
         width = size[1] // 2
@@ -379,7 +431,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument(
-        "--architecture", choices=("qwen35", "step35", "gemma4", "llama"), default="qwen35"
+        "--architecture",
+        choices=("qwen35", "step35", "glm4moe", "gemma4", "llama"),
+        default="qwen35",
     )
     parser.add_argument("--no-mtp", action="store_true", help="qwen35 without the MTP block")
     parser.add_argument("--layers", type=int, default=RANDOM_SHAPE.layers)
@@ -396,6 +450,8 @@ def main() -> None:
         write_random_dense(asked.out, **sizes, **how)
     elif asked.architecture == "step35":
         write_random_step35(asked.out, **sizes, **how)
+    elif asked.architecture == "glm4moe":
+        write_random_glm4moe(asked.out, **sizes, **how)
     elif asked.architecture == "gemma4":
         assistant = asked.out.with_name(f"{asked.out.stem}-assistant.gguf")
         write_random_gemma4(asked.out, assistant, **sizes, **how)

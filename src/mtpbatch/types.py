@@ -191,10 +191,11 @@ class Admission(Struct, frozen=True, gc=False):
     ticket: int = 0
     """Names the request for ``Backend.cancel``, and when it is parked."""
     snapshot: int = 0
-    """A snapshot that the sequence starts from; 0: it starts empty."""
+    """A snapshot that the sequence starts from; 0: it starts empty. One of a request that never
+    drafts starts only requests that never do."""
     n_reused: int = 0
     """Tokens of the snapshot that are kept: its first ones. All of it, unless the model
-    truncates (see :class:`ModelFacts`)."""
+    truncates (see :class:`ModelFacts`). Cells for all of it must be free at that moment."""
 
 
 class Save(Struct, frozen=True, gc=False):
@@ -216,8 +217,10 @@ class Park(Struct, frozen=True, gc=False):
 class Resume(Struct, frozen=True, gc=False):
     """A parked request takes a sequence id again.
 
-    From a snapshot, it goes on from the token sampled last. Without one its entries feed its
-    tokens, prompt and generated ones, as if all of them were a prompt.
+    From a snapshot, the one it was parked with, it goes on from the token sampled last, or with
+    the next chunk of its prompt. Without one (0) its entries feed its tokens, prompt and generated
+    ones, as if all of them were a prompt: the results of all steps before it was parked must be
+    known by then.
     """
 
     seq_id: int
@@ -269,11 +272,17 @@ class Terms(Struct, frozen=True, gc=False):
 class Plan(Struct, frozen=True, gc=False):
     """Sequence ids to free, ids to take, then what each active sequence does from now on.
 
-    In that order: save and park, release, drop, admit and resume, and the first step.
+    In that order: save and park, release, drop and forget, admit and resume, and the first step.
+    All of it waits for the first steps of the plans before, except releases of what is not to be
+    saved, admitted or resumed before.
 
     A plan that may run ahead stands until the next one comes: the executor repeats it, without
     the prompts it has fed, and needs nobody in between. One without entries leaves the plan
-    before it standing.
+    before it standing; if it saves, or parks with a snapshot, it has one result, without entries.
+
+    A step takes a KV cell for each token that any sequence holds and for each of its rows, drafts
+    included. A plan that needs more than there are is not repeated any more, and who waits gets
+    the results so far; the first step of one fails.
     """
 
     release: tuple[int, ...]
@@ -289,6 +298,13 @@ class Plan(Struct, frozen=True, gc=False):
     followed: bool = True
     """Whether each step's result is waited for. Otherwise they come together, some 50 ms of them,
     but for those of the plan's first step and of steps in which a sequence ends."""
+    save: tuple[Save, ...] = ()
+    park: tuple[Park, ...] = ()
+    drop: tuple[int, ...] = ()
+    """Snapshots that are not needed any more."""
+    forget: tuple[int, ...] = ()
+    """Tickets of parked requests that have ended."""
+    resume: tuple[Resume, ...] = ()
 
 
 class EntryResult(Struct, frozen=True, gc=False):
@@ -328,10 +344,11 @@ class StepResult(Struct, frozen=True, gc=False):
     """The step failed: the plan's sequences have lost their state, and on models that keep
     recurrent state all others too."""
     saved: tuple[tuple[int, int], ...] = ()
-    """Snapshots that were taken since the last result, and their bytes; 0: it could not be taken,
-    and there is none."""
+    """The plan's snapshots, with its first result, and their bytes; 0: it could not be taken, and
+    there is none."""
     save_time: float = 0.0
-    """Spent on taking and restoring snapshots since the last result."""
+    """Spent on taking and restoring the plan's snapshots, with its first result. Where steps wait
+    for it, it is part of gap_time."""
     lost: tuple[int, ...] = ()
     """Sequence ids whose snapshot could not be restored: they take no part until released."""
     trials: tuple[tuple[int, int, int], ...] = ()

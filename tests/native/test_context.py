@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pytest
 
 import loops
-from mtpbatch.exceptions import ContextError
+from mtpbatch.exceptions import ContextError, DecodeError
 from mtpbatch.native import Batch, Context, Model
 from reference.qwen35_numpy import Reference
 
@@ -164,6 +164,14 @@ def test_256_sequences_decode_at_once(tiny: Model) -> None:
         ({"n_batch": 4, "n_outputs_max": 4}, "must exceed n_rs_seq"),
         ({"n_seq": 1, "n_ctx": 4}, "must exceed n_rs_seq"),
         ({"n_outputs_max": 3}, "n_outputs_max must be at least n_seq"),
+        (
+            {"n_ctx": 40, "n_cells": 39},
+            "n_cells must be from n_ctx=40 to n_ctx . n_seq=160, got 39",
+        ),
+        ({"n_ctx": 40, "n_cells": 161}, "n_cells must be from n_ctx=40 to n_ctx . n_seq=160"),
+        ({"n_ctx": 40, "n_cells": 0}, "n_cells must be at least n_ctx, got 0"),
+        ({"n_ctx": 40, "n_cells": 2**40}, "out of range"),
+        ({"n_ctx": 40, "n_cells": 100, "kv_unified": False}, "needs kv_unified"),
         ({"kv_type": "f64"}, "kv_type must be one of f32"),
         ({"kv_type": None}, "kv_type"),
     ],
@@ -190,7 +198,7 @@ def test_an_mtp_context_has_the_sizes_of_its_target(context: Context) -> None:
     draft = Context.mtp(context)
     assert draft.is_mtp
     assert not context.is_mtp
-    for name in ("n_ctx", "n_seq", "n_batch", "n_ubatch", "n_threads"):
+    for name in ("n_ctx", "n_seq", "n_batch", "n_ubatch", "n_threads", "n_cells"):
         assert getattr(draft, name) == getattr(context, name)
     with pytest.raises(ContextError, match="not an MTP one"):
         Context.mtp(draft)
@@ -295,6 +303,25 @@ def test_a_full_sequence_is_refused_and_its_neighbours_go_on(tiny: Model) -> Non
         decode(context, [50])
     for s in (1, 2, 3):
         decode(context, [50] * 8, seq_id=s)
+
+
+@pytest.mark.parametrize("kind", ["tiny", "dense"])
+def test_where_cells_run_out_nothing_has_changed(kind: str, request: pytest.FixtureRequest) -> None:
+    """Not even by the sequences of the batch that would have found some."""
+    model = request.getfixturevalue(kind)
+    context = make(model, n_ctx=40, n_cells=50)
+    expected = decode(make(model), PROMPT)
+    decode(context, [50] * 40)
+    decode(context, PROMPT[:4], seq_id=1)
+    batch = Batch()
+    batch.add_sequence(PROMPT[4:6], 4, 1)
+    batch.add_sequence([50] * 5, 0, 2)
+    with pytest.raises(DecodeError, match="batch of 7 rows: 44 of n_cells=50 are taken"):
+        context.decode(batch)
+    assert [context.length(s) for s in range(4)] == [40, 4, 0, 0]
+    assert_close(decode(context, PROMPT[4:6], seq_id=1), expected[4:6])
+    context.truncate(0, 0)
+    decode(context, [50] * 40, seq_id=3)
 
 
 @pytest.mark.parametrize("field", [0, 1, 2])

@@ -376,6 +376,19 @@ class TestForeignStates:
         self.refused(running, foreign.session.save(0), r"positions, more than n_ctx=192")
 
 
+def test_more_than_there_are_cells_for_is_not_restored(tiny: Model) -> None:
+    """Of its own cells it may use all."""
+    running = Running(Setting(tiny, None, kv_unified=True), n_ctx=64, n_cells=64)
+    running.run(4, 2)
+    state, last = running.session.save(2), running.last[2]
+    length = running.target.length(2)
+    expected = running.run(AFTER, 2)[2]
+    with pytest.raises(MtpStateError, match=f"has {length} positions, and the others leave fewer"):
+        running.session.restore(1, state)
+    running.restore(2, state, last)
+    assert running.run(AFTER, 2)[2] == expected
+
+
 def test_what_was_restored_cannot_be_cut(running: Running) -> None:
     """Neither the recurrent states of earlier positions nor what left the window was saved."""
     running.session.restore(2, running.session.save(1))

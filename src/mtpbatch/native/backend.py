@@ -45,6 +45,7 @@ class NativeBackend:
             n_threads=config.n_threads,
             kv_type=config.kv_type,
             kv_unified=config.kv_unified,
+            n_cells=config.n_cells,
         )
         if model.keeps_recurrent_state and target.n_rs_seq < config.n_draft_max:
             # This architecture's state cannot be taken back: no draft could be rejected.
@@ -66,7 +67,7 @@ class NativeBackend:
             n_draft_max=config.n_draft_max,
             n_vocab=model.n_vocab,
             eog_token_ids=model.eog_tokens,
-            n_cells=target.n_ctx * target.n_seq,
+            n_cells=target.n_cells,
             n_ubatch=target.n_ubatch,
             recurrent=model.keeps_recurrent_state,
             truncates=not (model.keeps_recurrent_state or model.n_swa),
@@ -101,7 +102,7 @@ def _resolve(config: EngineConfig, model: Model, assistant: Model | None) -> Eng
     elif assistant is None and model.n_mtp_heads > 1:
         config = _as_deep_as_the_chain(config, model.n_mtp_heads)
     depth = config.n_draft_max
-    n_ctx = config.n_ctx or min(model.n_ctx_train, _DEFAULT_N_CTX)
+    n_ctx = config.n_ctx or min(model.n_ctx_train, _DEFAULT_N_CTX, config.n_cells or _DEFAULT_N_CTX)
     if n_ctx < depth + 2:
         raise InvalidParameterError(
             "n_ctx", f"must be at least n_draft_max + 2 = {depth + 2}, got {n_ctx}"
@@ -116,7 +117,26 @@ def _resolve(config: EngineConfig, model: Model, assistant: Model | None) -> Eng
             f"must be at least n_seq * (1 + n_draft_max) = {per_step}, so that every sequence "
             f"takes part in every step; got {n_batch}",
         )
-    n_batch = min(n_batch, n_ctx * config.n_seq)
+    # Drafting needs cells of each sequence's own there: see MtpSession.
+    own_cells = depth > 0 and (model.n_swa > 0 or model.n_mtp_heads > 1)
+    kv_unified = config.kv_unified and not own_cells
+    n_cells = min(config.n_cells or n_ctx * config.n_seq, n_ctx * config.n_seq)
+    if n_cells < max(n_ctx, per_step):
+        raise InvalidParameterError(
+            "n_cells",
+            f"must be at least n_ctx={n_ctx} and n_seq * (1 + n_draft_max) = {per_step}, so that "
+            f"every request fits and every sequence takes part in a step; got {n_cells}",
+        )
+    if n_cells < n_ctx * config.n_seq and not kv_unified:
+        reason = (
+            "and this model drafts with equal shares only: set n_draft_max=0"
+            if config.kv_unified
+            else "which is off"
+        )
+        raise InvalidParameterError(
+            "n_cells", f"needs kv_unified, {reason}, or leave n_cells out; got {n_cells}"
+        )
+    n_batch = min(n_batch, n_cells)
     n_ubatch = min(config.n_ubatch or 512, n_batch)
     if n_ubatch < depth + 2:
         raise InvalidParameterError(
@@ -128,8 +148,8 @@ def _resolve(config: EngineConfig, model: Model, assistant: Model | None) -> Eng
         n_batch=n_batch,
         n_ubatch=n_ubatch,
         n_threads=config.n_threads or available_cpus(),
-        # Drafting needs cells of each sequence's own there: see MtpSession.
-        kv_unified=config.kv_unified and not (depth and (model.n_swa or model.n_mtp_heads > 1)),
+        kv_unified=kv_unified,
+        n_cells=n_cells,
     )
 
 

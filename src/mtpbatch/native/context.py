@@ -100,6 +100,8 @@ class Context(Handle):
     Args:
         model: stays loaded for as long as the context lives.
         n_ctx: tokens per sequence.
+        n_cells: tokens that all sequences together can hold, a fork's counted again; None: n_ctx
+            times n_seq. Fewer, but at least n_ctx, needs kv_unified.
         n_seq: sequences, 1 to 256.
         n_batch: most tokens in one decode; None: 2048.
         n_ubatch: most tokens in one forward pass; None: 512, at most n_batch.
@@ -129,7 +131,10 @@ class Context(Handle):
         n_threads: int | None = None,
         kv_type: KvType = "f16",
         kv_unified: bool = True,
+        n_cells: int | None = None,
     ) -> None:
+        if n_cells is not None and n_cells < 1:
+            raise ContextError(f"n_cells must be at least n_ctx, got {n_cells}")
         if kv_type not in get_args(KvType):
             raise ContextError(f"kv_type must be one of {', '.join(get_args(KvType))}")
         n_batch = n_batch if n_batch is not None else 2048
@@ -143,6 +148,7 @@ class Context(Handle):
             "n_threads": n_threads if n_threads is not None else available_cpus(),
             "kv_type": _GGML_TYPES[kv_type],
             "kv_unified": kv_unified,
+            "n_cells": n_cells or 0,
         }
         try:
             params = ffi.new("mtpbatch_context_params *", values)
@@ -186,6 +192,7 @@ class Context(Handle):
         self.n_rs_seq: int = real.n_rs_seq
         """As granted: 0 on models whose state cannot be taken back, or that keep none."""
         self.n_threads: int = real.n_threads
+        self.n_cells: int = real.n_cells
         self.is_mtp: bool = lib.mtpbatch_context_is_mtp(self._native)
 
     def __repr__(self) -> str:

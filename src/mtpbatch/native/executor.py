@@ -132,6 +132,9 @@ def _result(step: Any) -> StepResult:
         step.sample_us / 1e6,
         error=failure,
         trials=tuple((t[3 * i], t[3 * i + 1], t[3 * i + 2]) for i in range(step.n_trials)),
+        saved=tuple((step.saved[i].snapshot, step.saved[i].n_bytes) for i in range(step.n_saved)),
+        save_time=step.save_us / 1e6,
+        lost=tuple(step.lost[i] for i in range(step.n_lost)),
     )
 
 
@@ -156,6 +159,8 @@ def _native_plan(plan: Plan) -> tuple[Any, list[Any]]:
                 stop_texts,
                 a.drafts,
                 a.ticket,
+                a.snapshot,
+                a.n_reused,
             ]
         )
     entries = []
@@ -165,30 +170,29 @@ def _native_plan(plan: Plan) -> tuple[Any, list[Any]]:
         entries.append(
             [e.seq_id, len(e.tokens), tokens, e.sample, e.n_draft, e.selective, e.expected]
         )
-    references += [
-        ffi.new("int32_t[]", plan.release),
-        ffi.new("mtpbatch_admission[]", admissions),
-        ffi.new("mtpbatch_entry[]", entries),
-    ]
-    release, admit, entry = references[-3:]
+    arrays = {
+        "release": ffi.new("int32_t[]", plan.release),
+        "admit": ffi.new("mtpbatch_admission[]", admissions),
+        "entries": ffi.new("mtpbatch_entry[]", entries),
+        "save": ffi.new("mtpbatch_save[]", [[s.seq_id, s.snapshot] for s in plan.save]),
+        "park": ffi.new("mtpbatch_park[]", [[p.seq_id, p.snapshot] for p in plan.park]),
+        "drop": ffi.new("int64_t[]", plan.drop),
+        "forget": ffi.new("int64_t[]", plan.forget),
+        "resume": ffi.new(
+            "mtpbatch_resume[]", [[r.seq_id, r.ticket, r.snapshot] for r in plan.resume]
+        ),
+    }
+    references.append(arrays)
+    sizes = {f"n_{name}": len(array) for name, array in arrays.items()}
     terms = ffi.NULL
     if (t := plan.terms) is not None:
         prices = [t.target_row, t.target_pass, t.draft_row, t.draft_decode]
         terms = ffi.new("mtpbatch_terms *", [*prices, [*t.greedy, *t.sampled]])
         references.append(terms)
-    native = ffi.new(
-        "mtpbatch_plan *",
-        [
-            plan.number,
-            len(plan.release),
-            release,
-            len(admissions),
-            admit,
-            len(entries),
-            entry,
-            terms,
-            plan.run_ahead,
-            plan.followed,
-        ],
-    )
-    return native, references
+    rest = {
+        "number": plan.number,
+        "terms": terms,
+        "run_ahead": plan.run_ahead,
+        "followed": plan.followed,
+    }
+    return ffi.new("mtpbatch_plan *", arrays | sizes | rest), references

@@ -288,8 +288,8 @@ class MtpSession(Handle):
 
         Raises:
             MtpStateError: the bytes are no saved sequence, damaged, or of another model or other
-                settings; or longer than n_ctx; nothing was changed. Or llama.cpp could not take
-                them; then the sequence is empty.
+                settings; or longer than n_ctx or than there are cells for; nothing was changed. Or
+                llama.cpp could not take them; then the sequence is empty.
             MtpBadSequenceError: no such sequence.
         """
         native = self._native
