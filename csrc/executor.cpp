@@ -275,7 +275,9 @@ void Executor::open_plan(std::unique_lock<std::mutex> & lock) {
     }
     Step out;
     out.report.plan = plan.number;
-    stepper_.report_memory(out);
+    if (plan.follows_a_step()) {  // else what there is to report is of a plan that has not had its step
+        stepper_.report_memory(out);
+    }
     under_way_ = under_way_ && stepper_.any_left();
     lock.lock();
     if (!out.saved.empty()) {

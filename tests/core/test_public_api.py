@@ -96,7 +96,7 @@ def test_the_engines_surface() -> None:
         (
             mtpbatch.SamplingParams,
             "max_tokens temperature top_k top_p min_p seed stop stop_token_ids ignore_eos "
-            "speculation priority deadline",
+            "speculation priority deadline reuse_prefix",
         ),
         (
             mtpbatch.Completion,
@@ -104,11 +104,12 @@ def test_the_engines_surface() -> None:
             "accepted_by_depth steps usage timings",
         ),
         (mtpbatch.Delta, "text token_ids n_accepted finish_reason"),
-        (mtpbatch.Usage, "prompt_tokens completion_tokens total_tokens"),
+        (mtpbatch.Usage, "prompt_tokens completion_tokens cached_tokens total_tokens"),
         (mtpbatch.Timings, "queued prefill first_token decode total"),
         (
             mtpbatch.EngineStats,
             "running waiting free_sequences n_seq mtp finished prompt_tokens generated_tokens "
+            "prefix_queries prefix_hits preemptions "
             "drafted accepted drafted_by_depth accepted_by_depth steps gap_time draft_time "
             "target_time sample_time acceptance",
         ),
