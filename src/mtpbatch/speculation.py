@@ -115,7 +115,7 @@ class Cost:
         return self._pass * self._share
 
     def observe(self, passes: int, rows: int, seconds: float) -> None:
-        """Take in how long so many passes took, with so many rows in all."""
+        """Take in how long so many passes took, with so many rows in all; 0 says nothing."""
         if seconds <= 0:
             return
         if not self._pass:
@@ -216,7 +216,7 @@ class Habit:
 
     __slots__ = (
         *("reached", "gained", "acceptance", "behind", "_memory", "_weight", "_n_tried"),
-        *("_allowed", "_drafted", "_gained", "_tried"),
+        *("_allowed", "_drafted", "_gained", "_tried", "_ahead"),
     )
     _PRIOR: Final = 4.0  # steps, and drafts, that what it begins with counts as
 
@@ -230,6 +230,7 @@ class Habit:
         self._memory = memory  # steps that count at most
         self._weight = [self._PRIOR] * len(self.reached)  # steps that count so far
         self._n_tried = self._PRIOR  # drafts that do
+        self._ahead: list[tuple[float, float, float]] | None = None  # if it was asked for
         self._forget()
 
     @classmethod
@@ -270,15 +271,20 @@ class Habit:
                     habit._take_tried(self._tried, accepted)
         self._forget()
 
-    def ahead(self, limit: int) -> tuple[float, float, float]:
-        """Of a step that may draft ``limit`` tokens: how many are accepted, verified, drafted."""
-        verified = sum(self.reached[:limit])
-        drafted = 1 + verified - self.reached[limit - 1] if limit else 0.0
-        return sum(self.gained[:limit]), verified, drafted
+    @property
+    def ahead(self) -> list[tuple[float, float, float]]:
+        """Of a step that may draft so many tokens: how many are accepted, verified, drafted."""
+        if self._ahead is None:
+            gained = accumulate(self.gained, initial=0.0)
+            verified = list(accumulate(self.reached, initial=0.0))
+            drafted = [0.0, *(1 + n for n in verified[:-1])]
+            self._ahead = list(zip(gained, verified, drafted, strict=True))
+        return self._ahead
 
     def _take(self, d: int, allowed: int, drafted: int, gained: int) -> None:
         self._weight[d] = weight = min(self._weight[d] + allowed, self._memory)
         pace = min(1.0, allowed / weight)
+        self._ahead = None
         self.reached[d] += (min(1.0, drafted / allowed) - self.reached[d]) * pace
         self.gained[d] += (min(1.0, gained / allowed) - self.gained[d]) * pace
 
@@ -406,7 +412,8 @@ class Speculator:
     steps from that to the one after.
     """
 
-    _STEPS: Final = 8  # between reviews, while the same sequences run
+    _STEPS: Final = 8  # between reviews, while about as many sequences run
+    _FEW: Final = 0.1  # of them may come or go
     _STAYS: Final = 1.03  # how much better another depth must look
     _TRIALS: Final = 0.01  # of the time may be lost by trials
     _MOST_TRIALS: Final = 4  # steps' time that may be lost at a stretch, as at the beginning
@@ -459,7 +466,8 @@ class Speculator:
         """Choose anew if it is time to; whether the choice is another one now."""
         n_new = self._n_steps - self._n_steps_reviewed
         enough = n_new >= (self._STEPS if self.choice.trial is None else 1)
-        if not n_new or not (enough or len(sequences) != self._n_reviewed):
+        change = abs(len(sequences) - self._n_reviewed)
+        if not n_new or not (enough or change > self._FEW * self._n_reviewed):
             return False
         self._n_reviewed = len(sequences)
         self._n_steps_reviewed = self._n_steps
@@ -484,31 +492,33 @@ class Speculator:
         self.choice = choice
         return True
 
-    def _outlooks(self, sequences: Iterable[Drafter], terms: Terms | None) -> list[_Outlook]:
+    def _outlooks(self, sequences: Collection[Drafter], terms: Terms | None) -> list[_Outlook]:
         """What a step would come to, by depth. With terms, those draft for whom it pays."""
         outlooks = [_Outlook(depth, self._depths[-1]) for depth in self._depths]
         target_row, draft_row = (terms.target_row, terms.draft_row) if terms else (-1.0, -1.0)
         for sequence in sequences:
-            wish, habit = sequence.wish, sequence.habit
+            most, adaptive = sequence.wish.limit, sequence.wish.adaptive
+            habit = sequence.habit
+            reached, ahead = habit.reached, habit.ahead
             for outlook in outlooks:
-                limit = min(wish.limit, outlook.depth) if wish.adaptive else wish.limit
-                gain, rows, draft_rows = habit.ahead(limit)
-                if limit and wish.adaptive and gain <= target_row * rows + draft_row * draft_rows:
+                limit = outlook.depth if adaptive and outlook.depth < most else most
+                if not limit:
+                    continue
+                gain, rows, draft_rows = ahead[limit]
+                if adaptive and gain <= target_row * rows + draft_row * draft_rows:
                     outlook.left_out.append(sequence.request_id)
-                    limit = 0
-                outlook.n_sequences += 1
-                outlook.tokens += 1
-                outlook.rows += 1
-                if limit == 0:
                     continue
                 outlook.n_drafting += 1
-                outlook.n_verifying += habit.reached[0]
+                outlook.n_verifying += reached[0]
                 outlook.tokens += gain
                 outlook.rows += rows
                 outlook.draft_rows[0] += 1 + gain  # what was accepted last is decoded as well
                 for d in range(1, limit):
-                    outlook.draft_rows[d] += habit.reached[d - 1]
+                    outlook.draft_rows[d] += reached[d - 1]
         for outlook in outlooks:
+            outlook.n_sequences = len(sequences)
+            outlook.tokens += len(sequences)
+            outlook.rows += len(sequences)
             # A decode of less than a row happens that often.
             n_draft_decodes = sum(min(1.0, rows) for rows in outlook.draft_rows)
             outlook.seconds = (
