@@ -425,6 +425,19 @@ class TestForeignStates:
         for changes in wrong:
             self.refused(running, forged(state, **changes), "damaged")
 
+    def test_forged_to_have_more_waiting_than_there_is(
+        self, running: Running, setting: Setting
+    ) -> None:
+        if setting.assistant:
+            return  # nothing waits
+        foreign = Running(setting)
+        foreign.run(BEFORE, 0, depth=0)
+        n_past = foreign.target.length(0)
+        state = foreign.session.save(0)
+        assert forged(state, n_waiting=n_past) == state
+        for n in (n_past - 1, 0):
+            self.refused(running, forged(state, n_past=n), "damaged")
+
     @pytest.mark.parametrize("token", [-1, 300, 2**31 - 1])
     def test_with_no_such_token(self, running: Running, setting: Setting, token: int) -> None:
         if setting.assistant:
