@@ -15,6 +15,7 @@ import msgspec
 from msgspec import Struct
 
 import mtpbatch
+from benchmarks.report import Depth
 from benchmarks.workload import N_CTX, Answer, FirstToken, Generate, Measured, measure, peak_memory
 
 
@@ -22,7 +23,8 @@ class Task(Struct, frozen=True):
     """What to measure; the process gets it as JSON in its one argument."""
 
     model: str
-    depth: int
+    depth: Depth
+    n_draft_max: int
     kv_unified: bool
     threads: int
     concurrency: list[int]
@@ -36,8 +38,8 @@ class Outcome(Struct, frozen=True):
     peak_memory: float
 
 
-def generate_with(engine: mtpbatch.Engine, depth: int) -> Generate:
-    """Serve requests at a fixed draft depth."""
+def generate_with(engine: mtpbatch.Engine, depth: Depth) -> Generate:
+    """Serve requests at a draft depth."""
 
     async def generate(prompt: str, tokens: int) -> Answer:
         done = await engine.generate(prompt, max_tokens=tokens, ignore_eos=True, speculation=depth)
@@ -51,7 +53,7 @@ def generate_with(engine: mtpbatch.Engine, depth: int) -> Generate:
     return generate
 
 
-def first_token_with(engine: mtpbatch.Engine, depth: int) -> FirstToken:
+def first_token_with(engine: mtpbatch.Engine, depth: Depth) -> FirstToken:
     """Serve requests as streams."""
 
     async def first_token(prompt: str, tokens: int) -> float:
@@ -82,7 +84,7 @@ async def run(task: Task) -> Outcome:
         task.model,
         n_seq=max(task.concurrency),
         n_ctx=N_CTX,
-        n_draft_max=task.depth,
+        n_draft_max=task.n_draft_max,
         n_threads=task.threads,
         kv_unified=task.kv_unified,
     ) as engine:

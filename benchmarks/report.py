@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, TypeAlias
+from typing import Final, Literal, TypeAlias
 
 from msgspec import Struct
 
@@ -14,6 +14,9 @@ from benchmarks.workload import Load
 Kv: TypeAlias = Literal["unified", "split"]
 KV: tuple[Kv, ...] = ("unified", "split")
 """One pool of KV cells for all sequences, or an equal share for each."""
+ADAPTIVE: Final = "auto"
+"""The depth that mtpbatch chooses itself."""
+Depth: TypeAlias = int | Literal["auto"]
 
 
 class Side(enum.StrEnum):
@@ -28,13 +31,22 @@ class Variant(Struct, frozen=True):
     """A side and its settings."""
 
     side: Side
-    depth: int
+    depth: Depth
     kv: Kv
 
     @property
     def label(self) -> str:
         draft = f"depth {self.depth}" if self.depth else "no MTP"
+        if self.depth == ADAPTIVE:
+            draft = "adaptive"
         return f"{self.side}, {draft}, {self.kv} cache"
+
+    @property
+    def fixed_depth(self) -> int:
+        """Of whoever chooses none."""
+        if not isinstance(self.depth, int):
+            raise ValueError(f"{self.label} has no fixed depth")
+        return self.depth
 
 
 class Record(Struct, frozen=True):
@@ -66,6 +78,10 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
+_Choice: TypeAlias = tuple[Side, frozenset[Depth]]
+"""A side, at its best of some depths."""
+
+
 class Comparison:
     """The records of one model."""
 
@@ -74,7 +90,9 @@ class Comparison:
         for record in records:
             self._by_variant.setdefault(record.variant, []).append(record)
         self._concurrency = list(records[0].loads)
-        self._depths = sorted({variant.depth for variant in self._by_variant})
+        depths = {variant.depth for variant in self._by_variant}
+        self._fixed = frozenset(depth for depth in depths if depth != ADAPTIVE)
+        self._depths = sorted(depth for depth in depths if isinstance(depth, int))
 
     def speeds(self) -> str:
         rows = [
@@ -85,20 +103,27 @@ class Comparison:
 
     def ratios(self) -> str:
         ours, server, ideal = Side.MTPBATCH, Side.LLAMA_SERVER, Side.IDEAL
-        rows: list[tuple[str, Side, Side, int | None]] = [
-            ("best mtpbatch / best llama-server", ours, server, None),
-            ("best mtpbatch / best native ideal", ours, ideal, None),
-            ("best native ideal / best llama-server", ideal, server, None),
+        fixed = self._fixed
+        adaptive: frozenset[Depth] = frozenset({ADAPTIVE})
+        none: frozenset[Depth] = frozenset({0})
+        rows: list[tuple[str, _Choice, _Choice]] = [
+            ("best fixed mtpbatch / best llama-server", (ours, fixed), (server, fixed)),
+            ("best fixed mtpbatch / best native ideal", (ours, fixed), (ideal, fixed)),
+            ("best native ideal / best llama-server", (ideal, fixed), (server, fixed)),
+            ("adaptive mtpbatch / best llama-server", (ours, adaptive), (server, fixed)),
+            ("adaptive mtpbatch / best fixed mtpbatch", (ours, adaptive), (ours, fixed)),
+            ("adaptive mtpbatch / mtpbatch without MTP", (ours, adaptive), (ours, none)),
         ]
         for depth in self._depths:
             at = f"at depth {depth}" if depth else "without MTP"
-            rows.append((f"mtpbatch / llama-server, both {at}", ours, server, depth))
-            rows.append((f"mtpbatch / native ideal, both {at}", ours, ideal, depth))
+            this: frozenset[Depth] = frozenset({depth})
+            rows.append((f"mtpbatch / llama-server, both {at}", (ours, this), (server, this)))
+            rows.append((f"mtpbatch / native ideal, both {at}", (ours, this), (ideal, this)))
         return table(
             ["ratio", *(f"{c} at once" for c in self._concurrency)],
             (
-                [name, *(self._ratio(a, b, depth, c) for c in self._concurrency)]
-                for name, a, b, depth in rows
+                [name, *(self._ratio(above, below, c) for c in self._concurrency)]
+                for name, above, below in rows
             ),
         )
 
@@ -106,7 +131,7 @@ class Comparison:
         """Tokens per step and acceptance, which must agree at equal depth."""
         rows = [
             [variant.label, *(self._drafting(variant, c) for c in self._concurrency)]
-            for variant in sorted(self._by_variant, key=lambda variant: variant.depth)
+            for variant in sorted(self._by_variant, key=lambda variant: str(variant.depth))
             if variant.depth
         ]
         head = ["tokens per step · acceptance", *(f"{c} at once" for c in self._concurrency)]
@@ -152,15 +177,19 @@ class Comparison:
     def _speeds(self, variant: Variant, clients: int) -> list[float]:
         return [record.loads[clients].speed for record in self._by_variant[variant]]
 
-    def _best(self, side: Side, depth: int | None, clients: int) -> Variant:
-        """The fastest of a side's variants, by the median; of one depth if that is given."""
+    def _best(self, choice: _Choice, clients: int) -> Variant | None:
+        """The fastest variant of a side at some depths, by the median."""
+        side, depths = choice
         return max(
-            (v for v in self._by_variant if v.side is side and depth in (None, v.depth)),
+            (v for v in self._by_variant if v.side is side and v.depth in depths),
             key=lambda variant: statistics.median(self._speeds(variant, clients)),
+            default=None,
         )
 
-    def _ratio(self, above: Side, below: Side, depth: int | None, clients: int) -> str:
-        ours, theirs = self._best(above, depth, clients), self._best(below, depth, clients)
+    def _ratio(self, above: _Choice, below: _Choice, clients: int) -> str:
+        ours, theirs = self._best(above, clients), self._best(below, clients)
+        if ours is None or theirs is None:
+            return "not measured"
         pairs = zip(self._speeds(ours, clients), self._speeds(theirs, clients), strict=True)
         return spread([a / b for a, b in pairs], 2)
 
@@ -184,6 +213,7 @@ class Comparison:
                 - self._acceptance(Variant(Side.MTPBATCH, variant.depth, "unified"), clients)
             )
             for variant in self._by_variant
+            if variant.depth != ADAPTIVE
         )
 
     def _drafting(self, variant: Variant, clients: int) -> str:

@@ -45,12 +45,14 @@ class Bench:
         self.server = options.llama_server or llama_server.build(options.build_dir)
 
     def variants(self) -> list[Variant]:
-        """In the order of a round: at each depth, all sides in turn."""
+        """In the order of a round: at each depth all sides in turn, then mtpbatch's own choice."""
         variants = []
         for depth in self._options.depths:
             variants += [Variant(Side.LLAMA_SERVER, depth, kv) for kv in self._options.server_kv]
             for side in (Side.MTPBATCH, Side.IDEAL):
                 variants += [Variant(side, depth, kv) for kv in report.KV]
+        if max(self._options.depths) > 0:
+            variants += [Variant(Side.MTPBATCH, report.ADAPTIVE, kv) for kv in report.KV]
         return variants
 
     def measure(self, model: Path, variant: Variant, turn: int) -> Record:
@@ -66,7 +68,7 @@ class Bench:
             self.server,
             model,
             n_seq=max(self._concurrency),
-            depth=variant.depth,
+            depth=variant.fixed_depth,
             kv=variant.kv,
             threads=self._options.threads,
             log=self._log,
@@ -85,6 +87,7 @@ class Bench:
         task = engine_process.Task(
             str(model),
             variant.depth,
+            max(self._options.depths) if variant.depth == report.ADAPTIVE else variant.fixed_depth,
             variant.kv == "unified",
             self._options.threads,
             self._concurrency,
@@ -121,7 +124,7 @@ class Bench:
                 self._ideal,
                 model,
                 n_seq=clients,
-                depth=variant.depth,
+                depth=variant.fixed_depth,
                 kv=variant.kv,
                 threads=self._options.threads,
                 tokens=self._options.tokens,

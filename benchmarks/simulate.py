@@ -307,7 +307,7 @@ def _parser() -> argparse.ArgumentParser:
     several = study(replicas, cost=(12.0, 0.05, 1.0, 0.02))
     several.add_argument("--rate", type=float, default=1000.0, help="requests per second")
     several.add_argument("--variation", default=1.0, **variation)
-    several.add_argument("--engines", default=[16, 20, 24, 32], help="how many", **several_counts)
+    several.add_argument("--engines", default=[16, 20, 24], help="how many", **several_counts)
     several.add_argument("--sequences", type=int, default=64, help="of each engine")
     several.add_argument("--requests", default=20_000, **requests)
 

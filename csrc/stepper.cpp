@@ -103,6 +103,9 @@ void Stepper::resume(const mtpbatch_resume & resume) {
         start_from_snapshot(resume.seq_id, [&] { snapshots_.restore(resume.snapshot, resume.seq_id); });
     } else {
         request.last_token = -1;  // it comes again, with all before it
+        if (request.lost) {
+            request.over = request.lost = false;
+        }
     }
     ignore_undrafted(resume.seq_id);
 }

@@ -485,7 +485,7 @@ class Engine:
         backend: Backend | None = None
         try:
             backend = make_backend()
-            scheduler = Scheduler(backend.facts)
+            scheduler = Scheduler(backend.facts, backend.config.snapshot_memory << 20)
             self._backend = backend
             self._config = backend.config
             self._facts = backend.facts

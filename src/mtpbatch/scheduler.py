@@ -3,7 +3,8 @@
 Four verbs, called by one owner, one after another:
 
 - :meth:`Scheduler.add` and :meth:`Scheduler.abort` let requests in and out;
-- :meth:`Scheduler.schedule` says what is to be done, as a :class:`~mtpbatch.types.Plan`;
+- :meth:`Scheduler.schedule` says what is to be done, as a :class:`~mtpbatch.types.Plan`, before
+  each exchange with the executor;
 - :meth:`Scheduler.update` takes in how a step of it went, and returns the :class:`Event` of every
   request that got something.
 
@@ -19,6 +20,8 @@ from typing import Final
 from msgspec import Struct
 
 from mtpbatch.exceptions import DecodeError, InternalError, MtpBatchError, NativeError
+from mtpbatch.memory import Cells, Snapshots
+from mtpbatch.prefix import NO_HIT, PrefixIndex
 from mtpbatch.sequence import Sequence, at_least
 from mtpbatch.speculation import Speculator
 from mtpbatch.types import (
@@ -28,11 +31,14 @@ from mtpbatch.types import (
     EngineStats,
     FinishReason,
     ModelFacts,
+    Park,
     Plan,
     PlanEntry,
+    Resume,
+    Save,
     StepResult,
 )
-from mtpbatch.waiting import WaitingQueue
+from mtpbatch.waiting import WaitingQueue, due
 
 _MAX_AHEAD: Final = 2  # plans of which no result has come: the one that runs, and the next
 # Steps: some seconds of a small model, in which an app may keep the GIL in one call of C code.
@@ -61,10 +67,19 @@ class _InFlight(Struct, gc=False):
     """A plan whose results come."""
 
     plan: Plan
-    sequences: list[Sequence]
-    """Those of its entries."""
+    sequences: list[Sequence | None]
+    """Those of its entries; ``None`` for one that has started again since."""
     stepped: bool = False
     """Whether its first result has come: further ones are of repetitions."""
+
+
+class _Parked(Struct, frozen=True, gc=False):
+    """What is known of a request that gave up its sequence id after it had generated."""
+
+    plan: int
+    """Once a result of this plan or a later one has come, all its tokens are known."""
+    snapshot: int
+    """Its state; 0: it was not saved."""
 
 
 class Scheduler:
@@ -75,28 +90,49 @@ class Scheduler:
 
     State: a request is in ``_waiting`` or in ``_running`` until its last event; each sequence id
     is free, held by a running request, or in ``_released`` until the next plan tells the
-    executor. ``_in_flight`` are the plans of which results can come, oldest first; a sequence
-    that ends meanwhile leaves at once, and what still comes for it is dropped. ``_prompting`` is
-    the running one of whose prompt a part has not been planned: the next is admitted only when
-    that leaves room. ``_speculator`` learns from results, and says how deep to draft. Totals only
-    grow. Every method but the properties changes it, so all calls
-    belong to one thread.
+    executor; one that is to be parked first is in ``_parks`` instead. ``_in_flight`` are the plans
+    of which results can come, oldest first; a sequence that ends meanwhile leaves at once, and
+    what still comes for it is dropped. ``_bare`` are the numbers of plans without entries that are
+    reported, and ``_n_reported`` is the last plan of which something has come. ``_prompting`` are
+    the running ones of whose prompts a part has not been planned: another is admitted only when
+    these leave room. ``_speculator`` learns from results, and says how deep to draft.
+
+    Memory has rooms of its own: ``_cells``, ``_snapshots`` and ``_prefix``. A request that is
+    parked is in ``_waiting`` again, where it has its old place, and in ``_parked``. ``_saves`` and
+    ``_forgotten`` are for the next plan.
+
+    Totals only grow. Every method but the properties changes the state, so all calls belong to one
+    thread.
     """
 
-    def __init__(self, facts: ModelFacts) -> None:
+    def __init__(self, facts: ModelFacts, snapshot_bytes: int = 0) -> None:
+        """``snapshot_bytes``: host memory for states of sequences; 0 keeps none."""
         self._facts = facts
         self._waiting = WaitingQueue()
         self._running: dict[str, Sequence] = {}
-        self._prompting: Sequence | None = None
+        self._prompting: list[Sequence] = []
         self._free = list(range(facts.n_seq))  # a heap: low ids close together decode fastest
         self._released: list[int] = []
         self._in_flight: deque[_InFlight] = deque()
+        self._bare: deque[int] = deque()
         self._n_plans = 0
+        self._n_reported = 0
         self._speculator = Speculator(facts)
+
+        self._cells = Cells(facts)
+        self._snapshots = Snapshots(snapshot_bytes)
+        self._prefix = PrefixIndex(truncates=facts.truncates)
+        self._parked: dict[str, _Parked] = {}
+        self._saves: list[Save] = []
+        self._parks: list[Park] = []
+        self._forgotten: list[int] = []
 
         self._finished: dict[FinishReason, int] = {"stop": 0, "length": 0, "abort": 0, "error": 0}
         self._prompt_tokens = 0
         self._generated_tokens = 0
+        self._prefix_queries = 0
+        self._prefix_hits = 0
+        self._preemptions = 0
         # Drafts by their length, and by how much of them was accepted.
         self._n_drafting = [0] * (facts.n_draft_max + 1)
         self._n_accepting = [0] * (facts.n_draft_max + 1)
@@ -113,6 +149,9 @@ class Scheduler:
         if sequence.request_id in self._waiting or sequence.request_id in self._running:
             raise InternalError(f"request {sequence.request_id} was added twice")
         self._waiting.push(sequence)
+        if self._reuses(sequence):
+            drafts = sequence.wish.limit > 0
+            self._prefix.enter(sequence.request_id, sequence.prompt, drafts=drafts)
 
     def abort(self, request_id: str, now: float) -> Event | None:
         """End a request, waiting or running; ``None`` if there is none of that id (any more)."""
@@ -134,24 +173,30 @@ class Scheduler:
         One plan is made ahead of the one whose results are awaited, not more: later ones would
         know too little, and a request that comes meanwhile would wait behind them.
         """
-        release = self._take_released()
-        something_new = self._n_ahead < _MAX_AHEAD and (
+        if self._n_ahead == _MAX_AHEAD or not (
             self._speculator.review(self._running.values())
-            or self._prompting is not None
-            or (self._waiting and self._free)
+            or self._prompting
+            or self._next_to_begin() is not None
             or self._followed_in_vain
-        )
-        if not something_new:
-            return Plan(release, (), ()) if release else None
+            or not self._cells.stand(self._running.values())
+        ):
+            return self._bare_plan()
+
+        self._n_plans += 1
+        self._save_at_points()
+        self._pause_until_cells_suffice()
+        release, save, park = self._take_vacated()
+        drop = self._take_dropped()  # before the next look for a snapshot
 
         admit: list[Admission] = []
+        resume: list[Resume] = []
         entries: list[PlanEntry] = []
-        sequences: list[Sequence] = []
+        sequences: list[Sequence | None] = []
         # There is a row for everyone: who runs was admitted when there was. What can be short are
         # drafts.
         budget = self._facts.n_batch - len(self._running)
         for sequence in self._running.values():
-            if sequence is not self._prompting:
+            if sequence.prompt_planned:
                 entries.append(self._entry(sequence, (), budget))
                 sequences.append(sequence)
                 budget -= entries[-1].n_draft
@@ -160,26 +205,29 @@ class Scheduler:
         spare = budget  # rows for the drafts of these when the plan is repeated
         if entries and (most := self._speculator.costs.chunk) is not None:
             budget = min(budget, most)
-        if self._prompting is not None:
-            chunks.append((self._prompting, self._prompting.take_chunk(budget + 1)))
-            budget -= len(chunks[0][1]) - 1
-        while budget and self._waiting and self._free:
-            sequence = self._admit_next(now)
-            admit.append(self._admission(sequence))
-            chunks.append((sequence, sequence.take_chunk(budget)))
-            budget -= len(chunks[-1][1])
-            spare -= 1
+        for sequence in self._prompting:
+            chunks.append((sequence, sequence.take_chunk(budget + 1)))
+            budget -= len(chunks[-1][1]) - 1
+        while budget and (newcomer := self._next_to_begin()) is not None:
+            self._begin(newcomer, now, admit, resume)
+            if newcomer.prompt_planned:
+                entries.append(self._entry(newcomer, (), budget - 1))
+                sequences.append(newcomer)
+                n_rows = 1 + entries[-1].n_draft
+                spare -= n_rows
+            else:
+                chunks.append((newcomer, newcomer.take_chunk(budget)))
+                n_rows = len(chunks[-1][1])
+                spare -= 1
+            budget -= n_rows
         for sequence, chunk in chunks:
             entries.append(self._entry(sequence, chunk, spare))
             sequences.append(sequence)
             spare -= entries[-1].n_draft
-        # The others had room for their whole prompt, or nobody would have come after them.
-        self._prompting = None
-        if chunks and not chunks[-1][0].prompt_planned:
-            self._prompting = chunks[-1][0]
+        self._prompting = [sequence for sequence, _ in chunks if not sequence.prompt_planned]
 
-        self._n_plans += 1
-        adaptive = any(sequence.wish.adaptive for sequence in self._running.values())
+        running = self._running.values()
+        adaptive = any(sequence.wish.adaptive for sequence in running)
         terms = self._speculator.choice.terms if adaptive else None
         plan = Plan(
             release,
@@ -187,17 +235,29 @@ class Scheduler:
             tuple(entries),
             terms,
             number=self._n_plans,
-            run_ahead=_RUN_AHEAD,
-            followed=any(sequence.followed for sequence in self._running.values()),
+            run_ahead=self._cells.plan(running, _RUN_AHEAD),
+            followed=any(sequence.followed for sequence in running),
+            save=save,
+            park=park,
+            drop=drop,
+            forget=self._take_forgotten(),
+            resume=tuple(resume),
         )
         self._in_flight.append(_InFlight(plan, sequences))
         return plan
 
     def update(self, result: StepResult, now: float) -> list[Event]:
         """Take in a result: an event for each request that ended, or is followed and generated."""
+        self._n_reported = max(self._n_reported, result.plan)
+        if self._bare and self._bare[0] == result.plan:
+            self._bare.popleft()
+            self._take_in_copies(result, None)
+            return []
         flight = self._flight_of(result)
         plan, repeated = flight.plan, flight.stepped
         flight.stepped = True
+        self._cells.take_in(first=not repeated)
+        self._take_in_copies(result, None if repeated else flight)
         if result.error is not None:
             return self._fail(flight.sequences, result.error, now)
         if len(result.entries) != len(plan.entries):
@@ -214,7 +274,7 @@ class Scheduler:
         for sequence, entry, outcome in zip(
             flight.sequences, plan.entries, result.entries, strict=True
         ):
-            if sequence.finish_reason is not None:  # since the step began
+            if sequence is None or sequence.finished:  # since the step began
                 continue
             n_before = len(sequence.token_ids)
             delta = sequence.absorb(entry, outcome, now, repeated=repeated)
@@ -250,10 +310,14 @@ class Scheduler:
             finished=self._finished.copy(),
             prompt_tokens=self._prompt_tokens,
             generated_tokens=self._generated_tokens,
+            prefix_queries=self._prefix_queries,
+            prefix_hits=self._prefix_hits,
+            preemptions=self._preemptions,
             drafted=sum(drafted),
             accepted=sum(accepted),
             drafted_by_depth=drafted,
             accepted_by_depth=accepted,
+            draft_depth=self._speculator.choice.depth,
             steps=self._steps,
             gap_time=self._gap_time,
             draft_time=self._draft_time,
@@ -274,7 +338,8 @@ class Scheduler:
         """
         held = [_id(sequence) for sequence in self._running.values()]
         _hold(
-            sorted(held + self._free + self._released) == list(range(self._facts.n_seq)),
+            sorted(held + self._free + self._released + [park.seq_id for park in self._parks])
+            == list(range(self._facts.n_seq)),
             "each id is free, held or released, once",
         )
         _hold(not self._free or self._free[0] == min(self._free), "the lowest free id is first")
@@ -282,13 +347,27 @@ class Scheduler:
         _hold(not any(r in self._waiting for r in self._running), "no request waits and runs")
         for sequence in self._waiting:
             _hold(sequence.seq_id is None and not sequence.finished, f"{sequence!r} only waits")
-            _hold(sequence.n_computed == 0, f"{sequence!r} has not begun")
+            parked = sequence.request_id in self._parked
+            _hold(
+                parked or sequence.n_computed == sequence.n_planned == 0,
+                f"{sequence!r} has not begun, or is parked",
+            )
+            _hold(
+                parked or not sequence.token_ids, f"{sequence!r} is parked, since it has generated"
+            )
+        _hold(
+            all(request_id in self._waiting for request_id in self._parked),
+            "who is parked waits",
+        )
         for sequence in self._running.values():
             trail = sequence.n_tokens - sequence.n_computed
             _hold(not sequence.finished, f"{sequence!r} is not finished")
-            _hold(trail == 1 or (trail > 0 and not sequence.token_ids), f"{sequence!r} trails by 1")
             _hold(
-                sequence.prompt_planned == (sequence is not self._prompting),
+                trail == 1 or sequence.n_computed <= sequence.n_feed == sequence.n_tokens,
+                f"{sequence!r} trails by 1 when it generates",
+            )
+            _hold(
+                sequence.prompt_planned != (sequence in self._prompting),
                 f"{sequence!r} is known to have more of its prompt to come",
             )
             _hold(sequence.remaining > 0, f"{sequence!r} may generate")
@@ -301,8 +380,16 @@ class Scheduler:
                 f"the counts of {sequence!r} add up",
             )
         _hold(
-            self._prompting is None or self._prompting.request_id in self._running,
+            all(sequence.request_id in self._running for sequence in self._prompting),
             "who has more of its prompt to come is running",
+        )
+        self._cells.check_integrity(self._running.values())
+        self._snapshots.check_integrity()
+        self._prefix.check_integrity()
+        _hold(
+            self._parked.keys() | self._prefix.entered
+            <= {s.request_id for s in self._waiting} | self._running.keys(),
+            "nothing is kept of requests that have ended",
         )
         for flight in self._in_flight:
             entries = flight.plan.entries
@@ -321,7 +408,7 @@ class Scheduler:
 
     @property
     def _n_ahead(self) -> int:
-        """Plans of which no result has come."""
+        """Plans of which no step's result has come."""
         return sum(not flight.stepped for flight in self._in_flight)
 
     @property
@@ -334,20 +421,196 @@ class Scheduler:
             and not any(sequence.followed for sequence in self._running.values())
         )
 
-    def _take_released(self) -> tuple[int, ...]:
-        """Ids for the plan to release, from here on free to be taken again in the same plan."""
-        release = tuple(self._released)
-        self._released.clear()
-        for seq_id in release:
-            heapq.heappush(self._free, seq_id)
-        return release
+    def _take_vacated(self) -> tuple[tuple[int, ...], tuple[Save, ...], tuple[Park, ...]]:
+        """Ids for the plan to release, what it saves of them before, and whom it parks.
 
-    def _admit_next(self, now: float) -> Sequence:
-        sequence = self._waiting.pop()
-        self._running[sequence.request_id] = sequence
-        habit = self._speculator.new_habit(len(sequence.prompt))
-        sequence.admit(heapq.heappop(self._free), habit, now)
+        Their ids are free from here on, to be taken again in the same plan.
+        """
+        release, save, park = tuple(self._released), tuple(self._saves), tuple(self._parks)
+        for seq_id in (*release, *(parked.seq_id for parked in park)):
+            heapq.heappush(self._free, seq_id)
+        self._released.clear()
+        self._saves.clear()
+        self._parks.clear()
+        return release, save, park
+
+    def _bare_plan(self) -> Plan | None:
+        """What cannot wait for the next step that is planned; ``None`` if there is nothing."""
+        release, save, park = self._take_vacated()
+        drop, forget = self._take_dropped(), self._take_forgotten()
+        if not (release or save or park or drop or forget):
+            return None
+        number = 0
+        if save:  # it is reported
+            self._n_plans += 1
+            number = self._n_plans
+            self._bare.append(number)
+        return Plan(release, (), (), number=number, save=save, park=park, drop=drop, forget=forget)
+
+    # ------------------------------------------------------------------ beginning, pausing
+
+    def _next_to_begin(self) -> Sequence | None:
+        """Who takes a sequence id next, if there is one, and whoever is first need not wait."""
+        sequence = self._waiting.first
+        if sequence is None or not (self._free or self._released or self._parks):
+            return None
+        parked = self._parked.get(sequence.request_id)
+        if parked is not None and parked.plan > self._n_reported:
+            return None  # there may be tokens of it that are not known yet
+        hit = self._prefix.longest(sequence.request_id) if parked is None else NO_HIT
+        running = self._running.values()
+        if running and not self._cells.have_room(running, sequence, hit.n_held):
+            return None
+        if parked is None and self._prefix.awaited(sequence.request_id, hit.n_tokens):
+            return None
         return sequence
+
+    def _begin(
+        self, sequence: Sequence, now: float, admit: list[Admission], resume: list[Resume]
+    ) -> None:
+        """Give the first of the waiting a sequence id."""
+        self._waiting.pop()
+        request_id, seq_id = sequence.request_id, heapq.heappop(self._free)
+        self._running[request_id] = sequence
+        parked = self._parked.pop(request_id, None)
+        if parked is not None:
+            sequence.resume(seq_id, from_snapshot=parked.snapshot > 0)
+            resume.append(Resume(seq_id, sequence.ticket, parked.snapshot))
+            self._snapshots.drop(parked.snapshot)  # by the plan after this one
+            return
+        hit = self._prefix.longest(request_id)
+        points = self._prefix.points(request_id, hit.n_tokens)
+        self._prefix.expect(request_id, points)
+        habit = self._speculator.new_habit(len(sequence.prompt))
+        sequence.admit(seq_id, habit, now, cached_tokens=hit.n_tokens, save_points=points)
+        if hit.snapshot:
+            self._snapshots.use(hit.snapshot)
+        if self._reuses(sequence):
+            self._prefix_queries += len(sequence.prompt)
+            self._prefix_hits += hit.n_tokens
+        admit.append(self._admission(sequence, hit.snapshot))
+
+    def _pause_until_cells_suffice(self) -> None:
+        """Park whoever would be the last to be admitted, until the others can go on."""
+        while self._cells.short(self._running.values()):
+            sequence = max(self._running.values(), key=lambda s: (due(s), s.ticket))
+            self._preemptions += 1
+            if sequence.token_ids:
+                snapshot = 0
+                if sequence.n_tokens > sequence.n_feed:  # it generates: its state is whole
+                    snapshot = self._snapshots.keep(
+                        sequence.n_tokens, self._speculator.costs.prompt_row
+                    )
+                self._park(sequence, snapshot, plan=self._n_plans)
+            else:
+                self._start_again(sequence)
+
+    def _park(self, sequence: Sequence, snapshot: int, *, plan: int) -> None:
+        self._parks.append(Park(_id(sequence), snapshot))
+        self._parked[sequence.request_id] = _Parked(plan, snapshot)
+        self._stop_running(sequence)
+        sequence.pause()
+        self._waiting.push(sequence)
+
+    def _start_again(self, sequence: Sequence) -> None:
+        """Admit it another time: nothing is known to have come of it. What comes is void."""
+        self._released.append(_id(sequence))
+        if self._reuses(sequence):
+            self._prefix_queries -= len(sequence.prompt)
+            self._prefix_hits -= sequence.cached_tokens
+        self._stop_running(sequence)
+        self._void(sequence)
+        sequence.start_again()
+        self._waiting.push(sequence)
+
+    def _stop_running(self, sequence: Sequence) -> None:
+        del self._running[sequence.request_id]
+        self._prefix.expect(sequence.request_id, ())
+        self._prompting = [other for other in self._prompting if other is not sequence]
+
+    def _void(self, sequence: Sequence) -> None:
+        """Nothing that still comes for it counts."""
+        for flight in self._in_flight:
+            flight.sequences = [None if s is sequence else s for s in flight.sequences]
+
+    # ------------------------------------------------------------------------- snapshots
+
+    def _reuses(self, sequence: Sequence) -> bool:
+        return self._snapshots.enabled and sequence.params.reuse_prefix
+
+    def _save_at_points(self) -> None:
+        """Save the prompts that have come to a point from which others begin.
+
+        Until the next chunk, which this plan feeds, their state does not change.
+        """
+        for sequence in self._prompting:
+            if sequence.n_planned in sequence.save_points:
+                self._save(sequence, sequence.prompt[: sequence.n_planned])
+                points = (p for p in sequence.save_points if p > sequence.n_planned)
+                self._prefix.expect(sequence.request_id, tuple(points))
+
+    def _save_at_end(self, sequence: Sequence) -> None:
+        """Save a sequence that has ended by itself: what comes next may begin with all of it."""
+        held = sequence.state_token_ids
+        drafts = sequence.wish.limit > 0
+        if self._reuses(sequence) and self._prefix.is_new(held, drafts=drafts):
+            self._save(sequence, held)
+
+    def _save(self, sequence: Sequence, token_ids: tuple[int, ...]) -> None:
+        number = self._snapshots.take(len(token_ids), self._speculator.costs.prompt_row)
+        if number:
+            self._saves.append(Save(_id(sequence), number))
+            self._prefix.add(number, token_ids, drafts=sequence.wish.limit > 0)
+
+    def _take_dropped(self) -> tuple[int, ...]:
+        """Snapshots for the plan to drop; nobody can begin with them any more."""
+        dropped = self._snapshots.take_dropped()
+        for number in dropped:
+            self._prefix.remove(number)
+        return dropped
+
+    def _take_forgotten(self) -> tuple[int, ...]:
+        forgotten = tuple(self._forgotten)
+        self._forgotten.clear()
+        return forgotten
+
+    def _take_in_copies(self, result: StepResult, opened: _InFlight | None) -> None:
+        """What became of snapshots. ``opened``: the plan that the result is the first of."""
+        n_bytes = 0
+        for number, size in result.saved:
+            self._snapshots.report(number, size)
+            n_bytes += size
+            if not size:
+                for request_id, parked in self._parked.items():
+                    if parked.snapshot == number:
+                        self._parked[request_id] = _Parked(parked.plan, 0)
+        if opened is not None:
+            plan = opened.plan
+            snapshots = {admission.seq_id: admission.snapshot for admission in plan.admit}
+            snapshots |= {resume.seq_id: resume.snapshot for resume in plan.resume}
+            for sequence, entry in zip(opened.sequences, plan.entries, strict=True):
+                snapshot = snapshots.get(entry.seq_id)
+                if not snapshot or sequence is None or sequence.finished:
+                    continue
+                if entry.seq_id in result.lost:
+                    self._lose(sequence, snapshot)
+                else:
+                    n_bytes += self._snapshots.size(sequence.n_computed)
+        if n_bytes:
+            self._snapshots.copied(n_bytes, result.save_time)
+
+    def _lose(self, sequence: Sequence, snapshot: int) -> None:
+        """What it was to start from could not be restored: it is computed."""
+        self._snapshots.drop(snapshot)
+        if sequence.request_id not in self._running:
+            return  # parked once more; that could not be saved either
+        if sequence.token_ids:
+            # The executor keeps how it samples. Nothing has come of it that is not known.
+            self._park(sequence, 0, plan=0)
+        else:
+            self._start_again(sequence)
+
+    # --------------------------------------------------------------------------- others
 
     def _entry(self, sequence: Sequence, chunk: tuple[int, ...], most_drafts: int) -> PlanEntry:
         """A sequence's part in a plan. It drafts from the step on in which it generates."""
@@ -358,7 +621,7 @@ class Scheduler:
         expected = round(sequence.habit.acceptance, 1)
         return PlanEntry(_id(sequence), chunk, True, n_draft, wish.adaptive, expected)
 
-    def _admission(self, sequence: Sequence) -> Admission:
+    def _admission(self, sequence: Sequence, snapshot: int) -> Admission:
         params = sequence.params
         stop = set(params.stop_token_ids)
         if not params.ignore_eos:
@@ -371,6 +634,8 @@ class Scheduler:
             sequence.max_tokens,
             drafts=sequence.wish.limit > 0,
             ticket=sequence.ticket,
+            snapshot=snapshot,
+            n_reused=sequence.cached_tokens,
         )
 
     def _flight_of(self, result: StepResult) -> _InFlight:
@@ -382,11 +647,13 @@ class Scheduler:
             raise InternalError(f"a result came of plan {result.plan}, which is not its turn")
         return flights[0]
 
-    def _fail(self, sequences: list[Sequence], error: NativeError, now: float) -> list[Event]:
+    def _fail(
+        self, sequences: list[Sequence | None], error: NativeError, now: float
+    ) -> list[Event]:
         """A step failed: the sequences of its plan end."""
         events = []
         for sequence in sequences:
-            if sequence.finished:
+            if sequence is None or sequence.finished:
                 continue
             delta = sequence.end("error", now)
             # Each request gets an error of its own, since it carries that request's completion.
@@ -401,10 +668,17 @@ class Scheduler:
         """Forget a sequence that has ended; its id goes into the next plan's releases."""
         completion = sequence.completion()
         self._finished[completion.finish_reason] += 1
-        if sequence is self._prompting:
-            self._prompting = None
-        if self._running.pop(sequence.request_id, None) is not None:
+        request_id = sequence.request_id
+        parked = self._parked.pop(request_id, None)
+        if parked is not None:
+            self._waiting.remove(request_id)
+            self._forgotten.append(sequence.ticket)
+            self._snapshots.drop(parked.snapshot)
+        elif request_id in self._running:
+            self._save_at_end(sequence)
             self._released.append(_id(sequence))
+            self._stop_running(sequence)
+        self._prefix.leave(request_id)
         return completion
 
 

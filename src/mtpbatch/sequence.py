@@ -26,27 +26,32 @@ class Sequence:
     There is no prefill or decode phase. A sequence has tokens, the prompt's and the generated
     ones, and ``n_computed`` of them have been through the model; every step lets the computed
     ones chase the rest. A long prompt is a long chase; a generating sequence trails by exactly
-    one token, the one sampled last. Of the prompt, ``n_planned`` tokens have been handed out:
-    plans are ahead of results.
+    one token, the one sampled last. What is fed before it generates is its prompt; after a pause
+    in which its state was given up, all tokens known by then. Of these, ``n_planned`` tokens have
+    been handed out: plans are ahead of results.
 
     Text is assembled as tokens come if somebody may need it before the end: who follows the
     request, or a stop text. Otherwise it is at the end, which is much cheaper.
 
-    Mutable state, all of it: ``seq_id``, ``n_planned``, ``token_ids``, the text assembler and its
-    pieces, its drafting ``habit``, the counters ``_n_fed``, ``_n_accepting`` and ``drafted``, the
-    times ``admitted``, ``first_token`` and ``ended``, and ``finish_reason``. It changes only in
-    :meth:`admit`, :meth:`take_chunk`, :meth:`absorb` and :meth:`end`, and only the scheduler that
-    holds the sequence calls these; its speculator settles the ``habit``. Times are seconds of the
-    caller's clock; everything else is fixed when the sequence is made.
+    Mutable state, all of it: ``seq_id``, ``n_planned``, ``save_points``, ``token_ids``, the text
+    assembler and its pieces, what is fed (``_feed``), ``state_token_ids``, its drafting ``habit``,
+    the counters ``_n_fed``, ``cached_tokens``, ``_n_accepting`` and ``drafted``, the times
+    ``admitted``, ``first_token`` and ``ended``, and ``finish_reason``. It changes only in
+    :meth:`admit`, :meth:`take_chunk`, :meth:`absorb`, :meth:`pause`, :meth:`start_again`,
+    :meth:`resume` and :meth:`end`, and only the scheduler that holds the sequence calls these; its
+    speculator settles the ``habit``. Times are seconds of the caller's clock; everything else is
+    fixed when the sequence is made.
     """
 
     __slots__ = (
         "_assembler",
+        "_feed",
         "_n_accepting",
         "_n_fed",
         "_pieces",
         "_reads_along",
         "admitted",
+        "cached_tokens",
         "drafted",
         "ended",
         "finish_reason",
@@ -58,8 +63,10 @@ class Sequence:
         "params",
         "prompt",
         "request_id",
+        "save_points",
         "seed",
         "seq_id",
+        "state_token_ids",
         "submitted",
         "ticket",
         "token_ids",
@@ -94,10 +101,14 @@ class Sequence:
 
         self.seq_id: int | None = None
         self.n_planned = 0
+        self.save_points: tuple[int, ...] = ()  # lengths at which its prefill is cut
+        self.cached_tokens = 0  # of the prompt, from a snapshot
         self.token_ids: list[int] = []
+        self.state_token_ids: tuple[int, ...] = ()  # what the executor holds of it at its end
+        self._feed = prompt
         self._assembler = assembler
         self._pieces: list[str] = []
-        self._n_fed = 0  # prompt tokens that have been through the model
+        self._n_fed = 0  # of what is fed, tokens that have been through the model
         self.habit = Habit.guess(n_draft_max)
         self._n_accepting = [0] * (n_draft_max + 1)  # steps by how many drafts they accepted
         self.drafted = 0
@@ -116,7 +127,17 @@ class Sequence:
     @property
     def n_computed(self) -> int:
         """Tokens that have been through the model: of generated ones all but the last."""
-        return self._n_fed + max(0, len(self.token_ids) - 1)
+        return self._n_fed + max(0, self.n_tokens - len(self._feed) - 1)
+
+    @property
+    def n_feed(self) -> int:
+        """Tokens that are fed before it generates: its prompt, or all that it had at a pause."""
+        return len(self._feed)
+
+    @property
+    def n_tokens_most(self) -> int:
+        """Tokens that it can have in the end."""
+        return len(self.prompt) + self.max_tokens
 
     @property
     def n_tokens(self) -> int:
@@ -130,8 +151,8 @@ class Sequence:
 
     @property
     def prompt_planned(self) -> bool:
-        """Whether plans have handed out its whole prompt, so that it generates from then on."""
-        return self.n_planned == len(self.prompt)
+        """Whether plans have handed out all that is fed, so that it generates from then on."""
+        return self.n_planned == len(self._feed)
 
     @property
     def steps(self) -> int:
@@ -154,16 +175,51 @@ class Sequence:
         return self.finish_reason is not None
 
     def take_chunk(self, budget: int) -> tuple[int, ...]:
-        """Plan the next part of its prompt, at most ``budget`` tokens."""
-        chunk = self.prompt[self.n_planned : self.n_planned + budget]
+        """Plan the next part of what is fed: at most ``budget`` tokens, not past a save point."""
+        end = min([self.n_planned + budget, *(p for p in self.save_points if p > self.n_planned)])
+        chunk = self._feed[self.n_planned : end]
         self.n_planned += len(chunk)
         return chunk
 
-    def admit(self, seq_id: int, habit: Habit, now: float) -> None:
-        """A sequence id was taken for it. It begins with others' drafting habit."""
+    def admit(
+        self,
+        seq_id: int,
+        habit: Habit,
+        now: float,
+        *,
+        cached_tokens: int = 0,
+        save_points: tuple[int, ...] = (),
+    ) -> None:
+        """A sequence id was taken for it; so many tokens of its prompt come from a snapshot.
+
+        It begins with others' drafting habit.
+        """
         self.seq_id = seq_id
         self.habit = habit
-        self.admitted = now
+        self.n_planned = self._n_fed = self.cached_tokens = cached_tokens
+        self.save_points = save_points
+        if self.admitted is None:
+            self.admitted = now
+
+    def pause(self) -> None:
+        """It gives up its sequence id; results of earlier steps may still come."""
+        self.seq_id = None
+
+    def start_again(self) -> None:
+        """It gives up its sequence id, and what was computed, before it has generated."""
+        if self.token_ids:
+            raise InternalError(f"{self!r} has generated")
+        self.seq_id = None
+        self.n_planned = self._n_fed = self.cached_tokens = 0
+        self.save_points = ()
+
+    def resume(self, seq_id: int, *, from_snapshot: bool) -> None:
+        """A sequence id was taken for it after a pause; without a snapshot, all is fed again."""
+        self.seq_id = seq_id
+        if not from_snapshot:
+            self._feed = (*self.prompt, *self.token_ids)
+            self.n_planned = self._n_fed = 0
+            self.save_points = ()
 
     def absorb(
         self, entry: PlanEntry, result: EntryResult, now: float, *, repeated: bool
@@ -194,6 +250,11 @@ class Sequence:
                 accepted = min(accepted, n_taken)
         self.habit.note(min(entry.n_draft, self.remaining - 1), result.n_drafted, accepted)
         self.token_ids += kept
+        if reason is not None:
+            # A last token that was drafted has been through the model; a sampled one has not.
+            given = (*self.prompt, *self.token_ids, *result.token_ids[len(kept) :])
+            drafted_end = len(result.token_ids) == result.n_accepted
+            self.state_token_ids = given if drafted_end else given[:-1]
         self._n_accepting[accepted] += 1
         self.drafted += result.n_drafted
         if self.first_token is None:
@@ -228,7 +289,7 @@ class Sequence:
             accepted=self.accepted,
             accepted_by_depth=self.accepted_by_depth,
             steps=self.steps,
-            usage=Usage(len(self.prompt), len(self.token_ids)),
+            usage=Usage(len(self.prompt), len(self.token_ids), self.cached_tokens),
             timings=self._timings(self.ended),
         )
 

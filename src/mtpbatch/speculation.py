@@ -85,11 +85,13 @@ class Cost:
     always the same size, and takes it up quickly when other sizes come: a machine that becomes
     slower changes the pass, and the row with it; the share changes slowly.
 
-    State: ``_pass`` and ``_share``, and what of them is uncertain, as variances and covariance of
-    their logarithms; :meth:`observe` changes them.
+    State: ``_pass`` and ``_share``; what of them is uncertain, as variances and covariance of
+    their logarithms; and ``_noise``, how much observations scatter, in the same way.
+    :meth:`observe` changes them.
     """
 
-    _NOISE: Final = 0.02  # variance of an observation, relative: about 14 %
+    _LEAST_NOISE: Final = 1e-3  # about 3 %
+    _NOISE_PACE: Final = 0.05
     _DRIFT: Final = (2e-3, 2e-4)  # what the variances of pass and share grow by with each
     _FIRST: Final = (25.0, 2.0)  # what they are before the first: anything; a factor of 4
     _SURPRISE: Final = 0.7  # at most, of a logarithm: a step in which the machine did other things
@@ -99,6 +101,7 @@ class Cost:
         self._share = 1 / 8
         self._var_pass, self._var_share = self._FIRST
         self._covar = 0.0
+        self._noise = 0.02  # about 14 %
 
     def of(self, passes: float, rows: float) -> float:
         """Seconds of so many passes, with so many rows in all."""
@@ -115,7 +118,7 @@ class Cost:
         return self._pass * self._share
 
     def observe(self, passes: int, rows: int, seconds: float) -> None:
-        """Take in how long so many passes took, with so many rows in all."""
+        """Take in how long so many passes took, with so many rows in all; 0 says nothing."""
         if seconds <= 0:
             return
         if not self._pass:
@@ -129,7 +132,9 @@ class Cost:
         self._var_share += drift_share
         with_pass = self._var_pass + weight * self._covar
         with_share = self._covar + weight * self._var_share
-        variance = with_pass + weight * with_share + self._NOISE
+        self._noise += self._NOISE_PACE * (surprise * surprise - self._noise)
+        noise = max(self._noise, self._LEAST_NOISE)
+        variance = with_pass + weight * with_share + noise
         gain_pass, gain_share = with_pass / variance, with_share / variance
         self._pass *= math.exp(gain_pass * surprise)
         self._share *= math.exp(gain_share * surprise)
@@ -183,6 +188,9 @@ class CostModel:
             beside = self.target.of(self._passes(lengths, rows), rows)
             row = max(0.0, result.target_time - beside) / n_prompt
             self.prompt_row += (row - self.prompt_row) * (self._PACE if self.prompt_row else 1)
+            if not self._recurrent:  # else it is not known in how many passes they went
+                passes = -(-(rows + n_prompt) // self._n_ubatch)
+                self.target.observe(passes, rows + n_prompt, result.target_time)
         elif rows:
             self.target.observe(self._passes(lengths, rows), rows, result.target_time)
             rest = result.sample_time + min(result.gap_time, result.target_time)
@@ -216,7 +224,7 @@ class Habit:
 
     __slots__ = (
         *("reached", "gained", "acceptance", "behind", "_memory", "_weight", "_n_tried"),
-        *("_allowed", "_drafted", "_gained", "_tried"),
+        *("_allowed", "_drafted", "_gained", "_tried", "_ahead"),
     )
     _PRIOR: Final = 4.0  # steps, and drafts, that what it begins with counts as
 
@@ -230,6 +238,7 @@ class Habit:
         self._memory = memory  # steps that count at most
         self._weight = [self._PRIOR] * len(self.reached)  # steps that count so far
         self._n_tried = self._PRIOR  # drafts that do
+        self._ahead: list[tuple[float, float, float]] | None = None  # if it was asked for
         self._forget()
 
     @classmethod
@@ -270,15 +279,20 @@ class Habit:
                     habit._take_tried(self._tried, accepted)
         self._forget()
 
-    def ahead(self, limit: int) -> tuple[float, float, float]:
-        """Of a step that may draft ``limit`` tokens: how many are accepted, verified, drafted."""
-        verified = sum(self.reached[:limit])
-        drafted = 1 + verified - self.reached[limit - 1] if limit else 0.0
-        return sum(self.gained[:limit]), verified, drafted
+    @property
+    def ahead(self) -> list[tuple[float, float, float]]:
+        """Of a step that may draft so many tokens: how many are accepted, verified, drafted."""
+        if self._ahead is None:
+            gained = accumulate(self.gained, initial=0.0)
+            verified = list(accumulate(self.reached, initial=0.0))
+            drafted = [0.0, *(1 + n for n in verified[:-1])]
+            self._ahead = list(zip(gained, verified, drafted, strict=True))
+        return self._ahead
 
     def _take(self, d: int, allowed: int, drafted: int, gained: int) -> None:
         self._weight[d] = weight = min(self._weight[d] + allowed, self._memory)
         pace = min(1.0, allowed / weight)
+        self._ahead = None
         self.reached[d] += (min(1.0, drafted / allowed) - self.reached[d]) * pace
         self.gained[d] += (min(1.0, gained / allowed) - self.gained[d]) * pace
 
@@ -406,7 +420,8 @@ class Speculator:
     steps from that to the one after.
     """
 
-    _STEPS: Final = 8  # between reviews, while the same sequences run
+    _STEPS: Final = 8  # between reviews, while about as many sequences run
+    _FEW: Final = 0.1  # of them may come or go
     _STAYS: Final = 1.03  # how much better another depth must look
     _TRIALS: Final = 0.01  # of the time may be lost by trials
     _MOST_TRIALS: Final = 4  # steps' time that may be lost at a stretch, as at the beginning
@@ -459,7 +474,8 @@ class Speculator:
         """Choose anew if it is time to; whether the choice is another one now."""
         n_new = self._n_steps - self._n_steps_reviewed
         enough = n_new >= (self._STEPS if self.choice.trial is None else 1)
-        if not n_new or not (enough or len(sequences) != self._n_reviewed):
+        change = abs(len(sequences) - self._n_reviewed)
+        if not n_new or not (enough or change > self._FEW * self._n_reviewed):
             return False
         self._n_reviewed = len(sequences)
         self._n_steps_reviewed = self._n_steps
@@ -467,11 +483,9 @@ class Speculator:
         for sequence in sequences:
             adaptive = adaptive or sequence.wish.adaptive
             sequence.habit.settle(self.everybody)
-        if not adaptive:
+        if not adaptive or not self.costs.step:  # nothing but prompts was timed yet
             return False
         outlooks = self._outlooks(sequences, self.choice.terms)
-        if not outlooks[0].seconds:  # nothing was timed yet
-            return False
         depth = max(self._depths, key=lambda depth: outlooks[depth].speed)
         if outlooks[depth].speed < self._STAYS * outlooks[self.choice.depth].speed:
             depth = self.choice.depth
@@ -484,31 +498,33 @@ class Speculator:
         self.choice = choice
         return True
 
-    def _outlooks(self, sequences: Iterable[Drafter], terms: Terms | None) -> list[_Outlook]:
+    def _outlooks(self, sequences: Collection[Drafter], terms: Terms | None) -> list[_Outlook]:
         """What a step would come to, by depth. With terms, those draft for whom it pays."""
         outlooks = [_Outlook(depth, self._depths[-1]) for depth in self._depths]
         target_row, draft_row = (terms.target_row, terms.draft_row) if terms else (-1.0, -1.0)
         for sequence in sequences:
-            wish, habit = sequence.wish, sequence.habit
+            most, adaptive = sequence.wish.limit, sequence.wish.adaptive
+            habit = sequence.habit
+            reached, ahead = habit.reached, habit.ahead
             for outlook in outlooks:
-                limit = min(wish.limit, outlook.depth) if wish.adaptive else wish.limit
-                gain, rows, draft_rows = habit.ahead(limit)
-                if limit and wish.adaptive and gain <= target_row * rows + draft_row * draft_rows:
+                limit = outlook.depth if adaptive and outlook.depth < most else most
+                if not limit:
+                    continue
+                gain, rows, draft_rows = ahead[limit]
+                if adaptive and gain <= target_row * rows + draft_row * draft_rows:
                     outlook.left_out.append(sequence.request_id)
-                    limit = 0
-                outlook.n_sequences += 1
-                outlook.tokens += 1
-                outlook.rows += 1
-                if limit == 0:
                     continue
                 outlook.n_drafting += 1
-                outlook.n_verifying += habit.reached[0]
+                outlook.n_verifying += reached[0]
                 outlook.tokens += gain
                 outlook.rows += rows
                 outlook.draft_rows[0] += 1 + gain  # what was accepted last is decoded as well
                 for d in range(1, limit):
-                    outlook.draft_rows[d] += habit.reached[d - 1]
+                    outlook.draft_rows[d] += reached[d - 1]
         for outlook in outlooks:
+            outlook.n_sequences = len(sequences)
+            outlook.tokens += len(sequences)
+            outlook.rows += len(sequences)
             # A decode of less than a row happens that often.
             n_draft_decodes = sum(min(1.0, rows) for rows in outlook.draft_rows)
             outlook.seconds = (

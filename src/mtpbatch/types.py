@@ -54,9 +54,9 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Element type of the KV cache. With "f32", and f32 weights, a text does not depend on who
     shares its batch; with the others a near-tie can fall either way."""
     n_cells: Annotated[int, Meta(ge=2, le=2**31 - 1)] | None = None
-    """KV cells of all sequences together. None: n_seq times n_ctx, so that cells never run out.
-    With less, a request whose cells are needed by others pauses, and goes on later. Needs
-    kv_unified."""
+    """KV cells of all sequences together, at least n_ctx. None: n_seq times n_ctx, so that cells
+    never run out. With less, a request whose cells are needed by others pauses, and goes on later.
+    Needs kv_unified."""
     snapshot_memory: Annotated[int, Meta(ge=0)] = 1024
     """MiB of host memory for states of sequences: prompts' beginnings that may come again, and
     paused requests, which are computed again if they do not fit. 0: none."""
@@ -72,6 +72,10 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
                 "speculation",
                 f"{self.speculation} is deeper than n_draft_max={self.n_draft_max}; raise "
                 f"n_draft_max when opening the engine, or lower speculation",
+            )
+        if self.n_cells is not None and self.n_ctx is not None and self.n_cells < self.n_ctx:
+            raise InvalidParameterError(
+                "n_cells", f"must be at least n_ctx={self.n_ctx}, got {self.n_cells}"
             )
 
 
@@ -105,6 +109,9 @@ class SamplingParams(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Seconds from submission within which the answer is wanted. While it waits, it goes before
     others that have more time; 60 seconds is what those without a deadline have at priority 0. A
     deadline orders requests and ends none. None: no deadline."""
+    reuse_prefix: bool = True
+    """Start from what an earlier request has computed if its prompt begins alike, and let later
+    ones do so. It changes how soon the first token comes, not which one."""
 
     def __post_init__(self) -> None:
         for name in ("temperature", "top_p", "min_p", "deadline"):
@@ -167,7 +174,8 @@ class ModelFacts(Struct, frozen=True, kw_only=True):
     eog_token_ids: frozenset[int]
     """The model's end-of-generation tokens."""
     n_cells: int
-    """KV cells of all sequences together, one for each token that any of them holds."""
+    """KV cells of all sequences together, one for each token that any of them holds. At least
+    n_ctx, so that each request fits alone."""
     n_ubatch: int
     """Most rows in one forward pass."""
     recurrent: bool = False
@@ -195,7 +203,8 @@ class Admission(Struct, frozen=True, gc=False):
     drafts starts only requests that never do."""
     n_reused: int = 0
     """Tokens of the snapshot that are kept: its first ones. All of it, unless the model
-    truncates (see :class:`ModelFacts`). Cells for all of it must be free at that moment."""
+    truncates (see :class:`ModelFacts`); if it has not so many, it cannot be restored. Cells for
+    all of it must be free at that moment."""
 
 
 class Save(Struct, frozen=True, gc=False):
@@ -207,7 +216,11 @@ class Save(Struct, frozen=True, gc=False):
 
 
 class Park(Struct, frozen=True, gc=False):
-    """A running request gives up its sequence id for a while. How it samples stays."""
+    """A running request gives up its sequence id for a while. How it samples stays.
+
+    It may have ended meanwhile, or be lost (see :class:`StepResult`); then it is kept all the same,
+    until a plan forgets or resumes it.
+    """
 
     seq_id: int
     snapshot: int
@@ -273,9 +286,9 @@ class Terms(Struct, frozen=True, gc=False):
 class Plan(Struct, frozen=True, gc=False):
     """Sequence ids to free, ids to take, then what each active sequence does from now on.
 
-    In that order: save and park, release, drop and forget, admit and resume, and the first step.
-    All of it waits for the first steps of the plans before, except releases of what is not to be
-    saved, admitted or resumed before.
+    In that order: save, park, release, drop and forget, admit, resume, and the first step. An id
+    that is parked or released can be taken in the same plan. All of it waits for the first steps of
+    the plans before, except releases of what is not to be saved, admitted or resumed before.
 
     A plan that may run ahead stands until the next one comes: the executor repeats it, without
     the prompts it has fed, and needs nobody in between. One without entries leaves the plan
@@ -302,7 +315,7 @@ class Plan(Struct, frozen=True, gc=False):
     save: tuple[Save, ...] = ()
     park: tuple[Park, ...] = ()
     drop: tuple[int, ...] = ()
-    """Snapshots that are not needed any more."""
+    """Snapshots that are not needed any more, among them ones that could not be taken."""
     forget: tuple[int, ...] = ()
     """Tickets of parked requests that have ended."""
     resume: tuple[Resume, ...] = ()
@@ -351,7 +364,8 @@ class StepResult(Struct, frozen=True, gc=False):
     """Spent on taking and restoring the plan's snapshots, with its first result. Where steps wait
     for it, it is part of gap_time."""
     lost: tuple[int, ...] = ()
-    """Sequence ids whose snapshot could not be restored: they take no part until released."""
+    """Sequence ids whose snapshot could not be restored: they take no part until released, or
+    parked without a snapshot and resumed."""
     trials: tuple[tuple[int, int, int], ...] = ()
     """Drafts that were verified, if the plan has terms: a class of confidence (``N_CONFIDENCES``
     more for requests with a temperature), how many, and how many of them were accepted."""
@@ -365,6 +379,8 @@ class Usage(Struct, frozen=True):
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
+    """Of the prompt's tokens, those that did not have to be computed: an earlier request had."""
 
     @property
     def total_tokens(self) -> int:
@@ -416,9 +432,14 @@ class Completion(Struct, frozen=True, kw_only=True):
     accepted_by_depth: tuple[int, ...]
     """How often the draft at depth 1, 2, … was accepted."""
     steps: int
-    """Decodes of the model that produced tokens: completion tokens / steps is the gain."""
+    """Decodes of the model that produced tokens."""
     usage: Usage
     timings: Timings
+
+    @property
+    def tokens_per_step(self) -> float:
+        """What drafting gained; 1 without. 0 if there are no tokens."""
+        return len(self.token_ids) / self.steps if self.steps else 0.0
 
 
 class EngineStats(Struct, frozen=True, kw_only=True):
@@ -433,11 +454,21 @@ class EngineStats(Struct, frozen=True, kw_only=True):
     finished: dict[FinishReason, int]
     """Requests ended so far, by reason."""
     prompt_tokens: int
+    """Tokens fed as prompts: without those that were there already, with those that had to be
+    computed again after a pause."""
     generated_tokens: int
+    prefix_queries: int
+    """Prompt tokens of requests that were admitted and may reuse what was computed earlier."""
+    prefix_hits: int
+    """Of those, how many did not have to be computed."""
+    preemptions: int
+    """How often a running request paused because the cells were needed by others."""
     drafted: int
     accepted: int
     drafted_by_depth: tuple[int, ...]
     accepted_by_depth: tuple[int, ...]
+    draft_depth: int
+    """Most tokens that requests draft per step for which the engine chooses, at the moment."""
     steps: int
     gap_time: float
     """In which no step ran although sequences were left to go on."""
@@ -449,3 +480,9 @@ class EngineStats(Struct, frozen=True, kw_only=True):
     def acceptance(self) -> float | None:
         """Accepted share of the drafted tokens; None before the first draft."""
         return self.accepted / self.drafted if self.drafted else None
+
+    @property
+    def tokens_per_step(self) -> float | None:
+        """Of a sequence: each decode gives it one token that was not drafted. None before any."""
+        steps = self.generated_tokens - self.accepted
+        return self.generated_tokens / steps if steps else None

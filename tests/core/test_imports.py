@@ -20,7 +20,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "speculation": {"types", "exceptions"},
     "sequence": {"speculation", "text", "types", "exceptions"},
     "waiting": {"sequence", "types", "exceptions"},
-    "scheduler": {"speculation", "waiting", "sequence", "types", "exceptions"},
+    "prefix": {"exceptions"},
+    "memory": {"sequence", "types", "exceptions"},
+    "scheduler": {
+        *("memory", "prefix", "speculation", "waiting"),
+        *("sequence", "types", "exceptions"),
+    },
     "backend": {"types"},
     "_loops": set(),
     "_log": set(),
@@ -103,7 +108,7 @@ def test_nothing_the_scheduler_imports_knows_time_threads_loops_or_native_code()
             closure.add(module)
             todo += own_imports(module)
     assert closure == {
-        *("scheduler", "waiting", "sequence", "speculation"),
+        *("scheduler", "memory", "prefix", "waiting", "sequence", "speculation"),
         *("text", "types", "exceptions"),
     }
     for module in closure:

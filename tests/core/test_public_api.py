@@ -96,21 +96,22 @@ def test_the_engines_surface() -> None:
         (
             mtpbatch.SamplingParams,
             "max_tokens temperature top_k top_p min_p seed stop stop_token_ids ignore_eos "
-            "speculation priority deadline",
+            "speculation priority deadline reuse_prefix",
         ),
         (
             mtpbatch.Completion,
             "request_id text token_ids prompt_token_ids finish_reason drafted accepted "
-            "accepted_by_depth steps usage timings",
+            "accepted_by_depth steps usage timings tokens_per_step",
         ),
         (mtpbatch.Delta, "text token_ids n_accepted finish_reason"),
-        (mtpbatch.Usage, "prompt_tokens completion_tokens total_tokens"),
+        (mtpbatch.Usage, "prompt_tokens completion_tokens cached_tokens total_tokens"),
         (mtpbatch.Timings, "queued prefill first_token decode total"),
         (
             mtpbatch.EngineStats,
             "running waiting free_sequences n_seq mtp finished prompt_tokens generated_tokens "
-            "drafted accepted drafted_by_depth accepted_by_depth steps gap_time draft_time "
-            "target_time sample_time acceptance",
+            "prefix_queries prefix_hits preemptions "
+            "drafted accepted drafted_by_depth accepted_by_depth draft_depth steps gap_time "
+            "draft_time target_time sample_time acceptance tokens_per_step",
         ),
     ],
 )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import sys
 from typing import Any
 
@@ -18,108 +17,21 @@ from hypothesis.stateful import (
     run_state_machine_as_test,
 )
 
+from mtpbatch import memory, prefix
 from mtpbatch.exceptions import DecodeError, InternalError
 from mtpbatch.scheduler import Event, Scheduler
 from mtpbatch.sequence import Sequence
-from mtpbatch.speculation import DraftWish
 from mtpbatch.testing import ScriptedBackend
-from mtpbatch.text import TextAssembler
-from mtpbatch.types import (
-    Completion,
-    EntryResult,
-    FinishReason,
-    Plan,
-    SamplingParams,
-    StepResult,
+from mtpbatch.types import EntryResult, Plan, StepResult
+from scheduling import (
+    completions,
+    hand_over,
+    make_sequence,
+    run_step,
+    run_to_end,
+    step,
+    undrafted,
 )
-
-TICKETS = itertools.count(1)
-
-
-def make_sequence(
-    backend: ScriptedBackend,
-    request_id: str,
-    prompt: list[int],
-    *,
-    depth: int | None = None,
-    followed: bool = True,
-    **params: Any,
-) -> Sequence:
-    parsed = SamplingParams(**params)
-    facts = backend.facts
-    return Sequence(
-        request_id,
-        next(TICKETS),
-        tuple(prompt),
-        parsed,
-        seed=7,
-        max_tokens=min(parsed.max_tokens, facts.n_ctx - len(prompt)),
-        wish=DraftWish(facts.n_draft_max if depth is None else depth, adaptive=depth is None),
-        n_draft_max=facts.n_draft_max,
-        followed=followed,
-        assembler=TextAssembler(backend.token_bytes, parsed.stop),
-        submitted=backend.clock(),
-    )
-
-
-def hand_over(scheduler: Scheduler, backend: ScriptedBackend) -> Plan:
-    plan = scheduler.schedule(backend.clock())
-    assert plan is not None
-    assert backend.exchange(plan, wait=False) == []
-    return plan
-
-
-def step(scheduler: Scheduler, backend: ScriptedBackend) -> list[Event]:
-    """What the next result does, if there is one."""
-    backend.wake()
-    return [
-        event
-        for result in backend.exchange(None, wait=True)
-        for event in scheduler.update(result, backend.clock())
-    ]
-
-
-def run_step(scheduler: Scheduler, backend: ScriptedBackend) -> list[Event]:
-    """As the engine does it: plans while there are any to make, then a step."""
-    while plan := scheduler.schedule(backend.clock()):
-        assert backend.exchange(plan, wait=False) == []
-    return step(scheduler, backend)
-
-
-def run_to_end(scheduler: Scheduler, backend: ScriptedBackend) -> list[Event]:
-    events: list[Event] = []
-    while scheduler.stats.running or scheduler.stats.waiting:
-        events += run_step(scheduler, backend)
-        scheduler.check_integrity()
-        assert backend._n_shown, f"nothing goes on: {scheduler!r}"
-    while backend.active or backend._plans:  # what was under way, and the last releases
-        assert run_step(scheduler, backend) == []
-    assert scheduler.schedule(backend.clock()) is None
-    return events
-
-
-def completions(events: list[Event]) -> dict[str, Completion]:
-    return {event.request_id: event.completion for event in events if event.completion}
-
-
-def undrafted(backend: ScriptedBackend, sequence: Sequence) -> tuple[list[int], str, FinishReason]:
-    """What the script gives token by token: the slow truth."""
-    params = sequence.params
-    stop_ids = set(params.stop_token_ids)
-    if not params.ignore_eos:
-        stop_ids |= backend.facts.eog_token_ids
-    token_ids: list[int] = []
-    text = ""
-    for token_id in backend.answer(sequence.prompt, sequence.max_tokens):
-        token_ids.append(token_id)
-        if token_id in stop_ids:
-            return token_ids, text, "stop"
-        text = backend.detokenize(token_ids)
-        found = [(text.find(stop) + len(stop), -len(stop)) for stop in params.stop if stop in text]
-        if found:
-            end, minus_length = min(found)  # the first that is complete; of several the longest
-            return token_ids, text[: end + minus_length], "stop"
-    return token_ids, text, "length"
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -131,17 +43,29 @@ class SchedulerMachine(RuleBasedStateMachine):
         n_draft_max=st.integers(0, 4),
         acceptance=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
         lag=st.sampled_from([0, 1, 3, 20]),
+        n_cells=st.sampled_from([None, 24, 30, 60]),
+        snapshot_bytes=st.sampled_from([0, 40_000, 10**6]),
+        truncates=st.booleans(),
+        failing=st.sets(st.integers(0, 6)),
     )
-    def open(self, n_seq: int, n_batch: int, n_draft_max: int, acceptance: float, lag: int) -> None:
+    def open(
+        self,
+        n_seq: int,
+        n_cells: int | None,
+        snapshot_bytes: int,
+        failing: set[int],
+        **model: Any,
+    ) -> None:
         self.backend = ScriptedBackend(
             n_seq=n_seq,
             n_ctx=24,
-            n_batch=n_batch,
-            n_draft_max=n_draft_max,
-            acceptance=acceptance,
-            lag=lag,
+            n_cells=None if n_cells is None else min(n_cells, 24 * n_seq),
+            **model,
         )
-        self.scheduler = Scheduler(self.backend.facts)
+        for index in failing:
+            self.backend.fail_save(index)
+            self.backend.fail_restore(index)
+        self.scheduler = Scheduler(self.backend.facts, snapshot_bytes)
         self.sequences: dict[str, Sequence] = {}
         self.last_events: dict[str, Event] = {}
         self.texts: dict[str, str] = {}
@@ -149,13 +73,14 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(
         n_prompt=st.integers(1, 23),
-        first=st.integers(0, 255),
+        first=st.sampled_from([0, 65, 66, 255]),
         max_tokens=st.integers(1, 40),
         depth=st.integers(0, 4),
         stop=st.lists(st.sampled_from(["e", "th", "d t", "日本", "ing the", "öß"]), max_size=2),
         stop_token_ids=st.lists(st.sampled_from([32, 101, 257]), max_size=1),
         ignore_eos=st.booleans(),
         followed=st.booleans(),
+        reuse_prefix=st.booleans(),
         priority=st.sampled_from([0, 0, 0, -100, 1, 2, 100]),
         deadline=st.sampled_from([None, None, 0.02, 5.0]),
     )
@@ -199,17 +124,22 @@ class SchedulerMachine(RuleBasedStateMachine):
         waiting = self.waiting()
         plan = self.scheduler.schedule(self.backend.clock())
         if plan is not None:
-            assert waiting[len(plan.admit) :] == self.waiting(), "who is due first is admitted"
+            n_begun = len(plan.admit) + len(plan.resume)
+            parked = [request_id for request_id in self.waiting() if request_id not in waiting]
+            order = sorted([*waiting, *parked], key=self.due)
+            assert order[n_begun:] == self.waiting(), "who is due first begins"
             assert self.backend.exchange(plan, wait=False) == []
 
     @rule()
     def step(self) -> None:
+        if self.backend.facts.n_cells < self.backend.facts.n_seq * self.backend.facts.n_ctx:
+            self.schedule()  # what is taken in lets more steps begin
         self.take(step(self.scheduler, self.backend))
 
     @rule()
     def step_that_fails(self) -> None:
         self.backend.fail_step(self.backend.n_steps)
-        self.take(step(self.scheduler, self.backend))
+        self.step()
 
     def waiting(self) -> list[str]:
         """Who waits, in the order in which they are due."""
@@ -252,6 +182,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert completion.prompt_token_ids == sequence.prompt
         assert completion.usage.completion_tokens == n_tokens
         assert completion.usage.prompt_tokens == len(sequence.prompt)
+        assert completion.usage.cached_tokens < len(sequence.prompt)
         assert completion.accepted == sum(completion.accepted_by_depth) <= completion.drafted
         assert completion.accepted <= n_tokens
         # Each step samples one token, but for the last, which may end with a draft.
@@ -277,6 +208,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.take(run_to_end(self.scheduler, self.backend))
         assert self.last_events.keys() == self.sequences.keys(), "no request is lost"
         assert not self.backend.active, "the executor was told of every release"
+        assert not self.backend.parked, "and of every parked request that ended"
+        known = {*self.scheduler._snapshots._cached}
+        assert self.backend.snapshots == known, "and of every snapshot that is not needed"
         ends = [e.completion or (e.error and e.error.completion) for e in self.last_events.values()]
         stats = self.scheduler.stats
         assert stats.generated_tokens == sum(len(end.token_ids) for end in ends if end)
@@ -285,7 +219,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert stats.accepted == sum(stats.accepted_by_depth)
 
 
-def test_any_order_of_calls_keeps_every_promise() -> None:
+def test_any_order_of_calls_keeps_every_promise(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Short prompts can share something, too.
+    monkeypatch.setattr(prefix, "BLOCK", 2)
+    monkeypatch.setattr(prefix, "LEAST", 4)
+    monkeypatch.setattr(memory, "_ROOM", 3)
     run_state_machine_as_test(
         SchedulerMachine,
         settings=settings(
@@ -379,6 +317,16 @@ def test_results_are_waited_for_step_by_step_only_if_somebody_follows() -> None:
     assert not hand_over(scheduler, backend).followed
     scheduler.add(make_sequence(backend, "r1", [65], followed=True))
     assert hand_over(scheduler, backend).followed
+
+
+def test_a_plan_says_who_never_drafts() -> None:
+    """Nothing need be kept for the MTP head of those."""
+    backend = ScriptedBackend(n_seq=3, n_draft_max=2)
+    scheduler = Scheduler(backend.facts)
+    for depth in (0, 1, None):
+        scheduler.add(make_sequence(backend, f"depth {depth}", [5], depth=depth))
+    plan = hand_over(scheduler, backend)
+    assert [admission.drafts for admission in plan.admit] == [False, True, True]
 
 
 def test_a_small_batch_cuts_drafts_before_it_leaves_anyone_out() -> None:

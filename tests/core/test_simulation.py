@@ -40,8 +40,10 @@ from mtpbatch.text import TextAssembler
 from mtpbatch.types import (
     Admission,
     ModelFacts,
+    Park,
     Plan,
     PlanEntry,
+    Resume,
     SamplingParams,
     StepResult,
     Terms,
@@ -530,9 +532,73 @@ def test_what_the_scheduler_breaks_is_noticed() -> None:
         )
 
 
+@pytest.mark.parametrize("snapshot", [0, 7])
+def test_a_parked_request_goes_on_where_it_was(snapshot: int) -> None:
+    """Two steps, a pause, and the rest of its five tokens."""
+    executor = SimulatedExecutor(facts(n_cells=300), per_pass(1.0))
+    executor.expect(1, Luck(Drafts()), 0)
+    admission = Admission(0, SamplingParams(), 0, (), 5, ticket=1)
+    goes_on = (PlanEntry(0, (), True, 0),)
+    executor.hand_over(Plan((), (admission,), (PlanEntry(0, (65,) * 9, True, 0),), number=1), 0.0)
+    executor.hand_over(Plan((), (), goes_on, number=2), 0.0)
+    assert executor.end_step()
+    executor.hand_over(Plan((), (), (), number=3, park=(Park(0, snapshot),)), 1.0)
+    assert executor.end_step()
+    results = executor.take_results(2.0)
+    saved = ((7, 10_000),) if snapshot else ()
+    if snapshot:
+        assert results.pop().saved == saved, "ten tokens: the newest has not been fed"
+    assert [len(result.entries[0].token_ids) for result in results] == [1, 1]
+    assert executor.step_end == math.inf
+
+    fed = goes_on if snapshot else (PlanEntry(2, (65,) * 11, True, 0),)
+    entry = PlanEntry(2, fed[0].tokens, True, 0)
+    resume = Plan((), (), (entry,), number=4, run_ahead=9, resume=(Resume(2, 1, snapshot),))
+    executor.hand_over(resume, 2.0)
+    while executor.step_end < math.inf:
+        executor.end_step()
+    results = executor.take_results(5.0)
+    assert [result.entries[0].finish_reason for result in results] == [None, None, "length"]
+    assert results[0].n_target_tokens == (1 if snapshot else 11)
+
+
+def test_a_plan_is_not_repeated_beyond_the_cells() -> None:
+    executor = SimulatedExecutor(facts(n_cells=16), per_pass(1.0))
+    executor.expect(1, Luck(Drafts()), 0)
+    admission = Admission(0, SamplingParams(), 0, (), 100, ticket=1)
+    entry = PlanEntry(0, (65,) * 9, True, 0)
+    executor.hand_over(
+        Plan((), (admission,), (entry,), number=1, run_ahead=99, followed=False), 0.0
+    )
+    n_steps = 0
+    while executor.step_end < math.inf:
+        wake = executor.end_step()
+        n_steps += 1
+    assert n_steps == 1 + 7, "nine tokens of the prompt, and then one for each step"
+    assert wake, "somebody must make another plan"
+    with pytest.raises(InternalError, match="cells do not suffice"):
+        executor.hand_over(Plan((), (), (PlanEntry(0, (), True, 0),), number=2), 8.0)
+
+
+def test_what_is_released_leaves_before_its_plan_begins() -> None:
+    executor = SimulatedExecutor(facts(), per_pass(1.0))
+    executor.expect(1, Luck(Drafts()), 0)
+    executor.expect(2, Luck(Drafts()), 0)
+    admissions = tuple(Admission(i, SamplingParams(), 0, (), 9, ticket=1 + i) for i in (0, 1))
+    entries = tuple(PlanEntry(i, (65,), True, 0) for i in (0, 1))
+    executor.hand_over(Plan((), admissions, entries, number=1), 0.0)
+    both = tuple(PlanEntry(i, (), True, 0) for i in (0, 1))
+    executor.hand_over(Plan((), (), both, number=2), 0.0)
+    executor.hand_over(Plan((0,), (), both[1:], number=3), 0.0)
+    for _ in range(3):
+        executor.end_step()
+    n_tokens = [[len(e.token_ids) for e in r.entries] for r in executor.take_results(3.0)]
+    assert n_tokens == [[1, 1], [0, 1], [1]]
+
+
 def test_an_executor_refuses_what_no_executor_could_run() -> None:
     executor = SimulatedExecutor(facts(), per_pass(1.0))
-    with pytest.raises(InternalError, match="sequence 0 is released"):
+    with pytest.raises(InternalError, match="sequence 0 is left but free"):
         executor.hand_over(Plan((0,), (), ()), 0.0)
     with pytest.raises(InternalError, match="no step is under way"):
         executor.end_step()

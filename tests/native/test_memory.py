@@ -742,6 +742,30 @@ def test_a_restore_that_finds_no_cells_loses_that_sequence_alone(unified: Settin
     assert tokens_of(one) == tokens_of(undisturbed(unified, SamplingParams()))[:20]
 
 
+def test_who_could_not_be_restored_is_parked_once_more_and_computed_again(
+    unified: Setting, params: SamplingParams
+) -> None:
+    """How it samples is not lost."""
+    expected = tokens_of(undisturbed(unified, params))
+    _, executor, one, _ = begun(unified, params, n_ctx=72, n_cells=80)
+    park(executor, 0, 1)
+    filling = plan(feed(2, [50] * 60), release=(1,), admit=(admit(2, max_tokens=9),))
+    loops.execute(executor, filling)
+    resume = plan(go_on(0, 0), go_on(2, 0), resume=(Resume(0, 100, 1),))
+    result = loops.execute(executor, resume)
+    assert (result.lost, result.entries[0]) == ((0,), NO_RESULT)
+    again = plan(
+        feed(0, [*PROMPT, *tokens_of(one)]),
+        park=(Park(0, 0),),
+        release=(2,),
+        drop=(1,),
+        resume=(Resume(0, 100, 0),),
+    )
+    one += loops.execute(executor, again).entries
+    one += steps(executor, 0, unified.n_draft, 999)
+    assert tokens_of(one) == expected
+
+
 def test_a_request_that_is_cancelled_while_it_is_parked_stays_cancelled(setting: Setting) -> None:
     target, executor, _, _ = begun(setting, SamplingParams())
     park(executor, 0, 1)
@@ -784,6 +808,21 @@ def take_all(executor: Executor, plans: Sequence[Plan]) -> list[StepResult]:
     while not results or results[-1].plan != plans[-1].number:
         results += executor.exchange(None, wait=True)
     return results
+
+
+def test_a_plan_that_only_releases_leaves_the_report_to_the_plan_that_saved(
+    setting: Setting,
+) -> None:
+    """It is begun beside that one, before its step."""
+    _, executor, _, _ = begun(setting, SamplingParams())
+    waiting = (
+        plan(feed(2, [50] * 60, sample=False), admit=(admit(2, max_tokens=2),), number=1),
+        plan(go_on(0, 0), save=(Save(1, 5),), number=2),
+        plan(release=(1,)),
+        plan(go_on(0, 0), number=3),
+    )
+    saved = {result.plan: len(result.saved) for result in take_all(executor, waiting)}
+    assert saved == {1: 0, 2: 1, 3: 0}
 
 
 def test_what_is_released_early_was_saved_before(setting: Setting) -> None:

@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from queue import SimpleQueue
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from mtpbatch._loops import ThreadEvent
 from mtpbatch.engine import Engine
@@ -21,8 +21,10 @@ from mtpbatch.types import (
     EngineConfig,
     EntryResult,
     ModelFacts,
+    Park,
     Plan,
     PlanEntry,
+    Resume,
     StepResult,
 )
 
@@ -99,8 +101,12 @@ class ScriptedBackend:
     the one before it is given out, as a real model does that is quicker than Python; larger
     numbers play an app that keeps Python busy.
 
-    It keeps its own record of every sequence, and raises :class:`InternalError` for a plan that
-    a real model could not execute.
+    ``n_cells``, ``snapshot_memory`` (in MiB) and ``truncates`` are those of
+    :class:`~mtpbatch.EngineConfig` and :class:`~mtpbatch.ModelFacts`; a model that does not
+    truncate keeps recurrent state. A token of a saved sequence has 1,000 bytes, copied in no time.
+
+    It keeps its own record of every sequence and every snapshot, and raises
+    :class:`InternalError` for a plan that a real model could not execute.
     """
 
     def __init__(
@@ -115,6 +121,9 @@ class ScriptedBackend:
         acceptance: float | Sequence[bool] = 0.75,
         step_time: float = 0.01,
         lag: int = 0,
+        n_cells: int | None = None,
+        snapshot_memory: int = 16,
+        truncates: bool = True,
     ) -> None:
         self._script = script or _default_script
         self._acceptance = acceptance
@@ -129,7 +138,10 @@ class ScriptedBackend:
             n_ubatch=n_batch,
             n_threads=1,
             n_gpu_layers=0,
+            n_cells=n_seq * n_ctx if n_cells is None else n_cells,
+            snapshot_memory=snapshot_memory,
         )
+        assert self.config.n_cells is not None
         self.facts = ModelFacts(
             n_ctx=n_ctx,
             n_seq=n_seq,
@@ -137,8 +149,10 @@ class ScriptedBackend:
             n_draft_max=self.config.n_draft_max,
             n_vocab=len(_TOKEN_BYTES),
             eog_token_ids=frozenset({_EOS}),
-            n_cells=n_seq * n_ctx,
+            n_cells=self.config.n_cells,
             n_ubatch=n_batch,
+            recurrent=not truncates,
+            truncates=truncates,
         )
         self.token_bytes: Sequence[bytes] = _TOKEN_BYTES
         self.description = "scripted model"
@@ -146,6 +160,13 @@ class ScriptedBackend:
         """Steps played or begun."""
         self.closed = False
         self._sequences: dict[int, _ScriptedSequence] = {}
+        self._parked: dict[int, _ScriptedSequence] = {}  # by ticket
+        self._snapshots: dict[int, _Snapshot | None] = {}  # None: it could not be taken
+        self._copies: _Copies = _Copies([], [])  # for the next result
+        self._failing_saves: set[int] = set()
+        self._failing_restores: set[int] = set()
+        self._n_saves = 0
+        self._n_restores = 0
         self._plans: deque[Plan] = deque()  # handed over, not begun
         self._left_early: set[int] = set()  # ids that those have released already
         self._standing: Plan | None = None
@@ -164,6 +185,16 @@ class ScriptedBackend:
         """Sequence ids that are taken."""
         return frozenset(self._sequences)
 
+    @property
+    def parked(self) -> frozenset[int]:
+        """Tickets of requests that are parked."""
+        return frozenset(self._parked)
+
+    @property
+    def snapshots(self) -> frozenset[int]:
+        """Snapshots that no plan has dropped."""
+        return frozenset(self._snapshots)
+
     def answer(self, prompt: str | Sequence[int], n_tokens: int) -> list[int]:
         """The first tokens the script generates after ``prompt``, past end tokens if need be."""
         prompt_ids = self.tokenize(prompt) if isinstance(prompt, str) else prompt
@@ -181,6 +212,14 @@ class ScriptedBackend:
         bug and kills the engine.
         """
         self._errors[index] = error or DecodeError("scripted failure")
+
+    def fail_save(self, index: int) -> None:
+        """Have no memory for the snapshot of that index, the first that is taken being 0."""
+        self._failing_saves.add(index)
+
+    def fail_restore(self, index: int) -> None:
+        """Have a sequence not start from its snapshot: the restore of that index fails."""
+        self._failing_restores.add(index)
 
     # ----------------------------------------------------------- what the engine calls
 
@@ -234,6 +273,8 @@ class ScriptedBackend:
         """Forget all sequences; nothing can be executed any more."""
         self.closed = True
         self._sequences.clear()
+        self._parked.clear()
+        self._snapshots.clear()
 
     # ------------------------------------------------------------------------ details
 
@@ -246,19 +287,9 @@ class ScriptedBackend:
             self._cancelled.add(self._cancels.get())
         self._release_early()
         while self._plans and (
-            self._standing is None or self._stepped or not self._plans[0].entries
+            self._standing is None or self._stepped or not _follows_a_step(self._plans[0])
         ):
-            plan = self._plans.popleft()
-            for seq_id in plan.release:
-                if seq_id in self._left_early:
-                    self._left_early.remove(seq_id)
-                else:
-                    self._release(seq_id)
-            for admission in plan.admit:
-                self._admit(admission)
-            if plan.entries:
-                self._standing, self._stepped = plan, False
-                self._check_plan(plan)
+            self._open(self._plans.popleft())
         standing = self._standing
         if standing is None:
             return False
@@ -267,15 +298,48 @@ class ScriptedBackend:
         in_time = 0 < standing.run_ahead >= self._n_unseen
         return in_time and any(self._takes_part(entry) for entry in standing.entries)
 
+    def _open(self, plan: Plan) -> None:
+        """Carry out what a plan says beside its steps."""
+        for save in plan.save:
+            self._save(save.seq_id, save.snapshot)
+        for park in plan.park:
+            self._park(park)
+        for seq_id in plan.release:
+            if seq_id in self._left_early:
+                self._left_early.remove(seq_id)
+            else:
+                self._release(seq_id)
+        for number in plan.drop:
+            _require(number in self._snapshots, f"drop of snapshot {number}, which is not there")
+            del self._snapshots[number]
+        for ticket in plan.forget:
+            _require(ticket in self._parked, f"request {ticket} is forgotten but not parked")
+            del self._parked[ticket]
+            self._cancelled.discard(ticket)
+        for admission in plan.admit:
+            self._admit(admission)
+        for resume in plan.resume:
+            self._resume(resume)
+        if plan.entries:
+            self._standing, self._stepped = plan, False
+            self._check_plan(plan)
+        else:
+            _require(not plan.admit and not plan.resume, "a sequence begins without an entry")
+            if plan.save or any(park.snapshot for park in plan.park):
+                self._n_unseen += 1
+                self._results.append(self._result(plan, (), 0, None))
+
     def _release_early(self) -> None:
-        """What waiting plans release leaves at once, unless one before them admits it first."""
-        admitted: set[int] = set()
+        """What waiting plans release leaves at once, unless one before them has it taken or saved
+        first."""
+        needed: set[int] = set()
         for plan in self._plans:
-            for seq_id in set(plan.release) - admitted:
+            needed.update(save.seq_id for save in plan.save)
+            for seq_id in set(plan.release) - needed:
                 if seq_id not in self._left_early:
                     self._release(seq_id)
                     self._left_early.add(seq_id)
-            admitted.update(admission.seq_id for admission in plan.admit)
+            needed |= _beginning(plan)
 
     def _release(self, seq_id: int) -> None:
         _require(seq_id in self._sequences, f"release of free sequence {seq_id}")
@@ -287,7 +351,7 @@ class ScriptedBackend:
             return False
         if sequence.ticket in self._cancelled:
             return False
-        return not self._stepped or sequence.n_generated > 0
+        return not self._stepped or (sequence.n_generated > 0 and not sequence.again)
 
     def _step(self) -> StepResult:
         plan, repeated = self._standing, self._stepped
@@ -298,9 +362,12 @@ class ScriptedBackend:
             failure = self._play_step()
         results: list[EntryResult] = []
         n_rows = 0
+        if failure is not None:
+            for seq_id, sequence in self._sequences.items():
+                if self.facts.recurrent or any(e.seq_id == seq_id for e in plan.entries):
+                    sequence.lost = True
+        self._check_cells(plan, repeated)
         for entry in plan.entries:
-            if failure is not None and entry.seq_id in self._sequences:
-                self._sequences[entry.seq_id].lost = True
             if not self._takes_part(entry):
                 results.append(NO_RESULT)
                 continue
@@ -308,18 +375,30 @@ class ScriptedBackend:
             n_rows += len(entry.tokens) if entry.tokens and not repeated else 1
             n_rows += results[-1].n_drafted
         self._stepped = True
+        return self._result(plan, tuple(results), n_rows, failure)
+
+    def _result(
+        self,
+        plan: Plan,
+        entries: tuple[EntryResult, ...],
+        n_rows: int,
+        failure: NativeError | None,
+    ) -> StepResult:
+        copies, self._copies = self._copies, _Copies([], [])
         return StepResult(
             plan=plan.number,
-            entries=tuple(results),
+            entries=entries,
             n_target_tokens=n_rows,
             n_target_decodes=min(n_rows, 1),
-            n_draft_tokens=sum(result.n_drafted for result in results),
-            n_draft_decodes=max((result.n_drafted for result in results), default=0),
+            n_draft_tokens=sum(entry.n_drafted for entry in entries),
+            n_draft_decodes=max((entry.n_drafted for entry in entries), default=0),
             gap_time=0.0,
             draft_time=0.0,
             target_time=self._step_time if n_rows else 0.0,
             sample_time=0.0,
             error=failure,
+            saved=tuple(copies.saved),
+            lost=tuple(copies.lost),
         )
 
     def _play_step(self) -> NativeError | None:
@@ -340,7 +419,91 @@ class ScriptedBackend:
         _require(0 <= seq_id < self.facts.n_seq, f"admission to sequence {seq_id}")
         _require(seq_id not in self._sequences, f"admission to taken sequence {seq_id}")
         _require(admission.max_tokens >= 1, "admission of a request that may not generate")
-        self._sequences[seq_id] = _ScriptedSequence(admission)
+        _require(bool(admission.snapshot) == (admission.n_reused > 0), "tokens of no snapshot")
+        sequence = self._sequences[seq_id] = _ScriptedSequence(admission)
+        if admission.snapshot:
+            state = self._restore(seq_id, admission.snapshot)
+            n_reused = admission.n_reused
+            if state is not None and (
+                n_reused <= len(state.token_ids)
+                if self.facts.truncates
+                else n_reused == len(state.token_ids)
+            ):
+                _require(state.drafts or not admission.drafts, "a snapshot made without drafts")
+                sequence.token_ids = list(state.token_ids[:n_reused])
+            else:
+                self._lose(seq_id)
+
+    def _save(self, seq_id: int, number: int) -> None:
+        _require(number > 0 and number not in self._snapshots, f"snapshot {number} twice")
+        _require(seq_id in self._sequences, f"free sequence {seq_id} is saved")
+        sequence = self._sequences[seq_id]
+        fails = self._n_saves in self._failing_saves
+        self._n_saves += 1
+        state = None
+        if not fails and not sequence.lost and sequence.token_ids:
+            state = _Snapshot(tuple(sequence.token_ids), sequence.ticket, sequence.drafts)
+        self._snapshots[number] = state
+        self._copies.saved.append((number, 1000 * len(state.token_ids) if state else 0))
+
+    def _park(self, park: Park) -> None:
+        _require(park.seq_id in self._sequences, f"free sequence {park.seq_id} is parked")
+        if park.snapshot:
+            self._save(park.seq_id, park.snapshot)
+        sequence = self._sequences.pop(park.seq_id)
+        self._parked[sequence.ticket] = sequence
+
+    def _resume(self, resume: Resume) -> None:
+        seq_id, ticket = resume.seq_id, resume.ticket
+        _require(ticket in self._parked, f"request {ticket} is resumed but not parked")
+        _require(seq_id not in self._sequences, f"request {ticket} resumes on taken {seq_id}")
+        sequence = self._sequences[seq_id] = self._parked.pop(ticket)
+        _require(sequence.n_generated > 0, "a request resumes that has not generated")
+        _require(not sequence.over, "a request resumes that has ended")
+        held, sequence.token_ids = sequence.token_ids, []
+        if not resume.snapshot:
+            sequence.lost = False
+            sequence.again = (*sequence.prompt, *sequence.generated)
+            return
+        state = self._restore(seq_id, resume.snapshot)
+        if state is None:
+            self._lose(seq_id)
+        else:
+            _require(state.ticket == ticket, "a request resumes from another's snapshot")
+            _require(not sequence.again, "a request resumes from half of its state")
+            _require(list(state.token_ids) == held, "its state is an old one")
+            sequence.token_ids = held
+
+    def _restore(self, seq_id: int, number: int) -> _Snapshot | None:
+        _require(number in self._snapshots, f"restore of snapshot {number}, which is not there")
+        fails = self._n_restores in self._failing_restores
+        self._n_restores += 1
+        state = None if fails else self._snapshots[number]
+        n_held = sum(len(sequence.token_ids) for sequence in self._sequences.values())
+        _require(
+            state is None or n_held + len(state.token_ids) <= self.facts.n_cells,
+            f"a snapshot is restored beside {n_held} tokens in {self.facts.n_cells} cells",
+        )
+        return state
+
+    def _lose(self, seq_id: int) -> None:
+        self._sequences[seq_id].lost = True
+        self._sequences[seq_id].token_ids = []
+        self._copies.lost.append(seq_id)
+
+    def _check_cells(self, plan: Plan, repeated: bool) -> None:
+        n_held = sum(len(sequence.token_ids) for sequence in self._sequences.values())
+        n_rows = sum(
+            len(entry.tokens)
+            if entry.tokens and not repeated
+            else 1 + min(entry.n_draft, self._sequences[entry.seq_id].remaining - 1)
+            for entry in plan.entries
+            if self._takes_part(entry)
+        )
+        _require(
+            n_held + n_rows <= self.facts.n_cells,
+            f"{n_held} tokens and {n_rows} more in {self.facts.n_cells} cells",
+        )
 
     def _check_plan(self, plan: Plan) -> None:
         n_batch = self.facts.n_batch
@@ -352,8 +515,8 @@ class ScriptedBackend:
         seq_ids = {entry.seq_id for entry in plan.entries}
         _require(len(seq_ids) == len(plan.entries), "two entries for one sequence")
         _require(
-            all(admission.seq_id in seq_ids for admission in plan.admit),
-            "a sequence is admitted without an entry",
+            _beginning(plan) <= seq_ids,
+            "a sequence begins without an entry",
         )
         for entry in plan.entries:
             _require(0 <= entry.n_draft <= self.facts.n_draft_max, "draft deeper than the heads")
@@ -362,31 +525,41 @@ class ScriptedBackend:
             _require(entry.seq_id in self._sequences, f"entry for free sequence {entry.seq_id}")
             sequence = self._sequences[entry.seq_id]
             if entry.tokens:
-                _require(sequence.n_generated == 0, "prompt tokens after a sampled one")
+                _require(
+                    sequence.n_generated == 0 or bool(sequence.again) or sequence.lost,
+                    "prompt tokens after a sampled one",
+                )
             elif not sequence.lost and sequence.ticket not in self._cancelled:
                 _require(entry.sample, "a sampled token is fed without sampling the next")
                 _require(sequence.n_generated > 0, "no sampled token to go on from")
+                _require(not sequence.again, "a sequence goes on before its state is whole again")
 
     def _run(self, entry: PlanEntry, repeated: bool) -> EntryResult:
         sequence = self._sequences[entry.seq_id]
         n_draft = 0
         if entry.tokens and not repeated:
-            sequence.prompt.extend(entry.tokens)
+            sequence.token_ids.extend(entry.tokens)
         else:
             n_draft = min(entry.n_draft, sequence.remaining - 1)
+            sequence.token_ids.append(sequence.generated[-1])
         _require(
-            sequence.n_past + n_draft <= self.facts.n_ctx,
+            len(sequence.token_ids) + n_draft <= self.facts.n_ctx,
             f"sequence {entry.seq_id} grows past n_ctx",
         )
         if not entry.sample:
             return NO_RESULT
         if not sequence.answer:
+            sequence.prompt = tuple(sequence.token_ids)
             sequence.answer = self._one_answer(sequence.prompt)
             sequence.luck = zlib.crc32(repr(sequence.prompt).encode())
+        if sequence.again:
+            _require(tuple(sequence.token_ids) == sequence.again, "other tokens than it had")
+            sequence.again = ()
         n_accepted = 0
         token_ids: list[int] = []
         while not sequence.ended and n_accepted < n_draft and self._hit(sequence):
             token_ids.append(sequence.generate())
+            sequence.token_ids.append(token_ids[-1])
             n_accepted += 1
         if not sequence.ended:
             token_ids.append(sequence.generate())
@@ -401,26 +574,42 @@ class ScriptedBackend:
         return self._acceptance[position % len(self._acceptance)]
 
 
+class _Snapshot(NamedTuple):
+    token_ids: tuple[int, ...]
+    ticket: int
+    drafts: bool
+
+
+class _Copies(NamedTuple):
+    """What became of snapshots since the last result."""
+
+    saved: list[tuple[int, int]]
+    lost: list[int]
+
+
 class _ScriptedSequence:
     """What the scripted model knows of one sequence."""
 
     def __init__(self, admission: Admission) -> None:
         self.ticket = admission.ticket
+        self.drafts = admission.drafts
         self._stop = frozenset(admission.stop_token_ids)
         self._stop_texts = [text.encode() for text in admission.params.stop]
-        self._generated = b""
+        self._text = b""
         self._max_tokens = admission.max_tokens
-        self.prompt: list[int] = []
+        self.token_ids: list[int] = []  # computed
+        self.prompt: tuple[int, ...] = ()  # known once it has generated
+        self.again: tuple[int, ...] = ()  # what has to be fed after a pause
         self.answer: list[int] = []
         self.luck = 0
-        self.n_generated = 0
+        self.generated: list[int] = []
         self.ended: Literal["stop", "length"] | None = None
         self.lost = False
 
     @property
-    def n_past(self) -> int:
-        """Tokens computed: all but the one sampled last."""
-        return len(self.prompt) + max(0, self.n_generated - 1)
+    def n_generated(self) -> int:
+        """Tokens generated so far."""
+        return len(self.generated)
 
     @property
     def remaining(self) -> int:
@@ -430,12 +619,12 @@ class _ScriptedSequence:
     @property
     def over(self) -> bool:
         """Whether nothing goes on until it is released."""
-        return bool(self.ended) or any(text in self._generated for text in self._stop_texts)
+        return bool(self.ended) or any(text in self._text for text in self._stop_texts)
 
     def generate(self) -> int:
         token_id = self.answer[self.n_generated % len(self.answer)]
-        self.n_generated += 1
-        self._generated += _TOKEN_BYTES[token_id]
+        self.generated.append(token_id)
+        self._text += _TOKEN_BYTES[token_id]
         if token_id in self._stop:
             self.ended = "stop"
         elif self.n_generated == self._max_tokens:
@@ -459,6 +648,16 @@ async def open_scripted_engine(backend: ScriptedBackend) -> AsyncIterator[Engine
 def _default_script(prompt: str) -> str:
     chance = random.Random(zlib.crc32(prompt.encode()))
     return " ".join(chance.choices(_WORDS, k=chance.randint(0, 12)))
+
+
+def _follows_a_step(plan: Plan) -> bool:
+    """Whether it waits for the first step of the plan before it."""
+    return bool(plan.entries or plan.save or plan.park)
+
+
+def _beginning(plan: Plan) -> set[int]:
+    """Sequence ids that the plan has taken."""
+    return {a.seq_id for a in plan.admit} | {r.seq_id for r in plan.resume}
 
 
 def _require(rule: bool, broken: str) -> None:

@@ -312,8 +312,14 @@ class _Engine:
 
     def plan(self, now: float) -> None:
         """Make plans while there are any to make."""
-        while (plan := self.scheduler.schedule(now)) is not None:
-            self.executor.hand_over(plan, now)
+        while True:
+            plan = self.scheduler.schedule(now)
+            if plan is not None:
+                self.executor.hand_over(plan, now)
+            elif self.executor.reports:
+                self.take_in(now)  # of snapshots; no request ends
+            else:
+                return
 
 
 class _Requests:

@@ -1,0 +1,494 @@
+"""Cells that run short, requests that pause, and prompts that begin alike.
+
+The scripted model keeps a record of every cell and snapshot, and refuses plans that need what is
+not there. What it answers depends on every token of a prompt, so that a wrong prefix is noticed.
+"""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mtpbatch.exceptions import InternalError, InvalidParameterError
+from mtpbatch.memory import Cells, Snapshots
+from mtpbatch.scheduler import Event, Scheduler
+from mtpbatch.testing import ScriptedBackend, open_scripted_engine
+from mtpbatch.types import EngineConfig, Plan
+from scheduling import completions, make_sequence, run_to_end, step
+
+MANY_BYTES = 10**9
+
+
+class Recorder:
+    """Stands between scheduler and backend, and keeps the plans."""
+
+    def __init__(self, backend: ScriptedBackend, snapshot_bytes: int = MANY_BYTES) -> None:
+        self.backend = backend
+        self.scheduler = Scheduler(backend.facts, snapshot_bytes)
+        self.plans: list[Plan] = []
+        self._schedule = self.scheduler.schedule
+        self.scheduler.schedule = self._record  # type: ignore[method-assign]
+        self._names = iter(range(10**6))
+
+    def _record(self, now: float) -> Plan | None:
+        plan = self._schedule(now)
+        if plan is not None:
+            self.plans.append(plan)
+        return plan
+
+    def add(self, prompt: list[int], **params: Any) -> str:
+        name = f"r{next(self._names)}"
+        self.scheduler.add(make_sequence(self.backend, name, prompt, **params))
+        return name
+
+    def plan(self) -> Plan:
+        plan = self.scheduler.schedule(self.backend.clock())
+        assert plan is not None
+        self.backend.exchange(plan, wait=False)
+        return plan
+
+    def step(self) -> list[Event]:
+        return step(self.scheduler, self.backend)
+
+    def run(self) -> dict[str, tuple[int, ...]]:
+        done = completions(run_to_end(self.scheduler, self.backend))
+        return {name: completion.token_ids for name, completion in done.items()}
+
+    def run_one(self, prompt: list[int], **params: Any) -> tuple[int, ...]:
+        """Its tokens, with nobody beside it."""
+        name = self.add(prompt, **params)
+        return self.run()[name]
+
+    def all(self, field: str) -> list[Any]:
+        return [item for plan in self.plans for item in getattr(plan, field)]
+
+
+def unlike(number: int, n_tokens: int) -> list[int]:
+    """A prompt that begins like no other."""
+    chance = random.Random(number)
+    return [97 + number % 26, *(chance.randrange(97, 123) for _ in range(n_tokens - 1))]
+
+
+# ------------------------------------------------------------------------ short of cells
+
+
+@pytest.mark.parametrize("truncates", [True, False])
+@pytest.mark.parametrize("lag", [0, 5])
+@pytest.mark.parametrize("snapshot_bytes", [0, 120_000, MANY_BYTES])
+def test_with_a_quarter_of_the_cells_everyone_finishes_with_the_same_tokens(
+    truncates: bool, lag: int, snapshot_bytes: int
+) -> None:
+    n_seq, n_ctx = 8, 320
+    backend = ScriptedBackend(
+        lambda prompt: prompt[::-1],
+        n_seq=n_seq,
+        n_ctx=n_ctx,
+        n_cells=n_seq * n_ctx // 4,
+        truncates=truncates,
+        lag=lag,
+        acceptance=0.4,
+    )
+    record = Recorder(backend, snapshot_bytes)
+    chance = random.Random(lag)
+    expected = {}
+    for number in range(20):
+        prompt = unlike(number, chance.randrange(1, 60))
+        n_tokens = chance.randrange(100, n_ctx - len(prompt))
+        name = record.add(prompt, max_tokens=n_tokens, ignore_eos=True, priority=number % 3)
+        expected[name] = tuple(backend.answer(prompt, n_tokens))
+    assert record.run() == expected
+    stats = record.scheduler.stats
+    assert stats.preemptions >= 5
+    kept = [resume.snapshot > 0 for resume in record.all("resume")]
+    if snapshot_bytes == MANY_BYTES:
+        assert all(kept)
+        assert stats.prompt_tokens == stats.prefix_queries - stats.prefix_hits
+    elif snapshot_bytes == 0:
+        assert not any(kept)
+    else:
+        assert {True, False} == set(kept), "as many as there is memory for"
+
+
+def test_the_youngest_of_the_lowest_priority_pauses_and_goes_on_before_new_ones() -> None:
+    backend = ScriptedBackend(
+        lambda _: "x" * 200, n_seq=3, n_ctx=100, n_cells=100, n_draft_max=0, lag=1
+    )
+    record = Recorder(backend)
+    record.add([65], max_tokens=90, ignore_eos=True, priority=1)
+    record.add([66], max_tokens=70, ignore_eos=True)
+    record.add([67], max_tokens=70, ignore_eos=True)
+    record.add([68], max_tokens=5, ignore_eos=True, priority=2)
+    record.run()
+    tickets = [admission.ticket for admission in record.all("admit")]
+    begun = {a.seq_id: a.ticket for a in record.plans[0].admit}
+    # The urgent ones were admitted first, and of the third there was one more to come.
+    assert tickets[:3] == [begun[0], begun[1], begun[2]]
+    first_parked = record.all("park")[0]
+    assert first_parked.seq_id == 2, "the one of priority 1, though it came first"
+    resumed = [i for i, plan in enumerate(record.plans) if plan.resume]
+    admitted = [i for i, plan in enumerate(record.plans) if plan.admit]
+    assert resumed[0] < admitted[-1], "who paused goes on before another begins"
+
+
+def test_a_request_that_ends_before_its_parking_takes_effect_is_forgotten() -> None:
+    backend = ScriptedBackend(
+        lambda _: "x" * 200, n_seq=2, n_ctx=64, n_cells=64, n_draft_max=0, lag=3
+    )
+    record = Recorder(backend)
+    done: dict[str, tuple[int, ...]] = {}
+    for n_tokens in range(4, 60):  # some of these end just then
+        record.add([65], max_tokens=60, ignore_eos=True)
+        record.add([66], max_tokens=n_tokens, ignore_eos=True)
+        done |= record.run()
+    assert [len(token_ids) for token_ids in done.values()].count(60) == 56
+    assert sum(map(len, done.values())) == 56 * 60 + sum(range(4, 60))
+    assert record.all("forget")
+    assert not backend.parked
+
+
+@pytest.mark.parametrize("lag", [1, 3, 8])
+def test_a_parked_request_waits_until_all_its_tokens_are_known(lag: int) -> None:
+    """Even if all others end before: the model refuses to compute other tokens than it had."""
+    backend = ScriptedBackend(
+        lambda _: "x" * 200, n_seq=2, n_ctx=64, n_cells=64, n_draft_max=0, lag=lag
+    )
+    record = Recorder(backend, 0)
+    done: dict[str, tuple[int, ...]] = {}
+    for n_tokens in range(4, 60):  # some of these end just then
+        record.add([65], max_tokens=n_tokens, ignore_eos=True)
+        record.add([66], max_tokens=60, ignore_eos=True)
+        done |= record.run()
+    assert record.all("resume")
+    assert sum(map(len, done.values())) == 56 * 60 + sum(range(4, 60))
+
+
+@pytest.mark.parametrize("what", ["fail_save", "fail_restore"])
+def test_a_parked_request_whose_state_is_lost_is_computed_again(what: str) -> None:
+    backend = ScriptedBackend(
+        lambda _: "x" * 200, n_seq=2, n_ctx=64, n_cells=64, n_draft_max=0, lag=2
+    )
+    for index in range(3):
+        getattr(backend, what)(index)
+    record = Recorder(backend)
+    for token_id in (65, 66):
+        record.add([token_id], max_tokens=60, ignore_eos=True)
+    assert [len(token_ids) for token_ids in record.run().values()] == [60, 60]
+    kept = [resume.snapshot > 0 for resume in record.all("resume")]
+    assert kept == ([False] if what == "fail_save" else [True, False])
+    assert not backend.snapshots
+
+
+def test_a_parked_request_can_be_cancelled() -> None:
+    backend = ScriptedBackend(lambda _: "x" * 200, n_seq=2, n_ctx=64, n_cells=64, n_draft_max=0)
+    record = Recorder(backend)
+    record.add([65], max_tokens=60, ignore_eos=True)
+    record.add([66], max_tokens=60, ignore_eos=True)
+    while not record.all("park"):
+        while plan := record.scheduler.schedule(0.0):
+            backend.exchange(plan, wait=False)
+        record.step()
+    record.step()
+    assert backend.parked
+    assert backend.snapshots
+    event = record.scheduler.abort("r1", 0.0)
+    assert event is not None
+    assert event.completion is not None
+    assert len(event.completion.token_ids) > 5, "what it had generated is not lost"
+    record.run()
+    assert not backend.parked
+    assert not backend.snapshots
+
+
+def test_near_the_end_of_the_cells_plans_do_not_come_with_every_step() -> None:
+    backend = ScriptedBackend(
+        lambda _: "x" * 2000, n_seq=2, n_ctx=1000, n_cells=1000, n_draft_max=0, lag=1
+    )
+    record = Recorder(backend, 0)
+    for token_id in (65, 66):
+        record.add([token_id], max_tokens=990, ignore_eos=True)
+    record.run()
+    assert record.scheduler.stats.preemptions == 1
+    assert backend.n_steps > 1400
+    assert len(record.plans) < 60
+
+
+def test_cells_that_never_run_short_are_not_counted() -> None:
+    backend = ScriptedBackend(lambda _: "x" * 200, n_seq=2, n_ctx=64, n_draft_max=0)
+    record = Recorder(backend)
+    record.add([65], max_tokens=60, ignore_eos=True)
+    assert record.plan().run_ahead == 4096
+    record.run()
+    assert len(record.plans) == 2, "the request, and its release"
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_no_executor_begins_more_steps_than_were_reckoned_with(data: st.DataObject) -> None:
+    """Against an executor that may be as quick or as slow as it likes, and so may the scheduler."""
+    cells = Cells(ScriptedBackend(n_seq=10**6, n_ctx=10**6, n_cells=10**9).facts)
+    plans: list[int] = []  # that wait: how far ahead each may run
+    standing, stepped = 0, True  # the plan that stands, and whether it has begun
+    results: list[bool] = []  # not taken in: whether each is of its plan's first step
+    n_begun = n_taken = n_ahead = 0
+    for _ in range(data.draw(st.integers(1, 60))):
+        if data.draw(st.booleans()):
+            for _ in range(data.draw(st.integers(0, len(results)))):
+                first = results.pop(0)
+                cells.take_in(first=first)
+                n_taken += 1
+                n_ahead -= first
+            if n_ahead < 2 and data.draw(st.booleans()):
+                plans.append(cells.plan([], data.draw(st.integers(0, 6))))
+                n_ahead += 1
+            elif n_ahead < 2:
+                assert cells.stand([])
+        elif plans and stepped:
+            standing, stepped = plans.pop(0), False
+        elif not stepped or (standing and n_begun - n_taken <= standing):
+            results.append(not stepped)
+            n_begun, stepped = n_begun + 1, True
+        assert n_begun <= cells._n_begun
+
+
+def test_a_snapshot_needs_cells_for_all_of_it_though_less_is_kept() -> None:
+    backend = ScriptedBackend(
+        lambda _: "x" * 200, n_seq=3, n_ctx=256, n_cells=300, n_draft_max=0, lag=1
+    )
+    record = Recorder(backend)
+    common = unlike(0, 240)
+    record.run_one(common, max_tokens=5)
+    record.add(unlike(1, 60), max_tokens=60, ignore_eos=True)
+    record.add([*common[:70], 65], max_tokens=20, ignore_eos=True)
+    done = record.run()
+    assert [len(token_ids) for token_ids in done.values()] == [60, 20], "one after the other"
+    assert [a.n_reused for a in record.all("admit")] == [0, 0, 70]
+
+
+def test_check_integrity_notices_cells_that_may_run_out() -> None:
+    backend = ScriptedBackend(n_seq=2, n_ctx=64, n_cells=64)
+    record = Recorder(backend)
+    record.add([65], max_tokens=60)
+    record.plan()
+    record.scheduler._cells._n_cells = 3
+    with pytest.raises(InternalError, match="may run out"):
+        record.scheduler.check_integrity()
+
+
+def test_fewer_cells_than_one_request_may_need_are_refused() -> None:
+    with pytest.raises(InvalidParameterError, match="n_cells: must be at least n_ctx=64, got 63"):
+        EngineConfig(n_ctx=64, n_cells=63)
+
+
+# ----------------------------------------------------------------- prompts that begin alike
+
+
+@pytest.fixture(params=[True, False], ids=["truncates", "recurrent"])
+def sharing(request: pytest.FixtureRequest) -> Recorder:
+    backend = ScriptedBackend(
+        lambda prompt: prompt[-9:],
+        n_seq=16,
+        n_ctx=2200,
+        n_batch=512,
+        truncates=request.param,
+        lag=1,
+    )
+    return Recorder(backend)
+
+
+def test_a_prefix_that_many_share_is_computed_once(sharing: Recorder) -> None:
+    common = unlike(0, 2000)
+    expected = {}
+    for number in range(64):
+        prompt = [*common, *unlike(number, 20 + number)]
+        name = sharing.add(prompt, max_tokens=10)
+        answer = sharing.backend.answer(prompt, 10)
+        expected[name] = tuple(answer[: answer.index(max(answer)) + 1])  # to the end token
+    assert sharing.run() == expected
+    stats = sharing.scheduler.stats
+    n_tails = sum(20 + number for number in range(64))
+    assert stats.prefix_queries == 64 * 2000 + n_tails
+    assert stats.prompt_tokens == stats.prefix_queries - stats.prefix_hits
+    assert stats.prompt_tokens <= 2000 + n_tails + 63 * 31, "less than a block more for each"
+
+
+def test_without_it_everybody_computes_everything(sharing: Recorder) -> None:
+    sharing = Recorder(sharing.backend, 0)
+    for number in range(8):
+        sharing.add([*unlike(0, 500), *unlike(number, 20)], max_tokens=5)
+    sharing.run()
+    stats = sharing.scheduler.stats
+    assert (stats.prompt_tokens, stats.prefix_queries, stats.prefix_hits) == (8 * 520, 0, 0)
+    assert not sharing.all("save")
+
+
+def test_who_would_compute_the_same_waits_for_it(sharing: Recorder) -> None:
+    common = unlike(0, 100)
+    for tail in (65, 66):
+        sharing.add([*common, tail], max_tokens=5)
+    sharing.add(unlike(1, 30), max_tokens=5)
+    first = sharing.plan()
+    assert len(first.admit) == 1
+    assert [len(entry.tokens) for entry in first.entries] == [96], "it stops where they part"
+    second = sharing.plan()
+    assert [save.seq_id for save in second.save] == [0]
+    assert [a.n_reused for a in second.admit] == [96, 0]
+    assert second.admit[0].snapshot == second.save[0].snapshot
+    assert [len(entry.tokens) for entry in second.entries] == [5, 5, 30]
+    sharing.run()
+
+
+def test_what_is_waited_for_may_not_come(sharing: Recorder) -> None:
+    common = unlike(0, 100)
+    names = [sharing.add([*common, tail], max_tokens=5) for tail in (65, 66)]
+    sharing.plan()
+    assert sharing.scheduler.abort(names[0], 0.0)
+    assert [a.snapshot for a in sharing.plan().admit] == [0]
+    assert sharing.run().keys() == {names[1]}
+
+
+def test_a_conversation_goes_on_where_it_ended(sharing: Recorder) -> None:
+    prompt = unlike(0, 80)
+    answer = list(sharing.run_one(prompt, max_tokens=40, ignore_eos=True))
+    sharing.run_one([*prompt, *answer, *unlike(1, 30)], max_tokens=5)
+    # The token that is sampled last has never been computed.
+    assert sharing.all("admit")[1].n_reused == 80 + 40 - 1
+
+
+def test_a_stop_text_ends_in_the_middle_of_what_is_saved() -> None:
+    backend = ScriptedBackend(
+        lambda _: "one two STOP three", n_ctx=400, n_draft_max=8, acceptance=1.0, truncates=False
+    )
+    record = Recorder(backend)
+    prompt = unlike(0, 80)
+    record.run_one(prompt, max_tokens=40, stop=("STOP",))
+    assert len(record.all("save")) == 1
+    held = backend._snapshots[record.all("save")[0].snapshot]
+    assert held is not None
+    record.run_one([*held.token_ids, 65], max_tokens=5)
+    assert record.all("admit")[1].n_reused == len(held.token_ids) > 80
+
+
+def test_traffic_that_shares_nothing_saves_nothing_but_what_may_go_on(sharing: Recorder) -> None:
+    n_tokens = [10, 30, 54, 63, 64, 100, 600, 1500]
+    for number, n in enumerate(n_tokens):
+        sharing.add(unlike(number, n), max_tokens=8, ignore_eos=True)
+    without = Recorder(sharing.backend, 0)
+    sharing.run()
+    assert len(sharing.all("save")) == sum(n + 8 - 1 >= 64 for n in n_tokens)
+    assert all(plan.release for plan in sharing.plans if plan.save), "of those that ended"
+    for number, n in enumerate(n_tokens):
+        without.add(unlike(number, n), max_tokens=8, ignore_eos=True)
+    without.run()
+    chunks = [[len(e.tokens) for p in r.plans for e in p.entries] for r in (sharing, without)]
+    assert chunks[0] == chunks[1], "and no prompt is cut for it"
+
+
+def test_a_request_can_keep_out_of_it(sharing: Recorder) -> None:
+    prompt = unlike(0, 200)
+    sharing.run_one(prompt, max_tokens=5, reuse_prefix=False)
+    assert not sharing.all("save"), "it is not written"
+    sharing.run_one(prompt, max_tokens=5)
+    assert len(sharing.all("save")) == 1
+    sharing.run_one(prompt, max_tokens=5, reuse_prefix=False)
+    assert sharing.all("admit")[-1].snapshot == 0, "and it does not read"
+    assert sharing.scheduler.stats.prefix_queries == 200
+
+
+def test_who_never_drafts_has_a_cache_of_its_own(sharing: Recorder) -> None:
+    prompt = [*unlike(0, 200)]
+    sharing.run_one(prompt, max_tokens=5, depth=0)
+    sharing.run_one([*prompt, 65], max_tokens=5)
+    assert [a.n_reused for a in sharing.all("admit")] == [0, 0]
+
+
+def test_a_prefix_that_cannot_be_restored_is_computed(sharing: Recorder) -> None:
+    backend = sharing.backend
+    backend.fail_restore(0)
+    common = unlike(0, 100)
+    prompts = [[*common, 65], [*common, 66], [*common, 67]]
+    expected = {sharing.add(p, max_tokens=5): tuple(backend.answer(p, 5)) for p in prompts}
+    tokens = sharing.run()
+    assert tokens == {name: tokens[name] for name in expected}
+    assert all(expected[name][: len(tokens[name])] == tokens[name] for name in expected)
+    first = sharing.all("save")[0].snapshot
+    assert first in sharing.all("drop"), "nobody else tries it"
+    stats = sharing.scheduler.stats
+    assert stats.prefix_queries == sum(map(len, prompts)), "what was in vain is not counted"
+
+
+def test_memory_goes_to_what_was_used_last() -> None:
+    backend = ScriptedBackend(n_ctx=400, n_seq=1)
+    record = Recorder(backend, 250_000)  # 1,000 bytes a token
+    prompts = [unlike(number, 100) for number in range(3)]
+    for prompt in (prompts[0], prompts[1], [*prompts[0], 65], prompts[2]):
+        record.run_one(prompt, max_tokens=1, ignore_eos=True)
+    kept = [snapshot for snapshot in backend._snapshots.values() if snapshot is not None]
+    assert [list(s.token_ids[:100]) for s in kept] == [prompts[0], prompts[2]]
+
+
+@pytest.mark.anyio
+async def test_a_completion_says_what_was_there_already() -> None:
+    async with open_scripted_engine(ScriptedBackend(n_ctx=400)) as engine:
+        prompt = unlike(0, 150)
+        first = await engine.generate(prompt, max_tokens=5)
+        second = await engine.generate([*prompt, 65], max_tokens=5)
+        assert first.usage.cached_tokens == 0
+        assert second.usage.cached_tokens == 150
+        stats = engine.stats()
+        assert (stats.prefix_queries, stats.prefix_hits) == (301, 150)
+        assert stats.preemptions == 0
+
+
+# -------------------------------------------------------------------------------- snapshots
+
+
+def test_snapshots_keep_to_their_budget_and_parked_requests_come_first() -> None:
+    snapshots = Snapshots(1000)
+    one, two = snapshots.take(100, 0.0), snapshots.take(100, 0.0)
+    snapshots.report(one, 400)
+    snapshots.report(two, 400)
+    assert snapshots.size(200) == 800, "by what has been seen"
+    snapshots.use(one)
+    parked = snapshots.keep(100, 0.0)
+    assert snapshots.take_dropped() == (two,)
+    snapshots.report(parked, 700)
+    assert snapshots.take_dropped() == (one,)
+    snapshots.check_integrity()
+    assert snapshots.take(100, 0.0) == 0, "beside the parked one there is no room"
+    snapshots.drop(parked)
+    assert snapshots.take_dropped() == (parked,)
+    assert snapshots.take(100, 0.0) > parked, "a number is used once"
+
+
+def test_the_size_of_a_snapshot_is_a_part_that_is_always_there_and_one_for_each_token() -> None:
+    snapshots = Snapshots(10**6)
+    for n_tokens, n_bytes in ((100, 1100), (400, 1400), (200, 1200)):
+        snapshots.report(snapshots.take(n_tokens, 0.0), n_bytes)
+    assert [snapshots.size(n) for n in (50, 100, 300, 1000)] == [1050, 1100, 1300, 2000]
+
+
+def test_what_costs_more_to_copy_than_to_compute_is_computed() -> None:
+    snapshots = Snapshots(10**6)
+    snapshots.report(snapshots.take(100, 0.0), 1000)
+    snapshots.copied(1000, 1.0)  # so a token takes 10 ms to copy
+    assert snapshots.keep(100, 0.021)
+    assert not snapshots.keep(100, 0.019), "it would be saved and restored"
+    assert snapshots.take(100, 0.041)
+    assert not snapshots.take(100, 0.039), "it may never be used"
+    for _ in range(50):
+        snapshots.copied(1000, 0.1)  # faster by now
+    assert snapshots.take(100, 0.039)
+
+
+def test_a_snapshot_that_could_not_be_taken_is_none() -> None:
+    snapshots = Snapshots(1000)
+    number = snapshots.take(100, 0.0)
+    snapshots.report(number, 0)
+    assert snapshots.take_dropped() == (number,)
+    snapshots.report(number, 100)  # it had gone by then
+    snapshots.check_integrity()
+    assert Snapshots(0).take(100, 0.0) == Snapshots(0).keep(100, 0.0) == 0
