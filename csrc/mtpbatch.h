@@ -279,7 +279,8 @@ typedef struct mtpbatch_entry {
 
 #define MTPBATCH_CONFIDENCES 16
 
-// When a draft pays. Prices are in tokens: those that could be generated in the time it takes.
+// When a draft pays. Prices are in tokens: those that could be generated in the time it takes. They
+// are finite and not negative.
 typedef struct mtpbatch_terms {
     float target_row;    // to verify one more token
     float target_pass;   // one more forward pass

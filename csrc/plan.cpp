@@ -2,6 +2,7 @@
 #include "plan.hpp"
 
 #include <algorithm>
+#include <cmath>
 
 namespace mtpbatch {
 
@@ -13,6 +14,10 @@ void require(bool rule, Words && otherwise) {
     if (!rule) {
         throw Error(MTPBATCH_INVALID_ARGUMENT, "plan: " + std::string(otherwise()));
     }
+}
+
+bool is_chance(float value) {
+    return value >= 0 && value <= 1;
 }
 
 }  // namespace
@@ -74,6 +79,9 @@ void PlanRules::accept(const mtpbatch_plan & plan) {
     take_out(plan, known, kept);
     put_in(plan, known, kept);
     check_entries(plan, known);
+    if (plan.terms) {
+        check_terms(*plan.terms);
+    }
     known_.swap(known);
     if (changes) {
         std::swap(kept_, changed);
@@ -208,6 +216,8 @@ void PlanRules::check_entries(const mtpbatch_plan & plan, std::vector<Known> & k
         require(e.n_draft >= 0 && e.n_draft <= (s.drafts ? n_draft_max_ : 0),
                 [&] { return who() + " cannot draft " + std::to_string(e.n_draft) + " tokens"; });
         require(!e.selective || plan.terms, [&] { return who() + " is selective, but there are no terms"; });
+        require(is_chance(e.expected),
+                [&] { return who() + ": expected must be from 0 to 1, got " + std::to_string(e.expected); });
         const int64_t n_prompt = int64_t{ s.n_prompt } + e.n_tokens;
         const bool    again    = s.n_most > 0 && !decodes;  // its generated tokens come with its prompt
         require(!again || n_prompt <= s.n_most, [&] { return who() + " resumes with more tokens than it can have"; });
@@ -242,6 +252,24 @@ void PlanRules::check_entries(const mtpbatch_plan & plan, std::vector<Known> & k
                " of them outputs, exceed n_batch=" + std::to_string(params_.n_batch) +
                " or n_outputs_max=" + std::to_string(params_.n_outputs_max);
     });
+}
+
+void PlanRules::check_terms(const mtpbatch_terms & terms) const {
+    const auto require_price = [](float price, const char * name) {
+        require(std::isfinite(price) && price >= 0, [&] {
+            return std::string(name) + " must be a finite price of at least 0, got " + std::to_string(price);
+        });
+    };
+    require_price(terms.target_row, "target_row");
+    require_price(terms.target_pass, "target_pass");
+    require_price(terms.draft_row, "draft_row");
+    require_price(terms.draft_decode, "draft_decode");
+    for (int32_t i = 0; i < 2 * MTPBATCH_CONFIDENCES; ++i) {
+        require(is_chance(terms.acceptance[i]), [&] {
+            return "the acceptance of class " + std::to_string(i) + " must be from 0 to 1, got " +
+                   std::to_string(terms.acceptance[i]);
+        });
+    }
 }
 
 }  // namespace mtpbatch

@@ -87,6 +87,7 @@ class PlanRules {
     void    take_out(const mtpbatch_plan & plan, std::vector<Known> & known, Kept & kept) const;
     void    put_in(const mtpbatch_plan & plan, std::vector<Known> & known, Kept & kept) const;
     void    check_entries(const mtpbatch_plan & plan, std::vector<Known> & known) const;
+    void    check_terms(const mtpbatch_terms & terms) const;
 
     const mtpbatch_context_params params_;
     const int32_t                 n_vocab_;

@@ -266,7 +266,8 @@ N_CONFIDENCES = 16
 
 
 class Terms(Struct, frozen=True, gc=False):
-    """When a draft pays. Prices are in tokens: those that could be generated in the time."""
+    """When a draft pays. Prices are in tokens: those that could be generated in the time. They are
+    finite and not negative; chances, one for each class of confidence, are from 0 to 1."""
 
     target_row: float
     """To verify one more token."""

@@ -11,7 +11,7 @@ from mtpbatch.native._library import Handle, call, error_of, ffi, lib
 from mtpbatch.native.context import Context
 from mtpbatch.native.sampler import INT32_MAX, sampling
 from mtpbatch.native.session import MtpSession
-from mtpbatch.types import NO_RESULT, EntryResult, Plan, StepResult
+from mtpbatch.types import N_CONFIDENCES, NO_RESULT, EntryResult, Plan, StepResult
 
 _OUTCOME_WORDS: int = lib.MTPBATCH_OUTCOME_WORDS
 
@@ -177,6 +177,8 @@ def _native_plan(plan: Plan) -> tuple[Any, list[Any]]:
     sizes = {f"n_{name}": len(array) for name, array in arrays.items()}
     terms = ffi.NULL
     if (t := plan.terms) is not None:
+        if not len(t.greedy) == len(t.sampled) == N_CONFIDENCES:
+            raise InternalError(f"plan: terms need {N_CONFIDENCES} classes of either kind")
         prices = [t.target_row, t.target_pass, t.draft_row, t.draft_decode]
         terms = ffi.new("mtpbatch_terms *", [*prices, [*t.greedy, *t.sampled]])
         references.append(terms)
