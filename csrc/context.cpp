@@ -214,6 +214,7 @@ Context::~Context() {
 
 void Context::keep_hidden(bool keep) {
     llama_set_embeddings_nextn(raw_, keep, /*masked*/ !keep);
+    keeps_hidden_ = keep;
 }
 
 void Context::select_head(int32_t head) {
@@ -318,7 +319,8 @@ void Context::decode(const std::vector<Row> & rows) {
         // Taking back the whole decode would "succeed" with a stale recurrent state.
         s.retractable = first ? 0 : std::min(s.retractable + 1, n_kept);
     }
-    last_batch_ = rows;
+    last_batch_  = rows;
+    kept_hidden_ = keeps_hidden_;
     n_decodes_ += 1;
 }
 

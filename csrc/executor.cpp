@@ -10,6 +10,17 @@
 
 namespace mtpbatch {
 
+namespace {
+
+// Has a plan that is not begun admit a request only for it to be released.
+void cancel_in(Plan & plan, int64_t ticket) {
+    for (Admission & admission : plan.admit) {
+        admission.cancelled = admission.cancelled || admission.ticket == ticket;
+    }
+}
+
+}  // namespace
+
 // Results that nobody waits for are reported after so much time of steps: figures are not older.
 constexpr int64_t REPORT_EVERY_US = 50'000;
 
@@ -26,19 +37,23 @@ class Executor {
     void                               stop();
 
   private:
-    // Takes the target for as long as the thread may use it.
+    // Takes the target for as long as the thread may use it, and leaves it as it was set.
     class Drive {
       public:
         explicit Drive(std::shared_ptr<Context> target) : target_(std::move(target)) {
             target_->require_free();
             target_->set_driven(true);
         }
-        ~Drive() { target_->set_driven(false); }
+        ~Drive() {
+            target_->keep_hidden(keeps_hidden_);
+            target_->set_driven(false);
+        }
         Drive(const Drive &)             = delete;
         Drive & operator=(const Drive &) = delete;
 
       private:
         const std::shared_ptr<Context> target_;
+        const bool                     keeps_hidden_ = target_->keeps_hidden();
     };
 
     void                      run();
@@ -57,6 +72,7 @@ class Executor {
     std::condition_variable ended_;                 // for who waits: a step has ended, or wake()
     std::deque<Plan>        plans_;                 // handed over, not begun
     std::vector<int64_t>    cancelled_;             // tickets that the thread has not seen
+    std::vector<int64_t>    cancelled_before_;      // tickets cancelled since the last exchange
     std::vector<Step>       steps_;                 // ended, not yet given out
     int32_t                 n_unseen_     = 0;      // steps begun that have not been taken in
     bool                    worth_a_look_ = false;  // for who waits
@@ -92,7 +108,7 @@ Executor::~Executor() {
 void Executor::stop() {
     {
         const std::lock_guard lock(mutex_);
-        stopping_ = worth_a_look_ = true;
+        stopping_ = true;
     }
     changed_.notify_one();
     ended_.notify_one();
@@ -112,13 +128,20 @@ const std::vector<mtpbatch_step> & Executor::exchange(const mtpbatch_plan * plan
     if (death_) {
         throw Error(*death_);
     }
+    if (stopping_) {
+        throw Error(MTPBATCH_CONTEXT_FAILED, "the executor was stopped");
+    }
     if (taken) {
+        for (const int64_t ticket : cancelled_before_) {
+            cancel_in(*taken, ticket);
+        }
         plans_.push_back(std::move(*taken));
     }
+    cancelled_before_.clear();
     n_unseen_ -= static_cast<int32_t>(shown_.size());
     changed_.notify_one();
     if (wait) {
-        ended_.wait(lock, [&] { return worth_a_look_; });
+        ended_.wait(lock, [&] { return worth_a_look_ || stopping_; });
     }
     worth_a_look_ = false;
     shown_.clear();
@@ -151,10 +174,9 @@ void Executor::cancel(int64_t ticket) {
     {
         const std::lock_guard lock(mutex_);
         cancelled_.push_back(ticket);
+        cancelled_before_.push_back(ticket);
         for (Plan & plan : plans_) {
-            for (Admission & admission : plan.admit) {
-                admission.cancelled = admission.cancelled || admission.ticket == ticket;
-            }
+            cancel_in(plan, ticket);
         }
         worth_a_look_ = true;
     }

@@ -7,6 +7,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <cstring>
 #include <memory>
 #include <mutex>
 #include <stdexcept>
@@ -74,6 +75,31 @@ class Stopwatch {
     Clock::time_point since_ = Clock::now();
 };
 
+// Notices damage, not malice: FNV-1a over words, then over the bytes that remain.
+class Checksum {
+  public:
+    void add(const void * data, size_t size) {
+        const auto * bytes = static_cast<const uint8_t *>(data);
+        for (; size >= sizeof(uint64_t); size -= sizeof(uint64_t), bytes += sizeof(uint64_t)) {
+            uint64_t word;
+            std::memcpy(&word, bytes, sizeof word);
+            mix(word);
+        }
+        for (; size > 0; --size, ++bytes) {
+            mix(*bytes);
+        }
+    }
+    uint64_t value() const { return value_; }
+
+  private:
+    void mix(uint64_t word) {
+        value_ = (value_ ^ word) * 0x100000001b3;
+        value_ ^= value_ >> 29;  // a product carries upwards only
+    }
+
+    uint64_t value_ = 0xcbf29ce484222325;
+};
+
 class Pool;
 
 struct Model {
@@ -91,7 +117,8 @@ struct Model {
 
     llama_model * const       raw;
     const llama_vocab * const vocab;
-    const int32_t             n_mtp_heads;  // those that the file has weights for
+    const int32_t             n_mtp_heads;         // those that the file has weights for
+    uint64_t                  weights_sample = 0;  // a checksum over some bytes of every tensor, set by the loader
 };
 
 // One row of a decode. `hidden` is set on every row of an MTP context and on none of a default one.
@@ -124,6 +151,8 @@ class Context {
     // Of a default context, from the next decode on. Without them llama.cpp computes the end of the
     // last layer for outputs alone.
     void keep_hidden(bool keep);
+    bool keeps_hidden() const { return keeps_hidden_; }
+    bool kept_hidden() const { return kept_hidden_; }  // in the last decode
     // Of several chained heads, the one that decodes from now on.
     void select_head(int32_t head);
     // Whether a model that keeps recurrent state takes these rows in one forward pass: equally many
@@ -184,7 +213,9 @@ class Context {
     llama_batch_ext *                  batch_         = nullptr;
     std::vector<SequenceState>         sequences_;
     std::vector<Row>                   last_batch_;
-    int64_t                            n_decodes_ = 0;
+    bool                               keeps_hidden_ = false;
+    bool                               kept_hidden_  = false;
+    int64_t                            n_decodes_    = 0;
     std::atomic<bool>                  driven_{ false };
 };
 

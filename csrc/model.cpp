@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstring>
+#include <fstream>
 #include <mutex>
 
 namespace mtpbatch {
@@ -33,13 +34,18 @@ std::string trimmed(const std::string & text) {
     return end == std::string::npos ? "" : text.substr(0, end + 1);
 }
 
+using Header = std::unique_ptr<gguf_context, decltype(&gguf_free)>;
+
+// Null: the file cannot be read, or is no GGUF.
+Header read_header(const std::string & path) {
+    return { gguf_init_from_file(path.c_str(), { /*no_alloc*/ true, /*ctx*/ nullptr }), gguf_free };
+}
+
 // Refuses a file whose header holds numbers that libllama asserts on or divides by. A file that
 // cannot be read at all is left to the loader, which says why. Returns whether the file has MTP
 // heads that it announces but not their weights, as where these were split off: such heads load,
 // and abort when they run.
-bool lacks_heads(const char * path) {
-    const std::unique_ptr<gguf_context, decltype(&gguf_free)> header(
-        gguf_init_from_file(path, { /*no_alloc*/ true, /*ctx*/ nullptr }), gguf_free);
+bool lacks_heads(const Header & header) {
     if (!header) {
         return false;
     }
@@ -79,6 +85,41 @@ bool lacks_heads(const char * path) {
     }
     const std::string weight = "blk." + std::to_string(n_layer - n_heads) + ".nextn.eh_proj.weight";
     return gguf_find_tensor(header.get(), weight.c_str()) < 0;
+}
+
+// Adds some bytes from the middle of every tensor of a file.
+void add_sample(Checksum & sum, const std::string & path, const Header & header) {
+    std::ifstream file(path, std::ios::binary);
+    for (int64_t i = 0; header && i < gguf_get_n_tensors(header.get()); ++i) {
+        char         bytes[64] = {};
+        const size_t size      = gguf_get_tensor_size(header.get(), i);
+        const size_t n         = std::min(size, sizeof bytes);
+        const size_t offset    = gguf_get_data_offset(header.get()) + gguf_get_tensor_offset(header.get(), i);
+        file.seekg(static_cast<std::streamoff>(offset + (size - n) / 2));
+        file.read(bytes, static_cast<std::streamsize>(n));
+        sum.add(bytes, n);
+    }
+    if (!header || !file) {
+        throw Error(MTPBATCH_LOAD_FAILED, path + " cannot be read again");
+    }
+}
+
+// Tells models apart that differ in their weights alone. llama.cpp gives no weights out, but it has
+// just read the file, so that these bytes cost nearly nothing.
+uint64_t sample_weights(const std::string & path, const Header & header) {
+    Checksum sum;
+    add_sample(sum, path, header);
+    const int64_t key = gguf_find_key(header.get(), "split.count");
+    if (key >= 0 && gguf_get_kv_type(header.get(), key) == GGUF_TYPE_UINT16) {
+        const int32_t     n_parts = gguf_get_val_u16(header.get(), key);
+        std::vector<char> prefix(path.size() + 1), part(path.size() + 64);
+        llama_split_prefix(prefix.data(), prefix.size(), path.c_str(), 0, n_parts);
+        for (int32_t i = 1; i < n_parts; ++i) {
+            llama_split_path(part.data(), part.size(), prefix.data(), i, n_parts);
+            add_sample(sum, part.data(), read_header(part.data()));
+        }
+    }
+    return sum.value();
 }
 
 }  // namespace
@@ -137,7 +178,8 @@ mtpbatch_status mtpbatch_model_load(const char * path, int32_t n_gpu_layers, mtp
             bool              stopped;
         } state{ progress, user, false };
 
-        const bool headless = lacks_heads(path);
+        const auto header   = read_header(path);
+        const bool headless = lacks_heads(header);
         auto       params   = llama_model_default_params();
         params.n_gpu_layers = n_gpu_layers;
         params.load_mtp     = true;  // without the heads an MTP context aborts on its first decode
@@ -154,7 +196,8 @@ mtpbatch_status mtpbatch_model_load(const char * path, int32_t n_gpu_layers, mtp
             throw state.stopped ? Error(MTPBATCH_LOAD_CANCELLED, "loading was stopped by the progress callback")
                                 : Error(MTPBATCH_LOAD_FAILED, with_reason("llama.cpp could not load the model"));
         }
-        auto impl = std::make_shared<Model>(raw, headless ? 0 : llama_model_n_layer_nextn(raw));
+        auto impl            = std::make_shared<Model>(raw, headless ? 0 : llama_model_n_layer_nextn(raw));
+        impl->weights_sample = sample_weights(path, header);
         if (llama_vocab_type(impl->vocab) == LLAMA_VOCAB_TYPE_NONE) {
             throw Error(MTPBATCH_LOAD_FAILED, "the model has no vocabulary");
         }

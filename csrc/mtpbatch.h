@@ -191,10 +191,10 @@ mtpbatch_status mtpbatch_session_accept(mtpbatch_session * session, int32_t seq_
 // if that is more than `size`, nothing was written. No draft may be under way.
 mtpbatch_status mtpbatch_session_save(mtpbatch_session * session, int32_t seq_id, uint8_t * state, size_t size,
                                       size_t * n, mtpbatch_error * error);
-// Replaces a sequence by a saved one, of any session of the same model and settings (n_ctx may
-// differ, and n_seq if kv_unified). With recurrent layers or a sliding window the target cannot be
-// truncated into it. A state that is refused changes nothing; one that llama.cpp cannot take leaves
-// the sequence empty.
+// Replaces a sequence by a saved one, of any session of the same model (its metadata, and some bytes
+// of each tensor) and settings (n_ctx may differ, and n_seq if kv_unified). With recurrent layers or a sliding window
+// the target cannot be truncated into it. A state that is refused changes nothing; one that llama.cpp cannot take
+// leaves the sequence empty.
 mtpbatch_status mtpbatch_session_restore(mtpbatch_session * session, int32_t seq_id, const uint8_t * state, size_t size,
                                          mtpbatch_error * error);
 // Replaces a sequence by a copy of another. No draft of `source` may be under way.
@@ -364,7 +364,7 @@ typedef struct mtpbatch_step {
 mtpbatch_status mtpbatch_executor_create(const mtpbatch_context * target, const mtpbatch_session * session,
                                          mtpbatch_executor ** executor, mtpbatch_error * error);
 // Ends its thread when the step under way has ended, and the wait of an exchange; idempotent. No
-// step begins after that.
+// step begins after that, and every further exchange fails with MTPBATCH_CONTEXT_FAILED.
 void mtpbatch_executor_stop(mtpbatch_executor * executor);
 void mtpbatch_executor_free(mtpbatch_executor * executor);
 // Takes in that the steps of the last call were seen, hands over a plan (or NULL), and gives the
@@ -387,7 +387,8 @@ mtpbatch_status mtpbatch_executor_exchange(mtpbatch_executor * executor, const m
 // Any thread: ends the wait of the exchange under way, or of the next one.
 void mtpbatch_executor_wake(mtpbatch_executor * executor);
 // Any thread: wakes, and the requests of that ticket take part in no step after the one under way.
-// That needs no exchange. A plan must still release them.
+// That needs no exchange. A plan must still release them. It counts for requests that were handed
+// over, and for those that the next exchange hands over: whoever makes plans learns of it after that.
 void mtpbatch_executor_cancel(mtpbatch_executor * executor, int64_t ticket);
 
 // --- sampler -------------------------------------------------------------------------------------

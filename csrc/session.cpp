@@ -40,34 +40,10 @@ int32_t confidence_of(float probability, float temperature) {
     return std::clamp(of, 0, MTPBATCH_CONFIDENCES - 1) + (temperature > 0 ? MTPBATCH_CONFIDENCES : 0);
 }
 
-// Notices damage, not malice: FNV-1a over words, then over the bytes that remain.
-class Checksum {
-  public:
-    void add(const void * data, size_t size) {
-        const auto * bytes = static_cast<const uint8_t *>(data);
-        for (; size >= sizeof(uint64_t); size -= sizeof(uint64_t), bytes += sizeof(uint64_t)) {
-            uint64_t word;
-            std::memcpy(&word, bytes, sizeof word);
-            mix(word);
-        }
-        for (; size > 0; --size, ++bytes) {
-            mix(*bytes);
-        }
-    }
-    uint64_t value() const { return value_; }
-
-  private:
-    void mix(uint64_t word) {
-        value_ = (value_ ^ word) * 0x100000001b3;
-        value_ ^= value_ >> 29;  // a product carries upwards only
-    }
-
-    uint64_t value_ = 0xcbf29ce484222325;
-};
-
-void add_model(Checksum & sum, const llama_model * model) {
-    std::vector<char> text(1 << 16);
-    const auto        add = [&](auto read, int32_t i) {
+void add_model(Checksum & sum, const Model & loaded) {
+    const llama_model * model = loaded.raw;
+    std::vector<char>   text(1 << 16);
+    const auto          add = [&](auto read, int32_t i) {
         const int32_t n = read(model, i, text.data(), text.size());
         sum.add(text.data(), std::min<size_t>(std::max(n, 0), text.size() - 1));
     };
@@ -75,8 +51,8 @@ void add_model(Checksum & sum, const llama_model * model) {
         add(llama_model_meta_key_by_index, i);
         add(llama_model_meta_val_str_by_index, i);
     }
-    const uint64_t sizes[] = { llama_model_n_params(model), llama_model_size(model) };
-    sum.add(sizes, sizeof sizes);
+    const uint64_t weights[] = { llama_model_n_params(model), llama_model_size(model), loaded.weights_sample };
+    sum.add(weights, sizeof weights);
 }
 
 const mtpbatch_session_config & checked(const mtpbatch_session_config & config, const Context & target,
@@ -230,8 +206,8 @@ Session::SequenceState & Session::settled(llama_seq_id seq_id) {
 
 uint64_t Session::make_fingerprint() const {
     Checksum sum;
-    add_model(sum, target_->model().raw);
-    add_model(sum, draft_->model().raw);
+    add_model(sum, target_->model());
+    add_model(sum, draft_->model());
     const auto &  p        = target_->params();
     const bool    unified  = p.kv_unified && draft_->params().kv_unified;
     const int32_t values[] = { p.kv_type, p.kv_unified, unified ? 0 : p.n_seq, n_heads_ };
@@ -362,6 +338,11 @@ void Session::process() {
                             ", but the session has taken in " + std::to_string(s.n_past) +
                             ": every decode of the target must be processed, once, and what was rejected " +
                             "truncated to what was accepted");
+        }
+        const bool begins_anew = rows[i].position == 0 && s.n_past > 0;
+        if (!target_->kept_hidden() && (!s.ignored || begins_anew)) {
+            throw Error(MTPBATCH_SESSION_PROCESS, "an executor without this session decoded the batch: its hidden " +
+                                                      std::string("rows were not kept"));
         }
         if (s.n_drafted > 0 && s.n_verified > 0 && rows[i].position != 0) {
             throw Error(MTPBATCH_SESSION_PROCESS,

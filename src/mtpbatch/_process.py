@@ -1,8 +1,11 @@
-"""Noticing a fork: threads and native state exist only in the process that made them."""
+"""Where a process begins and ends: forks, in which threads and native state do not exist; exit."""
 
 from __future__ import annotations
 
+import atexit
 import os
+from typing import Protocol
+from weakref import WeakSet
 
 from mtpbatch.exceptions import WrongProcessError
 
@@ -27,3 +30,26 @@ class HomeProcess:
                 f"this {what} belongs to process {self._pid}, and this is its forked child "
                 f'{os.getpid()}; open one here, or start workers with the "spawn" method'
             )
+
+
+class _Closable(Protocol):
+    def close(self) -> None: ...
+
+
+_left_open: WeakSet[_Closable] = WeakSet()
+
+
+def close_at_exit(resource: _Closable) -> None:
+    """Have it closed before the interpreter takes itself apart, if it still exists then.
+
+    That happens after every engine has been stopped, as exit handlers are called in reverse order:
+    the one below was registered when this module was imported, before there was any engine. The
+    native layer comes too late for that, since engines import it on their threads.
+    """
+    _left_open.add(resource)
+
+
+@atexit.register
+def _close_what_is_left() -> None:
+    for resource in list(_left_open):
+        resource.close()

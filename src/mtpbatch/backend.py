@@ -68,7 +68,8 @@ class Backend(Protocol):
         """Wake, and let the request of that ticket take part in no step after the one under way.
 
         It needs no exchange: whoever cancels may keep Python busy from then on. A plan must still
-        release the sequence.
+        release the sequence. The request may be one that the next exchange hands over, but not a
+        later one.
         """
         ...
 

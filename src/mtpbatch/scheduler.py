@@ -317,6 +317,7 @@ class Scheduler:
             accepted=sum(accepted),
             drafted_by_depth=drafted,
             accepted_by_depth=accepted,
+            draft_depth=self._speculator.choice.depth,
             steps=self._steps,
             gap_time=self._gap_time,
             draft_time=self._draft_time,

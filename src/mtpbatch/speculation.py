@@ -115,7 +115,7 @@ class Cost:
         return self._pass * self._share
 
     def observe(self, passes: int, rows: int, seconds: float) -> None:
-        """Take in how long so many passes took, with so many rows in all."""
+        """Take in how long so many passes took, with so many rows in all; 0 says nothing."""
         if seconds <= 0:
             return
         if not self._pass:

@@ -431,9 +431,14 @@ class Completion(Struct, frozen=True, kw_only=True):
     accepted_by_depth: tuple[int, ...]
     """How often the draft at depth 1, 2, … was accepted."""
     steps: int
-    """Decodes of the model that produced tokens: completion tokens / steps is the gain."""
+    """Decodes of the model that produced tokens."""
     usage: Usage
     timings: Timings
+
+    @property
+    def tokens_per_step(self) -> float:
+        """What drafting gained; 1 without. 0 if there are no tokens."""
+        return len(self.token_ids) / self.steps if self.steps else 0.0
 
 
 class EngineStats(Struct, frozen=True, kw_only=True):
@@ -461,6 +466,8 @@ class EngineStats(Struct, frozen=True, kw_only=True):
     accepted: int
     drafted_by_depth: tuple[int, ...]
     accepted_by_depth: tuple[int, ...]
+    draft_depth: int
+    """Most tokens that requests draft per step for which the engine chooses, at the moment."""
     steps: int
     gap_time: float
     """In which no step ran although sequences were left to go on."""
@@ -472,3 +479,9 @@ class EngineStats(Struct, frozen=True, kw_only=True):
     def acceptance(self) -> float | None:
         """Accepted share of the drafted tokens; None before the first draft."""
         return self.accepted / self.drafted if self.drafted else None
+
+    @property
+    def tokens_per_step(self) -> float | None:
+        """Of a sequence: each decode gives it one token that was not drafted. None before any."""
+        steps = self.generated_tokens - self.accepted
+        return self.generated_tokens / steps if steps else None

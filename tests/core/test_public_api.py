@@ -101,7 +101,7 @@ def test_the_engines_surface() -> None:
         (
             mtpbatch.Completion,
             "request_id text token_ids prompt_token_ids finish_reason drafted accepted "
-            "accepted_by_depth steps usage timings",
+            "accepted_by_depth steps usage timings tokens_per_step",
         ),
         (mtpbatch.Delta, "text token_ids n_accepted finish_reason"),
         (mtpbatch.Usage, "prompt_tokens completion_tokens cached_tokens total_tokens"),
@@ -110,8 +110,8 @@ def test_the_engines_surface() -> None:
             mtpbatch.EngineStats,
             "running waiting free_sequences n_seq mtp finished prompt_tokens generated_tokens "
             "prefix_queries prefix_hits preemptions "
-            "drafted accepted drafted_by_depth accepted_by_depth steps gap_time draft_time "
-            "target_time sample_time acceptance",
+            "drafted accepted drafted_by_depth accepted_by_depth draft_depth steps gap_time "
+            "draft_time target_time sample_time acceptance tokens_per_step",
         ),
     ],
 )

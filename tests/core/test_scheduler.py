@@ -319,6 +319,16 @@ def test_results_are_waited_for_step_by_step_only_if_somebody_follows() -> None:
     assert hand_over(scheduler, backend).followed
 
 
+def test_a_plan_says_who_never_drafts() -> None:
+    """Nothing need be kept for the MTP head of those."""
+    backend = ScriptedBackend(n_seq=3, n_draft_max=2)
+    scheduler = Scheduler(backend.facts)
+    for depth in (0, 1, None):
+        scheduler.add(make_sequence(backend, f"depth {depth}", [5], depth=depth))
+    plan = hand_over(scheduler, backend)
+    assert [admission.drafts for admission in plan.admit] == [False, True, True]
+
+
 def test_a_small_batch_cuts_drafts_before_it_leaves_anyone_out() -> None:
     backend = ScriptedBackend(lambda _: "x" * 50, n_seq=3, n_batch=5, acceptance=0.0)
     scheduler = Scheduler(backend.facts)

@@ -104,6 +104,7 @@ def test_derived_figures() -> None:
         accepted=0,
         drafted_by_depth=(),
         accepted_by_depth=(),
+        draft_depth=0,
         steps=0,
         gap_time=0.0,
         draft_time=0.0,

@@ -30,7 +30,7 @@ async def engine(demo_path: Path) -> AsyncIterator[mtpbatch.Engine]:
 
 
 async def test_generate_many_drafts_for_all_sequences_at_once(engine: mtpbatch.Engine) -> None:
-    completions = await engine.generate_many(PROMPTS, max_tokens=40, ignore_eos=True)
+    completions = await engine.generate_many(PROMPTS, max_tokens=40, ignore_eos=True, speculation=3)
     for prompt, done in zip(PROMPTS, completions, strict=True):
         assert done.finish_reason == "length"
         assert len(done.token_ids) == done.usage.completion_tokens == 40

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import random
@@ -10,17 +11,20 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Any
 
+import gguf
 import msgspec
 import pytest
 
 import loops
-from mtpbatch.exceptions import ContextError, InternalError
+import random_model
+from mtpbatch.exceptions import ContextError, InternalError, MtpDraftError, MtpProcessError
 from mtpbatch.native import Batch, Context, Executor, Model, MtpSession
+from mtpbatch.native._library import lib
 from mtpbatch.types import NO_RESULT, Admission, Plan, PlanEntry, SamplingParams, StepResult
 
 DEPTH = 3
@@ -243,6 +247,29 @@ def test_closed_parts_stay_for_as_long_as_the_executor_runs(tiny_path: Path) -> 
         loops.execute(executor, Plan((), (), ()))
 
 
+@pytest.mark.parametrize("with_session", [True, False])
+def test_a_session_goes_on_after_an_executor(tiny: Model, with_session: bool) -> None:
+    """Though its last steps, of a request that never drafts, kept no hidden rows."""
+
+    def made() -> tuple[Context, MtpSession]:
+        target = make_target(tiny)
+        return target, MtpSession(target, Context.mtp(target), 4, DEPTH)
+
+    def goes_on(target: Context, session: MtpSession) -> loops.Stream:
+        return loops.drafted(target, session, {1: PROMPT}, 24, lambda *_: DEPTH)[1]
+
+    target, session = made()
+    executor = Executor(target, session if with_session else None)
+    undrafting = msgspec.structs.replace(admit(0), drafts=False)
+    loops.execute(executor, Plan((), (undrafting,), (prefill(0),)))
+    executor.close()
+    batch = Batch()
+    batch.add_sequence(PROMPT, 0, 0)
+    with pytest.raises(MtpProcessError, match="processed already" if with_session else "not kept"):
+        session.process(batch)
+    assert goes_on(target, session) == goes_on(*made())
+
+
 # ---------------------------------------------------------------------------------- ends of text
 
 
@@ -412,6 +439,52 @@ def test_an_id_drafts_or_never_does_from_one_request_to_the_next(tiny: Model) ->
         assert tokens == expected
         assert accepted > 0
         loops.execute(executor, Plan((0, 1), (), ()))
+
+
+@pytest.fixture(scope="module")
+def thick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+    """A model that spends nearly all of its time in the end of its last layer.
+
+    Its hidden rows are so wide that of each of 64 sequences only 256 may wait.
+    """
+    path = tmp_path_factory.mktemp("models") / "thick.gguf"
+    random_model.write_random_step35(
+        path, mtp_heads=1, layers=1, width=1024, ff=4096, heads=1, vocab=300, mix=0.3
+    )
+    with Model(path) as model:
+        yield model
+
+
+def long_prompt(model: Model, *, drafts: bool) -> tuple[MtpSession, StepResult]:
+    """What a prompt of 300 tokens costs, of a request that may draft or never does."""
+    target = make_target(model, n_seq=64, n_ctx=320, n_batch=320, kv_unified=False)
+    session = MtpSession(target, Context.mtp(target), target.n_seq, DEPTH)
+    admission = msgspec.structs.replace(admit(0, 2), drafts=drafts)
+    with Executor(target, session) as executor:
+        plan = Plan((), (admission,), (prefill(0, [50] * 300),))
+        return session, loops.execute(executor, plan)
+
+
+def test_nothing_is_decoded_nor_kept_for_who_never_drafts(thick: Model) -> None:
+    session, result = long_prompt(thick, drafts=True)
+    assert result.n_draft_tokens == 300, "the buffer was full"
+    assert session.draft(0, 300, 60)
+    session, result = long_prompt(thick, drafts=False)
+    assert result.n_draft_tokens == 0
+    with pytest.raises(MtpDraftError, match="nothing was kept"):
+        session.draft(0, 300, 60)
+
+
+def test_hidden_rows_are_computed_only_for_who_may_draft(thick: Model) -> None:
+    """Without them the end of the last layer is computed for one row of the prompt, not for all.
+
+    That makes a difference of many times, of which the best of some tries must show the half.
+    """
+    times = {
+        drafts: min(long_prompt(thick, drafts=drafts)[1].target_time for _ in range(3))
+        for drafts in (True, False)
+    }
+    assert times[False] < times[True] / 2
 
 
 # ---------------------------------------------------------------------------------- sampling
@@ -667,6 +740,49 @@ def test_a_sequence_stops_where_its_text_is_complete(tiny: Model, n_draft: int) 
         assert before_last_step < found + 5, "no step more"
 
 
+@pytest.fixture(scope="module")
+def babbler(tiny: Model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+    """The tiny model, kept from saying anything but "t", "h" and "th"."""
+    path = tmp_path_factory.mktemp("models") / "babbler.gguf"
+    path.write_bytes(tiny.path.read_bytes())
+    banned = [piece not in (b"t", b"h", b"th") for piece in tiny.vocabulary]
+    file = gguf.GGUFReader(path, "r+")
+    [output] = [tensor.data for tensor in file.tensors if tensor.name == "output.weight"]
+    output[banned] = 0
+    output[banned, 0] = -60  # by way of the channel that is always 1
+    file.data.flush()
+    del file, output
+    with Model(path) as model:
+        assert banned.count(False) == 3
+        yield model
+
+
+def test_a_stop_text_is_found_wherever_it_begins(babbler: Model) -> None:
+    """Also within a beginning of it that came to nothing, as "tth" in "ttth"; in any tokens."""
+
+    def generated(*stops: str) -> list[bytes]:
+        plan = Plan((), (admit(0, 100, (), stops, temperature=3.0, seed=1),), (prefill(0),))
+        pieces: list[bytes] = []
+        while True:
+            [entry] = loops.execute(executor, plan).entries
+            pieces += map(babbler.token_bytes, entry.token_ids)
+            if entry == NO_RESULT or entry.finish_reason:
+                loops.execute(executor, Plan((0,), (), ()))
+                return pieces
+            plan = Plan((), (), (step(0),))
+
+    _, executor = make(babbler, n_ctx=128)
+    whole = generated()
+    n_found = 0
+    for letters in itertools.product("th", repeat=5):
+        stop = "".join(letters)
+        beginnings = (whole[:n] for n in range(len(whole)))
+        expected = next((b for b in beginnings if stop.encode() in b"".join(b)), whole)
+        assert generated(stop) == expected
+        n_found += expected != whole
+    assert n_found > 16
+
+
 @pytest.mark.parametrize("n_draft", [0, DEPTH])
 def test_who_is_cancelled_sits_out_though_nobody_exchanges(tiny: Model, n_draft: int) -> None:
     """The step under way is the last, whatever keeps Python from handing over a plan."""
@@ -681,11 +797,58 @@ def test_who_is_cancelled_sits_out_though_nobody_exchanges(tiny: Model, n_draft:
         assert target.length(0) <= n_most
     assert target.length(1) > 1000
     assert results[-1].entries[0] == NO_RESULT
-    # Before it is admitted as well: then its prompt is not even begun.
-    third = msgspec.structs.replace(admit(2, 50), ticket=12)
-    executor.exchange(Plan((1,), (third,), (prefill(2),)), wait=False)
+
+
+def busy_with_a_long_step(model: Model) -> tuple[Context, Executor, Callable[[], bool]]:
+    """An executor whose first step has begun or is about to, and whether that step still runs.
+
+    It is of plan 1, on sequence 0. Hand over what shall wait behind it, and ask after that.
+    """
+    target, executor = make(model, n_ctx=1024, n_batch=1024, n_ubatch=1024)
+    plan = Plan((), (admit(0),), (prefill(0, [50] * 990),), number=1)
+    executor.exchange(plan, wait=False)
+    return target, executor, lambda: target.length(0) == 0
+
+
+def results_until(executor: Executor, number: int) -> dict[int, StepResult]:
+    """The first result of each plan, up to the plan of that number."""
+    results: dict[int, StepResult] = {}
+    while number not in results:
+        for result in executor.exchange(None, wait=True):
+            results.setdefault(result.plan, result)
+    return results
+
+
+def test_who_is_cancelled_while_its_plan_waits_is_not_even_begun(tiny: Model) -> None:
+    """It is admitted, since its plan says so, but no token of its prompt is decoded."""
+    one = msgspec.structs.replace(admit(2, 50), ticket=12)
+    other = msgspec.structs.replace(admit(3, 50), ticket=13)
+    for _ in range(50):  # a busy machine may end the long step too soon
+        target, executor, still_busy = busy_with_a_long_step(tiny)
+        executor.exchange(Plan((), (one, other), (prefill(2), prefill(3)), number=2), wait=False)
+        executor.cancel(12)
+        if still_busy():
+            break
+    else:
+        pytest.fail("no plan had to wait")
+    sat_out, took_part = results_until(executor, 2)[2].entries
+    assert sat_out == NO_RESULT
+    assert took_part.token_ids
+    assert target.length(2) == 0
+
+
+def test_who_is_cancelled_before_its_plan_comes_is_not_even_begun(tiny: Model) -> None:
+    """With the next exchange, as whoever makes plans learns of it before the one after that."""
+    one = msgspec.structs.replace(admit(2, 50), ticket=12)
+    target, executor = make(tiny)
+    executor.cancel(11)
     executor.cancel(12)
-    assert target.length(2) <= len(PROMPT)
+    executor.exchange(Plan((), (one,), (prefill(2),), number=1), wait=False)
+    assert results_until(executor, 1)[1].entries == (NO_RESULT,)
+    assert target.length(2) == 0
+    # Nothing is kept of it longer, lest what is kept of tickets that never come piles up.
+    executor.exchange(Plan((2,), (one,), (prefill(2),), number=2), wait=False)
+    assert results_until(executor, 2)[2].entries[0].token_ids
 
 
 def test_a_waiting_exchange_can_be_woken(tiny: Model) -> None:
@@ -698,6 +861,30 @@ def test_a_waiting_exchange_can_be_woken(tiny: Model) -> None:
     thread.join()
     executor.close()
     executor.wake()
+
+
+@pytest.mark.parametrize("stop", [Executor.close, lambda e: lib.mtpbatch_executor_stop(e._native)])
+def test_a_stopped_executor_leaves_nobody_waiting(
+    tiny: Model, stop: Callable[[Executor], None]
+) -> None:
+    """Neither who waits already nor who comes after, who is told why."""
+    _, executor = make(tiny)
+    about_to = threading.Event()
+
+    def wait() -> None:
+        about_to.set()
+        with contextlib.suppress(ContextError):  # if it comes too late
+            executor.exchange(None, wait=True)
+
+    thread = threading.Thread(target=wait, daemon=True)
+    thread.start()
+    about_to.wait()
+    stop(executor)
+    thread.join(60)
+    assert not thread.is_alive()
+    for wait_too in (True, False):
+        with pytest.raises(ContextError):
+            executor.exchange(None, wait=wait_too)
 
 
 def test_gaps_are_counted_only_while_sequences_are_left_to_go_on(tiny: Model) -> None:
@@ -715,7 +902,25 @@ def test_gaps_are_counted_only_while_sequences_are_left_to_go_on(tiny: Model) ->
 
 
 def test_what_is_released_does_not_wait_for_plans_that_have_not_begun(tiny: Model) -> None:
-    """Their entries for it are skipped; who takes the id after that is not confused with it."""
+    """Each of them passes it over, though the release comes with the last one."""
+    for _ in range(50):  # a busy machine may end the long step too soon
+        _, executor, still_busy = busy_with_a_long_step(tiny)
+        entries = (step(0), prefill(1, [51]), prefill(2, [52]))
+        executor.exchange(Plan((), (admit(1), admit(2)), entries, number=2), wait=False)
+        executor.exchange(Plan((), (), (step(0), step(1), step(2)), number=3), wait=False)
+        executor.exchange(Plan((0,), (), ()), wait=False)
+        if still_busy():
+            break
+    else:
+        pytest.fail("no plan had to wait")
+    for number, result in results_until(executor, 3).items():
+        released, *others = result.entries
+        assert (released == NO_RESULT) == (number > 1)
+        assert all(entry.token_ids for entry in others)
+
+
+def test_who_takes_a_released_id_is_not_confused_with_who_had_it(tiny: Model) -> None:
+    """Though plans that release it and plans with entries for either wait side by side."""
     _, executor = make(tiny)
     loops.execute(executor, Plan((), (admit(0), admit(1)), (prefill(0), prefill(1, [51]))))
     plans = [

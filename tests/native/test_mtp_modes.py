@@ -156,6 +156,29 @@ def test_small_batches_draw_the_same_drafts(drafting: Drafting) -> None:
     assert drafts[0] == drafts[1]
 
 
+@pytest.mark.parametrize("head", range(DEPTH))
+def test_each_head_of_a_chain_drafts_at_its_depth(tmp_path: Path, head: int) -> None:
+    """One that is damaged changes no draft before its own, and its own."""
+
+    def drafts() -> list[list[int]]:
+        target, session = Drafting(Model(path)).open()
+        for s, prompt in PROMPTS.items():
+            loops.feed(target, s, prompt, session)
+        return session.draft_many([DraftRequest(s, len(p), 77) for s, p in PROMPTS.items()])
+
+    [path] = write("chained", tmp_path, 0.3)
+    sound = drafts()
+    file = gguf.GGUFReader(path, "r+")
+    name = f"blk.{2 + head}.nextn.eh_proj.weight"  # after the two layers of the trunk
+    [weight] = [tensor.data for tensor in file.tensors if tensor.name == name]
+    weight[:] = weight[::-1].copy()
+    file.data.flush()
+    del file, weight
+    for before, after in zip(sound, drafts(), strict=True):
+        assert after[:head] == before[:head]
+        assert after[head] != before[head]
+
+
 def test_p_min_and_depth_cut_drafts_short(drafting: Drafting) -> None:
     def drafts(p_min: float, depth: int) -> list[list[int]]:
         target, session = drafting.open(p_min=p_min)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import random
 import struct
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import gguf
 import pytest
 
 import loops
 import random_model
 from mtpbatch.exceptions import ContextError, MtpBadSequenceError, MtpStateError
-from mtpbatch.native import Context, Model, MtpSession
+from mtpbatch.native import Context, DraftRequest, Model, MtpSession
 
 PROMPTS = {0: [41, 52, 63], 1: [70] * 9, 2: list(range(30, 60)), 3: [99]}
 DEPTH = 3
@@ -202,6 +204,25 @@ def test_a_sequence_without_tokens(running: Running, undisturbed: dict[int, loop
     assert running.run(AFTER, 2)[2] == undisturbed[2]
 
 
+@pytest.mark.parametrize("how", ["restored", "forked"])
+def test_the_very_next_draft_is_that_of_the_source(setting: Setting, how: str) -> None:
+    """Nothing is decoded in between: the last hidden row has no entry in any cache yet."""
+    running = Running(setting, n_seq=2 * len(PROMPTS))
+    running.run(BEFORE, *PROMPTS)
+    session = running.session
+    copies = {s: s + len(PROMPTS) for s in PROMPTS}
+    for source, copy in copies.items():
+        if how == "forked":
+            session.fork(source, copy)
+        else:
+            session.restore(copy, session.save(source))
+    lengths = {s: running.target.length(s) for s in PROMPTS}
+    sources = [DraftRequest(s, lengths[s], running.last[s]) for s in PROMPTS]
+    same = [DraftRequest(copies[s], lengths[s], running.last[s]) for s in PROMPTS]
+    drafts = session.draft_many(sources + same)
+    assert drafts[: len(PROMPTS)] == drafts[len(PROMPTS) :]
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_any_mix_of_it_all_changes_no_draft(setting: Setting, seed: int) -> None:
     """Sequences draft, pause, are saved, restored, forked and begun anew, at random.
@@ -250,6 +271,39 @@ def test_any_mix_of_it_all_changes_no_draft(setting: Setting, seed: int) -> None
         assert loops.best(fresh.target, row) == text[length]
         expected = fresh.session.draft(1, length, text[length])
         assert running.session.draft(s, length, text[length]) == expected
+
+
+def change(path: Path, tensor: int) -> None:
+    """Change a tensor of a model file a little."""
+    file = gguf.GGUFReader(path, "r+")
+    file.tensors[tensor].data[:] *= 1.01
+    file.data.flush()
+
+
+def test_a_model_in_several_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its states are its own in another session, and not if a weight in any file differs."""
+    writer = partial(gguf.GGUFWriter, split_max_tensors=20)
+    monkeypatch.setattr(gguf, "GGUFWriter", writer)
+    random_model.write_random_step35(tmp_path / "many.gguf", vocab=300, window=WINDOW, mix=0.3)
+    parts = sorted(tmp_path.iterdir())
+    assert len(parts) > 2
+
+    def opened() -> Running:
+        return Running(Setting(Model(parts[0]), None, kv_unified=False))
+
+    running = opened()
+    running.run(BEFORE, 1)
+    state, last = running.session.save(1), running.last[1]
+    expected = running.run(AFTER, 1)[1]
+    other = opened()
+    other.restore(2, state, last)
+    assert other.run(AFTER, 2)[2] == expected
+    for part in parts:
+        sound = part.read_bytes()
+        change(part, 5)
+        with pytest.raises(MtpStateError, match="another model"):
+            opened().session.restore(2, state)
+        part.write_bytes(sound)
 
 
 # -------------------------------------------------------------------------------- refused
@@ -351,6 +405,25 @@ class TestForeignStates:
         with Model(path) as model:
             for other in {model, tiny} - {running.setting.model}:
                 foreign = Running(Setting(other, None, kv_unified=False), n_ctx=64)
+                foreign.run(4, 0)
+                self.refused(running, foreign.session.save(0), "another model")
+
+    @pytest.mark.parametrize("tensor", [0, 7, -1])
+    def test_of_a_model_with_other_weights(
+        self, running: Running, setting: Setting, tmp_path: Path, tensor: int
+    ) -> None:
+        """Of the same name and shape: one tensor of it, or of its assistant, was trained on."""
+        models = (
+            [setting.model] if setting.assistant is None else [setting.model, setting.assistant]
+        )
+        for changed in models:
+            path = tmp_path / "other.gguf"
+            path.write_bytes(changed.path.read_bytes())
+            change(path, tensor)
+            with Model(path) as model:
+                pair = [model if m is changed else m for m in (setting.model, setting.assistant)]
+                assert pair[0]
+                foreign = Running(Setting(pair[0], pair[1], setting.kv_unified))
                 foreign.run(4, 0)
                 self.refused(running, foreign.session.save(0), "another model")
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
 import threading
 from typing import Any, Literal
-from weakref import WeakSet
 
+from mtpbatch._process import close_at_exit
 from mtpbatch.exceptions import InternalError, NativeError
 from mtpbatch.native._library import Handle, call, error_of, ffi, lib
 from mtpbatch.native.context import Context
@@ -38,7 +37,7 @@ class Executor(Handle):
         self._n_steps = ffi.new("int32_t *")
         self._steps = ffi.new("mtpbatch_step **")
         self._error = ffi.new("mtpbatch_error *")
-        _open.add(self)
+        close_at_exit(self)  # steps must not run on while the process takes itself apart
 
     def exchange(self, plan: Plan | None, *, wait: bool) -> list[StepResult]:
         """Hand over a plan, and get the results of the steps that have ended since the last call.
@@ -50,6 +49,7 @@ class Executor(Handle):
         Raises:
             InternalError: the plan breaks a rule, and was not taken; or a step went wrong in a
                 way that nothing can be said about the sequences.
+            ContextError: it is closed.
         """
         executor = self._native
         try:
@@ -73,7 +73,8 @@ class Executor(Handle):
     def cancel(self, ticket: int) -> None:
         """Wake, and have the request of that :attr:`Admission.ticket` take part in no further step.
 
-        From any thread; needs no exchange. The request must still be released.
+        From any thread; needs no exchange. The request must still be released. It may also be one
+        that the next exchange hands over.
         """
         executor = self._owned
         if executor is not None and self._home.here:
@@ -86,16 +87,6 @@ class Executor(Handle):
             # Not left to freeing it: the last reference may be gone in another thread's call.
             lib.mtpbatch_executor_stop(executor)
         super().close()
-
-
-_open: WeakSet[Executor] = WeakSet()
-
-
-@atexit.register
-def _close_all() -> None:
-    """Steps must not run on while the process takes itself apart."""
-    for executor in list(_open):
-        executor.close()
 
 
 def _result(step: Any) -> StepResult:

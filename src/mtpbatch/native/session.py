@@ -281,7 +281,8 @@ class MtpSession(Handle):
         """Replace a sequence by a saved one, which then goes on where it was saved.
 
         The state may come from another sequence, another session or another process, of the same
-        model and version, with the same kv_type and kv_unified, and the same n_seq unless
+        model (the same metadata, and the same weights as far as some bytes of each tensor show)
+        and version, with the same kv_type and kv_unified, and the same n_seq unless
         kv_unified. It is checked against damage, not against forgery: restore only what you
         trust. On models with recurrent layers or a sliding window the target cannot be truncated
         into what was restored.
