@@ -85,11 +85,13 @@ class Cost:
     always the same size, and takes it up quickly when other sizes come: a machine that becomes
     slower changes the pass, and the row with it; the share changes slowly.
 
-    State: ``_pass`` and ``_share``, and what of them is uncertain, as variances and covariance of
-    their logarithms; :meth:`observe` changes them.
+    State: ``_pass`` and ``_share``; what of them is uncertain, as variances and covariance of
+    their logarithms; and ``_noise``, how much observations scatter, in the same way.
+    :meth:`observe` changes them.
     """
 
-    _NOISE: Final = 0.02  # variance of an observation, relative: about 14 %
+    _LEAST_NOISE: Final = 1e-3  # about 3 %
+    _NOISE_PACE: Final = 0.05
     _DRIFT: Final = (2e-3, 2e-4)  # what the variances of pass and share grow by with each
     _FIRST: Final = (25.0, 2.0)  # what they are before the first: anything; a factor of 4
     _SURPRISE: Final = 0.7  # at most, of a logarithm: a step in which the machine did other things
@@ -99,6 +101,7 @@ class Cost:
         self._share = 1 / 8
         self._var_pass, self._var_share = self._FIRST
         self._covar = 0.0
+        self._noise = 0.02  # about 14 %
 
     def of(self, passes: float, rows: float) -> float:
         """Seconds of so many passes, with so many rows in all."""
@@ -129,7 +132,9 @@ class Cost:
         self._var_share += drift_share
         with_pass = self._var_pass + weight * self._covar
         with_share = self._covar + weight * self._var_share
-        variance = with_pass + weight * with_share + self._NOISE
+        self._noise += self._NOISE_PACE * (surprise * surprise - self._noise)
+        noise = max(self._noise, self._LEAST_NOISE)
+        variance = with_pass + weight * with_share + noise
         gain_pass, gain_share = with_pass / variance, with_share / variance
         self._pass *= math.exp(gain_pass * surprise)
         self._share *= math.exp(gain_share * surprise)
@@ -183,6 +188,9 @@ class CostModel:
             beside = self.target.of(self._passes(lengths, rows), rows)
             row = max(0.0, result.target_time - beside) / n_prompt
             self.prompt_row += (row - self.prompt_row) * (self._PACE if self.prompt_row else 1)
+            if not self._recurrent:  # else it is not known in how many passes they went
+                passes = -(-(rows + n_prompt) // self._n_ubatch)
+                self.target.observe(passes, rows + n_prompt, result.target_time)
         elif rows:
             self.target.observe(self._passes(lengths, rows), rows, result.target_time)
             rest = result.sample_time + min(result.gap_time, result.target_time)

@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -441,23 +442,12 @@ def test_an_id_drafts_or_never_does_from_one_request_to_the_next(tiny: Model) ->
         loops.execute(executor, Plan((0, 1), (), ()))
 
 
-@pytest.fixture(scope="module")
-def thick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
-    """A model that spends nearly all of its time in the end of its last layer.
-
-    Its hidden rows are so wide that of each of 64 sequences only 256 may wait.
-    """
-    path = tmp_path_factory.mktemp("models") / "thick.gguf"
-    random_model.write_random_step35(
-        path, mtp_heads=1, layers=1, width=1024, ff=4096, heads=1, vocab=300, mix=0.3
-    )
-    with Model(path) as model:
-        yield model
-
-
-def long_prompt(model: Model, *, drafts: bool) -> tuple[MtpSession, StepResult]:
+def long_prompt(path: Path, *, drafts: bool, width: int, ff: int) -> tuple[MtpSession, StepResult]:
     """What a prompt of 300 tokens costs, of a request that may draft or never does."""
-    target = make_target(model, n_seq=64, n_ctx=320, n_batch=320, kv_unified=False)
+    if not path.exists():
+        shape: dict[str, Any] = {"layers": 1, "mtp_heads": 1, "heads": 1, "vocab": 300}
+        random_model.write_random_step35(path, width=width, ff=ff, **shape)
+    target = make_target(Model(path), n_seq=64, n_ctx=320, n_batch=320, kv_unified=False)
     session = MtpSession(target, Context.mtp(target), target.n_seq, DEPTH)
     admission = msgspec.structs.replace(admit(0, 2), drafts=drafts)
     with Executor(target, session) as executor:
@@ -465,23 +455,27 @@ def long_prompt(model: Model, *, drafts: bool) -> tuple[MtpSession, StepResult]:
         return session, loops.execute(executor, plan)
 
 
-def test_nothing_is_decoded_nor_kept_for_who_never_drafts(thick: Model) -> None:
-    session, result = long_prompt(thick, drafts=True)
+def test_nothing_is_decoded_nor_kept_for_who_never_drafts(tmp_path: Path) -> None:
+    """Of hidden rows so wide, only 256 of each of 64 sequences may wait."""
+    wide = partial(long_prompt, tmp_path / "wide.gguf", width=1024, ff=64)
+    session, result = wide(drafts=True)
     assert result.n_draft_tokens == 300, "the buffer was full"
     assert session.draft(0, 300, 60)
-    session, result = long_prompt(thick, drafts=False)
+    session, result = wide(drafts=False)
     assert result.n_draft_tokens == 0
     with pytest.raises(MtpDraftError, match="nothing was kept"):
         session.draft(0, 300, 60)
 
 
-def test_hidden_rows_are_computed_only_for_who_may_draft(thick: Model) -> None:
+def test_hidden_rows_are_computed_only_for_who_may_draft(tmp_path: Path) -> None:
     """Without them the end of the last layer is computed for one row of the prompt, not for all.
 
-    That makes a difference of many times, of which the best of some tries must show the half.
+    That is nearly all there is to compute here, so that it makes a difference of many times; the
+    best of some tries must show the half.
     """
+    thick = partial(long_prompt, tmp_path / "thick.gguf", width=64, ff=8192)
     times = {
-        drafts: min(long_prompt(thick, drafts=drafts)[1].target_time for _ in range(3))
+        drafts: min(thick(drafts=drafts)[1].target_time for _ in range(5))
         for drafts in (True, False)
     }
     assert times[False] < times[True] / 2
