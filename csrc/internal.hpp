@@ -275,7 +275,8 @@ class Session {
     bool cut(llama_seq_id seq_id, int32_t length);
 
     // All of a sequence, in both contexts, which restore() puts into any other. save() returns how
-    // many bytes that takes, and writes them if they fit into `size`.
+    // many bytes that takes, and writes them if they fit into `size`. What waits for the heads is part of
+    // it, and goes on waiting: none of these decodes anything.
     size_t save(llama_seq_id seq_id, uint8_t * state, size_t size);
     void   restore(llama_seq_id seq_id, const uint8_t * state, size_t size);
     void   fork(llama_seq_id source, llama_seq_id target);
@@ -305,6 +306,7 @@ class Session {
     SequenceState & settled(llama_seq_id seq_id);
     void            take_in(const std::vector<Row> & rows, size_t begin, size_t end, const float * hidden);
     void            take_back_last(llama_seq_id seq_id);
+    void            take_back_waiting(SequenceState & s, int32_t n) const;
     void            drop_waiting(SequenceState & s) const;
     void            start_over(llama_seq_id seq_id);
     void            catch_up(const std::vector<llama_seq_id> & seq_ids);

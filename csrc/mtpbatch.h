@@ -187,7 +187,8 @@ mtpbatch_status mtpbatch_session_draft(mtpbatch_session * session, int32_t n, co
                                        int32_t * drafts, int32_t * lengths, mtpbatch_error * error);
 mtpbatch_status mtpbatch_session_accept(mtpbatch_session * session, int32_t seq_id, int32_t n_accepted,
                                         mtpbatch_error * error);
-// All that both contexts and the session hold of a sequence. `n` returns how many bytes that takes;
+// All that both contexts and the session hold of a sequence, what waits for the MTP heads included:
+// nothing is decoded, neither here nor by restore and fork. `n` returns how many bytes that takes;
 // if that is more than `size`, nothing was written. No draft may be under way.
 mtpbatch_status mtpbatch_session_save(mtpbatch_session * session, int32_t seq_id, uint8_t * state, size_t size,
                                       size_t * n, mtpbatch_error * error);

@@ -16,21 +16,23 @@ namespace {
 constexpr size_t MAX_WAITING_BYTES = 64 << 20;
 constexpr size_t MIN_WAITING       = 256;  // pairs of each sequence, whatever they take
 
-// What a saved sequence begins with. Behind it stand the hidden row and the states of both contexts.
+// What a saved sequence begins with. Behind it stand the hidden row, the pairs that wait (hidden rows,
+// then tokens) and the states of both contexts.
 struct StateHeader {
     char     magic[8];
     uint64_t version;
     uint64_t fingerprint;  // of the model and the contexts
     uint64_t checksum;     // of all that follows
     uint64_t n_target;     // bytes
-    uint64_t n_draft;
+    uint64_t n_draft;      // 0: the draft context holds nothing of it
+    uint64_t n_waiting;    // pairs
     int32_t  n_past;
     int32_t  ignored;
 };
-static_assert(sizeof(StateHeader) == 56);
+static_assert(sizeof(StateHeader) == 64);
 
 constexpr char     STATE_MAGIC[8] = { 'm', 't', 'p', 'b', 'a', 't', 'c', 'h' };
-constexpr uint64_t STATE_VERSION  = 1000 * 1 + LLAMA_STATE_SEQ_VERSION;
+constexpr uint64_t STATE_VERSION  = 1000 * 2 + LLAMA_STATE_SEQ_VERSION;
 constexpr size_t   CHECKED_FROM   = offsetof(StateHeader, n_target);
 
 // An index of mtpbatch_terms::acceptance.
@@ -174,15 +176,23 @@ bool Session::cut(llama_seq_id seq_id, int32_t length) {
         return false;
     }
     draft_->truncate(seq_id, length);
-    s.decoded.assign(s.decoded.size(), length);
-    s.n_past = length;
-    // The row that the next token pairs with was not kept. Like the first token it goes without: its
-    // one entry misleads no draft for long.
-    s.hidden.assign(s.hidden.size(), 0);
+    if (length >= s.first_waiting()) {
+        take_back_waiting(s, s.n_past - length);
+    } else {
+        s.waiting.clear();
+        s.waiting_hidden.clear();
+        s.n_past = length;
+        // The row that the next token pairs with was not kept. Like the first token it goes without: its
+        // one entry misleads no draft for long.
+        s.hidden.assign(s.hidden.size(), 0);
+    }
+    s.decoded.assign(s.decoded.size(), s.first_waiting());
     return true;
 }
 
-// A sequence that has no draft under way and is where the target is.
+// A sequence that has no draft under way and is where the target is. All heads have entries up to the
+// pairs that wait: what those ahead of the others have decoded of these is not worth keeping, and with
+// it the draft context would lose what a sliding window shows the others.
 Session::SequenceState & Session::settled(llama_seq_id seq_id) {
     auto & s = sequence(seq_id);
     if (s.n_drafted > 0) {
@@ -197,10 +207,7 @@ Session::SequenceState & Session::settled(llama_seq_id seq_id) {
                                                 " positions in the target, but the session has taken in " +
                                                 std::to_string(s.n_past) + ": truncate the target to them");
     }
-    if (s.drafted_from >= 0) {
-        take_back_last(seq_id);
-    }
-    catch_up({ seq_id });
+    start_over(seq_id);
     return s;
 }
 
@@ -216,24 +223,34 @@ uint64_t Session::make_fingerprint() const {
 }
 
 size_t Session::save(llama_seq_id seq_id, uint8_t * state, size_t size) {
-    const auto & s        = settled(seq_id);
-    const bool   drafts   = !s.ignored && !draft_->shares_memory();
-    const size_t n_hidden = n_embd_ * sizeof(float);
-    const size_t n_target = target_->state_size(seq_id);
-    const size_t n_draft  = drafts ? draft_->state_size(seq_id) : 0;
-    const size_t n_total  = sizeof(StateHeader) + n_hidden + n_target + n_draft;
+    const auto & s         = settled(seq_id);
+    const bool   drafts    = !s.ignored && !draft_->shares_memory();
+    const size_t n_hidden  = n_embd_ * sizeof(float);
+    const size_t n_waiting = s.waiting.size();
+    const size_t n_target  = target_->state_size(seq_id);
+    const size_t n_draft   = drafts && s.first_waiting() > 0 ? draft_->state_size(seq_id) : 0;
+    const size_t n_total =
+        sizeof(StateHeader) + n_hidden + n_waiting * (n_hidden + sizeof(llama_token)) + n_target + n_draft;
     if (n_total > size) {
         return n_total;
     }
-    StateHeader header{ {}, STATE_VERSION, fingerprint_, 0, n_target, n_draft, s.n_past, s.ignored };
+    StateHeader header{ {}, STATE_VERSION, fingerprint_, 0, n_target, n_draft, n_waiting, s.n_past, s.ignored };
     std::memcpy(header.magic, STATE_MAGIC, sizeof STATE_MAGIC);
-    std::memcpy(state, &header, sizeof header);
-    uint8_t * body = state + sizeof header;
-    std::memcpy(body, s.hidden.data(), n_hidden);
-    target_->save(seq_id, body + n_hidden, n_target);
-    if (drafts) {
-        draft_->save(seq_id, body + n_hidden + n_target, n_draft);
+    uint8_t *  next = state + sizeof header;
+    const auto put  = [&](const void * data, size_t n) {
+        std::memcpy(next, data, n);
+        next += n;
+    };
+    put(s.hidden.data(), n_hidden);
+    if (n_waiting > 0) {
+        put(s.waiting_hidden.data(), n_waiting * n_hidden);
+        put(s.waiting.data(), n_waiting * sizeof(llama_token));
     }
+    target_->save(seq_id, next, n_target);
+    if (n_draft > 0) {
+        draft_->save(seq_id, next + n_target, n_draft);
+    }
+    std::memcpy(state, &header, sizeof header);
     Checksum sum;
     sum.add(state + CHECKED_FROM, n_total - CHECKED_FROM);
     header.checksum = sum.value();
@@ -261,9 +278,31 @@ void Session::restore(llama_seq_id seq_id, const uint8_t * state, size_t size) {
     Checksum sum;
     sum.add(state + CHECKED_FROM, size - CHECKED_FROM);
     const size_t n_hidden = n_embd_ * sizeof(float);
+    const size_t n_pair   = n_hidden + sizeof(llama_token);
     const size_t n_body   = size - sizeof header;
-    if (header.checksum != sum.value() || header.n_target > n_body || header.n_draft > n_body ||
-        n_hidden + header.n_target + header.n_draft != n_body || header.n_past < 0) {
+    if (header.checksum != sum.value() || header.n_past < 0 ||
+        header.n_waiting > static_cast<uint64_t>(header.n_past) || header.n_waiting > n_body / n_pair ||
+        header.n_target > n_body || header.n_draft > n_body ||
+        n_hidden + header.n_waiting * n_pair + header.n_target + header.n_draft != n_body) {
+        refuse("the saved sequence is damaged");
+    }
+    const bool    drafts    = header.ignored == 0 && !draft_->shares_memory();
+    const int32_t n_decoded = drafts ? header.n_past - static_cast<int32_t>(header.n_waiting) : 0;
+    const auto *  next      = state + sizeof header;
+    const auto    take      = [&](void * data, size_t n) {
+        std::memcpy(data, next, n);
+        next += n;
+    };
+    std::vector<float>       hidden(n_embd_), waiting_hidden(header.n_waiting * n_embd_);
+    std::vector<llama_token> waiting(header.n_waiting);
+    take(hidden.data(), n_hidden);
+    if (header.n_waiting > 0) {
+        take(waiting_hidden.data(), waiting.size() * n_hidden);
+        take(waiting.data(), waiting.size() * sizeof(llama_token));
+    }
+    if ((header.n_draft > 0) != (n_decoded > 0) || (header.n_waiting > 0 && !drafts) ||
+        !std::all_of(waiting.begin(), waiting.end(),
+                     [&](llama_token token) { return target_->model().has_token(token); })) {
         refuse("the saved sequence is damaged");
     }
     if (header.n_past > target_->params().n_ctx) {
@@ -275,35 +314,32 @@ void Session::restore(llama_seq_id seq_id, const uint8_t * state, size_t size) {
                " positions, and the others leave fewer of n_cells=" + std::to_string(target_->params().n_cells));
     }
     reset(seq_id);
-    const uint8_t * body = state + sizeof header;
-    if (!target_->load(seq_id, body + n_hidden, header.n_target, header.n_past) ||
-        (header.n_draft > 0 &&
-         !draft_->load(seq_id, body + n_hidden + header.n_target, header.n_draft, header.n_past))) {
+    if (!target_->load(seq_id, next, header.n_target, header.n_past) ||
+        (n_decoded > 0 && !draft_->load(seq_id, next + header.n_target, header.n_draft, n_decoded))) {
         target_->truncate(seq_id, 0);
         refuse(with_reason("llama.cpp could not restore " + sequence_name(seq_id) + ", which is empty now"));
     }
-    std::memcpy(s.hidden.data(), body, n_hidden);
-    s.decoded.assign(s.decoded.size(), header.n_past);
-    s.n_past  = header.n_past;
-    s.ignored = header.ignored != 0;
+    s.n_past         = header.n_past;
+    s.ignored        = header.ignored != 0;
+    s.hidden         = std::move(hidden);
+    s.waiting        = std::move(waiting);
+    s.waiting_hidden = std::move(waiting_hidden);
+    s.decoded.assign(s.decoded.size(), s.first_waiting());
 }
 
 void Session::fork(llama_seq_id source, llama_seq_id target) {
-    auto & copy = sequence(target);
+    auto & to = sequence(target);
     if (source == target) {
         throw Error(MTPBATCH_SESSION_STATE, sequence_name(source) + " cannot be forked onto itself");
     }
-    const auto & s = settled(source);
+    SequenceState copy = settled(source);
     reset(target);
-    if (!target_->copy(source, target) || !(s.ignored || draft_->shares_memory() || draft_->copy(source, target))) {
+    if (!target_->copy(source, target) || !(copy.ignored || draft_->shares_memory() || draft_->copy(source, target))) {
         target_->truncate(target, 0);
         throw Error(MTPBATCH_SESSION_STATE, with_reason("llama.cpp could not fork " + sequence_name(source) + "; " +
                                                         sequence_name(target) + " is empty now"));
     }
-    copy.hidden  = s.hidden;
-    copy.decoded = s.decoded;
-    copy.n_past  = s.n_past;
-    copy.ignored = s.ignored;
+    to = std::move(copy);
 }
 
 void Session::begin(llama_seq_id seq_id, int32_t n_prompt) {
@@ -413,6 +449,17 @@ void Session::take_back_last(llama_seq_id seq_id) {
     s.drafted_from = -1;
 }
 
+// Takes back the last n tokens, 1 or more, of those that wait. The first of them was to pair with the
+// hidden row that now meets whatever comes in its place.
+void Session::take_back_waiting(SequenceState & s, int32_t n) const {
+    const size_t kept  = s.waiting.size() - n;
+    const auto   first = s.waiting_hidden.begin() + static_cast<std::ptrdiff_t>(kept * n_embd_);
+    s.hidden.assign(first, first + n_embd_);
+    s.waiting.resize(kept);
+    s.waiting_hidden.resize(kept * n_embd_);
+    s.n_past -= n;
+}
+
 // Drops the pairs that every head has entries for.
 void Session::drop_waiting(SequenceState & s) const {
     const int32_t lowest = *std::min_element(s.decoded.begin(), s.decoded.end());
@@ -421,7 +468,7 @@ void Session::drop_waiting(SequenceState & s) const {
     s.waiting_hidden.erase(s.waiting_hidden.begin(), s.waiting_hidden.begin() + n * n_embd_);
 }
 
-// After a failed decode: whatever waits must be decoded again by all heads.
+// Whatever waits is to be decoded by all heads, whether they have entries for it or not.
 void Session::start_over(llama_seq_id seq_id) {
     auto & s = sequences_[seq_id];
     draft_->truncate(seq_id, s.first_waiting());
@@ -717,13 +764,7 @@ void Session::accept(llama_seq_id seq_id, int32_t n_accepted) {
     }
     const int32_t n_rejected = s.n_verified - 1 - n_accepted;
     if (n_rejected > 0) {
-        // The first rejected token was to pair with the hidden row that now meets the sampled one.
-        const size_t kept  = s.waiting.size() - n_rejected;
-        const auto   first = s.waiting_hidden.begin() + static_cast<std::ptrdiff_t>(kept * n_embd_);
-        s.hidden.assign(first, first + n_embd_);
-        s.waiting.resize(kept);
-        s.waiting_hidden.resize(kept * n_embd_);
-        s.n_past -= n_rejected;
+        take_back_waiting(s, n_rejected);
     }
     if (draft_->shares_memory()) {
         s.waiting.clear();

@@ -59,7 +59,9 @@ def test_ratios_are_taken_within_a_round() -> None:
     speeds = {Side.MTPBATCH: 30, Side.LLAMA_SERVER: 20, Side.IDEAL: 40}
     records = [record(side, turn, turn * speeds[side]) for turn in (1, 2) for side in speeds]
     comparison = Comparison(records)
-    assert "| best mtpbatch / best llama-server | 1.50 (1.50 to 1.50) |" in comparison.ratios()
+    assert (
+        "| best fixed mtpbatch / best llama-server | 1.50 (1.50 to 1.50) |" in comparison.ratios()
+    )
     assert "| mtpbatch, no MTP, unified cache | 45 (30 to 60) |" in comparison.speeds()
 
 

@@ -483,11 +483,9 @@ class Speculator:
         for sequence in sequences:
             adaptive = adaptive or sequence.wish.adaptive
             sequence.habit.settle(self.everybody)
-        if not adaptive:
+        if not adaptive or not self.costs.step:  # nothing but prompts was timed yet
             return False
         outlooks = self._outlooks(sequences, self.choice.terms)
-        if not outlooks[0].seconds:  # nothing was timed yet
-            return False
         depth = max(self._depths, key=lambda depth: outlooks[depth].speed)
         if outlooks[depth].speed < self._STAYS * outlooks[self.choice.depth].speed:
             depth = self.choice.depth

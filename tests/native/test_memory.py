@@ -410,7 +410,7 @@ def test_a_conversation_that_goes_on(setting: Setting) -> None:
 
 
 def test_attention_alone_reuses_a_part(attention: Setting, params: SamplingParams) -> None:
-    """The first tokens of a snapshot, and another end. The head is not misled by that."""
+    """The first tokens of a snapshot, and another end. They wait for the head still."""
     prompt = (*PROMPT[:13], *OTHER)
     expected = undisturbed(attention, params, prompt)
     for n_reused in (1, 12, 13):
@@ -422,9 +422,33 @@ def test_attention_alone_reuses_a_part(attention: Setting, params: SamplingParam
         )
         assert target.length(2) == len(prompt)
         one += steps(executor, 2, attention.n_draft, 999)
-        assert tokens_of(one) == tokens_of(expected)
-        accepted = [sum(result.n_accepted for result in results) for results in (one, expected)]
-        assert accepted[0] >= 0.8 * accepted[1]
+        assert one == expected
+
+
+def test_what_waits_is_cut_too(attention: Setting) -> None:
+    """Of a snapshot that the head has taken in up to a point, and is cut before or behind it.
+
+    Only before it the head lacks a hidden row, and is not misled by that.
+    """
+    target, executor, one, _ = begun(attention, SamplingParams())
+    n_taken_in = target.length(0)
+    one += steps(executor, 0, 0, 10)
+    n_held = target.length(0)
+    executor.exchange(plan(save=(Save(0, 1),)), wait=True)
+    text = (*PROMPT, *tokens_of(one))
+    for n_reused in (n_taken_in - DEPTH - 1, n_taken_in, n_held - 1, n_held):
+        prompt = (*text[:n_reused], *OTHER)
+        expected = undisturbed(attention, SamplingParams(), prompt)
+        admission = admit(2, snapshot=1, n_reused=n_reused)
+        another = list(loops.execute(executor, plan(feed(2, OTHER), admit=(admission,))).entries)
+        another += steps(executor, 2, attention.n_draft, 999)
+        loops.execute(executor, plan(release=(2,)))
+        if n_reused >= n_taken_in:
+            assert another == expected
+        else:
+            assert tokens_of(another) == tokens_of(expected)
+            accepted = [sum(entry.n_accepted for entry in all_) for all_ in (another, expected)]
+            assert accepted[0] >= 0.8 * accepted[1]
 
 
 def test_what_is_not_reused_holds_no_cells(glm: Model) -> None:

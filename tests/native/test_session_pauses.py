@@ -78,6 +78,20 @@ def test_drafts_after_a_pause_are_as_without(wide: Model, pause: int, crowded: b
     assert paused.accepted > 0
 
 
+def test_more_than_may_wait_is_taken_in_after_it_was_restored(wide: Model) -> None:
+    """From a session of few sequences, each with more room, to one of many."""
+    text = greedy_text(wide, 300)
+    target, session = make(wide)
+    loops.feed(target, 3, text[:-2], session)
+    crowded, other = make(wide, n_seq=CROWD)
+    other.restore(5, session.save(3))
+    assert session.statistics().rows == other.statistics().rows == 0
+    loops.feed(crowded, 5, text[-2:-1], other)
+    assert other.statistics().rows == len(text) - 1
+    streams = loops.drafted(crowded, other, {5: text[-1:]}, COUNT, lambda *_: DEPTH)
+    assert streams[5] == unpaused(wide, text)
+
+
 @pytest.mark.parametrize("kv_unified", [True, False], ids=["unified", "split"])
 def test_others_that_draft_meanwhile_make_no_difference(tiny: Model, kv_unified: bool) -> None:
     """Sequences draft every step, sometimes, and only at the end, all in the same calls."""

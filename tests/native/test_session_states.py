@@ -22,6 +22,14 @@ DEPTH = 3
 BEFORE, AFTER = 20, 24
 WINDOW = 12
 
+WAITING = {
+    "of what was accepted last": (DEPTH, DEPTH),
+    "of a part": (DEPTH, 0),
+    "of all": (0, 0),
+    "for some heads": (DEPTH, 1),
+}
+"""How deep a sequence drafts, first and then, so that pairs wait for the heads."""
+
 
 class Setting(NamedTuple):
     model: Model
@@ -130,17 +138,43 @@ def test_into_another_session(
     assert streams == {0: undisturbed[0], 1: undisturbed[2], 3: undisturbed[1]}
 
 
-def test_of_what_waits_undrafted(setting: Setting) -> None:
-    """Saved while pairs wait for the draft context, and after a draft that came to nothing."""
+@pytest.mark.parametrize("depths", WAITING.values(), ids=WAITING.keys())
+def test_what_waits_for_the_heads_waits_on(setting: Setting, depths: tuple[int, int]) -> None:
+    """Saved, restored and forked as it is: nothing is decoded, and all drafts are the same."""
+
+    def prepared() -> Running:
+        made = Running(setting)
+        for depth in depths:
+            made.run(BEFORE, 2, 3, depth=depth)
+        return made
+
+    expected = prepared().run(AFTER, 2, 3)
+    made, other = prepared(), Running(setting)
+    decodes = made.session.statistics().decodes
+    state = made.session.save(2)
+    made.restore(0, state, made.last[2])
+    made.session.fork(2, 1)
+    made.last[1] = made.last[2]
+    other.restore(3, state, made.last[2])
+    assert made.session.statistics().decodes == decodes
+    assert other.session.statistics().decodes == 0
+    assert made.run(AFTER, *PROMPTS) == {s: expected[max(s, 2)] for s in PROMPTS}
+    assert other.run(AFTER, 3)[3] == expected[2]
+
+
+def test_what_is_restored_waiting_can_be_saved_again(setting: Setting) -> None:
+    """With what came in between."""
     plain = Running(setting)
-    plain.run(BEFORE, 2, depth=0)
-    expected = plain.run(AFTER, 2)[2]
-    other = Running(setting)
-    other.run(BEFORE, 2, depth=0)
-    state = other.session.save(2)
-    other.restore(0, state, other.last[2])
-    assert other.run(AFTER, 0)[0] == expected
-    assert other.run(AFTER, 2)[2] == expected
+    for depth in (DEPTH, 0, 0):
+        plain.run(BEFORE, 1, depth=depth)
+    expected = plain.run(AFTER, 1)[1]
+    one, two, three = Running(setting), Running(setting), Running(setting)
+    one.run(BEFORE, 1, depth=DEPTH)
+    one.run(BEFORE, 1, depth=0)
+    two.restore(2, one.session.save(1), one.last[1])
+    two.run(BEFORE, 2, depth=0)
+    three.restore(3, two.session.save(2), two.last[2])
+    assert three.run(AFTER, 3)[3] == expected
 
 
 def test_at_every_length(setting: Setting) -> None:
@@ -362,6 +396,23 @@ class TestNotNow:
                 act()
 
 
+NUMBERS = struct.Struct("<QQQii")
+"""In a state, from byte 32 on: bytes of both contexts, pairs that wait, positions, ignored."""
+
+
+def forged(state: bytes, **changes: int) -> bytes:
+    """With other numbers, and the checksum that belongs to them."""
+    names = ("n_target", "n_draft", "n_waiting", "n_past", "ignored")
+    numbers = dict(zip(names, NUMBERS.unpack_from(state, 32), strict=True)) | changes
+    body = NUMBERS.pack(*numbers.values()) + state[32 + NUMBERS.size :]
+    n_words = len(body) // 8
+    value = 0xCBF29CE484222325
+    for word in (*struct.unpack_from(f"<{n_words}Q", body), *body[8 * n_words :]):
+        value = (value ^ word) * 0x100000001B3 % 2**64
+        value ^= value >> 29
+    return state[:24] + struct.pack("<Q", value) + body
+
+
 class TestForeignStates:
     """Refused before anything of them is used: all sequences go on undisturbed."""
 
@@ -376,22 +427,84 @@ class TestForeignStates:
         with pytest.raises(MtpStateError, match=reason):
             running.session.restore(1, state)
 
-    @pytest.mark.parametrize("state", [b"", b"mtpbatch", b"x" * 56, bytes(1000)], ids=len)
+    @pytest.mark.parametrize("state", [b"", b"mtpbatch", b"x" * 64, bytes(1000)], ids=len)
     def test_of_something_else(self, running: Running, state: bytes) -> None:
         self.refused(running, state, "not a saved sequence")
 
     def test_truncated_and_extended(self, running: Running) -> None:
         state = running.session.save(2)
-        for n in (56, 57, 300, len(state) // 2, len(state) - 1):
+        for n in (64, 65, 300, len(state) // 2, len(state) - 1):
             self.refused(running, state[:n], "damaged")
         self.refused(running, state + b"\0", "damaged")
 
     def test_with_any_bit_changed(self, running: Running) -> None:
         state = running.session.save(0)
-        for i in [*range(64), *range(64, len(state), len(state) // 97), len(state) - 1]:
+        for i in [*range(72), *range(72, len(state), len(state) // 97), len(state) - 1]:
             changed = bytearray(state)
             changed[i] ^= 1 << i % 8
             self.refused(running, bytes(changed), "damaged|not a saved|version|another model")
+
+    def test_forged(self, running: Running, setting: Setting) -> None:
+        """Its numbers contradict each other, or add up only because they overflow."""
+        foreign = Running(setting)
+        foreign.run(BEFORE, 0)
+        foreign.run(BEFORE, 0, depth=0)
+        state = foreign.session.save(0)
+        assert forged(state) == state
+        n_target, n_draft, n_waiting, n_past, _ = NUMBERS.unpack_from(state, 32)
+        n_hidden = 4 * setting.model.n_embd
+        n_pair = n_hidden + 4
+        assert (n_waiting > BEFORE / 2) == (n_draft > 0) == (setting.assistant is None)
+        wrong: list[dict[str, int]] = [
+            *({"n_waiting": n} for n in (n_waiting + 1, n_past, n_past + 1, 2**31, 2**64 - 1)),
+            *({"n_waiting": n_waiting + 2**64 // 2**k} for k in range(1, 5)),
+            *({"n_waiting": n, "n_past": n} for n in (2**31 - 1, n_waiting + 1)),
+            *({"n_past": n} for n in (-1, -(2**31), n_waiting - 1)),
+            *({"n_target": n} for n in (0, n_target - 1, n_target + 1, 2**63, 2**64 - 1)),
+            *({"n_draft": n} for n in (n_draft + 1, 2**63, 2**64 - 1)),
+            {"n_target": n_target + 2**63, "n_draft": n_draft + 2**63},
+        ]
+        if setting.assistant:
+            wrong += [
+                {"n_target": n_target - 1, "n_draft": 1},
+                {"n_target": n_target + n_pair, "n_waiting": 2**64 - 1},
+                {"n_target": n_target - n_pair, "n_waiting": 1},
+            ]
+        else:
+            wrong += [
+                {"ignored": 1},
+                {"n_past": n_waiting},
+                {"n_target": n_target + n_draft, "n_draft": 0},
+            ]
+        for changes in wrong:
+            self.refused(running, forged(state, **changes), "damaged")
+
+    def test_forged_to_have_more_waiting_than_there_is(
+        self, running: Running, setting: Setting
+    ) -> None:
+        if setting.assistant:
+            return  # nothing waits
+        foreign = Running(setting)
+        foreign.run(BEFORE, 0, depth=0)
+        n_past = foreign.target.length(0)
+        state = foreign.session.save(0)
+        assert forged(state, n_waiting=n_past) == state
+        for n in (n_past - 1, 0):
+            self.refused(running, forged(state, n_past=n), "damaged")
+
+    @pytest.mark.parametrize("token", [-1, 300, 2**31 - 1])
+    def test_with_no_such_token(self, running: Running, setting: Setting, token: int) -> None:
+        if setting.assistant:
+            return  # nothing waits
+        foreign = Running(setting)
+        foreign.run(BEFORE, 0, depth=0)
+        state = bytearray(foreign.session.save(0))
+        n_waiting = NUMBERS.unpack_from(state, 32)[2]
+        n_hidden = 4 * setting.model.n_embd
+        tokens = 32 + NUMBERS.size + n_hidden * (1 + n_waiting)
+        assert struct.unpack_from("<3i", state, tokens) == tuple(PROMPTS[0])
+        struct.pack_into("<i", state, tokens + 4 * (n_waiting - 1), token)
+        self.refused(running, forged(bytes(state)), "damaged")
 
     def test_of_another_version(self, running: Running) -> None:
         state = bytearray(running.session.save(0))

@@ -257,14 +257,13 @@ class MtpSession(Handle):
         """All that the session and its contexts hold of a sequence, for :meth:`restore`.
 
         The sequence goes on undisturbed. What it holds grows with its length: per token a row of
-        KV cells of every layer, besides the recurrent state. What the MTP heads have not taken in
-        yet is decoded first.
+        KV cells of every layer, besides the recurrent state; and per token that the MTP heads have
+        not taken in yet a hidden row. Nothing is decoded.
 
         Raises:
             MtpStateError: a draft waits for accept, the target's last decode was not processed,
                 or the target was not truncated to what was accepted.
             MtpBadSequenceError: no such sequence.
-            DecodeError: the draft context could not be caught up; the sequence can go on.
         """
         native = self._native
         size = ffi.new("size_t *")
@@ -314,7 +313,6 @@ class MtpSession(Handle):
         Raises:
             MtpStateError: as :meth:`save`; or both are the same sequence.
             MtpBadSequenceError: no such sequence.
-            DecodeError: the draft context could not be caught up; ``source`` can go on.
         """
         native = self._native
         with self._lock:
