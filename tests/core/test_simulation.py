@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import astuple, replace
 
 from mtpbatch.exceptions import InternalError, InvalidParameterError, PromptTooLongError
 from mtpbatch.scheduler import Event, Scheduler
@@ -76,8 +77,8 @@ def per_pass(seconds: float) -> StepCost:
 class Recorder(Scheduler):
     """Notes down what goes in and out."""
 
-    def __init__(self, facts: ModelFacts) -> None:
-        super().__init__(facts)
+    def __init__(self, facts: ModelFacts, snapshot_bytes: int = 0) -> None:
+        super().__init__(facts, snapshot_bytes)
         self.added: list[Sequence] = []
         self.log: list[object] = []
 
@@ -88,7 +89,9 @@ class Recorder(Scheduler):
     def schedule(self, now: float) -> Plan | None:
         plan = super().schedule(now)
         if plan is not None:
-            self.log.append((now, plan))
+            # Which tokens a paused request is fed again is not played.
+            entries = tuple(replace(e, tokens=(0,) * len(e.tokens)) for e in plan.entries)
+            self.log.append((round(now, 6), replace(plan, entries=entries)))
         return plan
 
     def update(self, result: StepResult, now: float) -> list[Event]:
@@ -97,9 +100,10 @@ class Recorder(Scheduler):
             (len(e.token_ids), e.n_drafted, e.n_accepted, e.finish_reason) for e in result.entries
         ]
         self.log.append(
-            (now, result.plan, outcomes, result.n_target_tokens, result.n_draft_decodes)
+            (round(now, 6), result.plan, outcomes, result.n_target_tokens, result.n_draft_decodes)
         )
-        self.log += [event.completion.timings for event in events if event.completion]
+        ended = [event.completion.timings for event in events if event.completion]
+        self.log += [[round(seconds, 6) for seconds in astuple(timings)] for timings in ended]
         return events
 
 
@@ -116,15 +120,20 @@ class LuckyBackend(ScriptedBackend):
         luck, place = self._luck[sequence.ticket]
         return luck.needs[(place + sequence.n_generated) % N_LUCK] < 1.0
 
-    def _step(self) -> StepResult:
-        result = super()._step()
+    def _begins(self) -> bool:
+        opened = self._standing is not None and not self._stepped
+        return opened or super()._begins()  # once it is opened, its step has begun
+
+    def _result(self, *arguments: Any) -> StepResult:
         self.ends.append(self.clock())
-        return result
+        return super()._result(*arguments)
 
 
-def play_step_by_step(backend: LuckyBackend, requests: list[Sequence]) -> list[object]:
+def play_step_by_step(
+    backend: LuckyBackend, requests: list[Sequence], snapshot_bytes: int
+) -> list[object]:
     """What the engine would do, in the words of its loop, with the time of each result at hand."""
-    scheduler = Recorder(backend.facts)
+    scheduler = Recorder(backend.facts, snapshot_bytes)
     to_come = sorted(requests, key=lambda s: s.submitted)
 
     def plan(now: float) -> None:
@@ -132,7 +141,8 @@ def play_step_by_step(backend: LuckyBackend, requests: list[Sequence]) -> list[o
             backend.exchange(plan, wait=False)
 
     def under_way() -> bool:
-        return len(backend.ends) > n_results or backend._begins()
+        begins = backend._begins()  # a plan without steps may have a result at once
+        return begins or len(backend.ends) > n_results
 
     n_results = 0
     while to_come or under_way():
@@ -164,6 +174,8 @@ def play_step_by_step(backend: LuckyBackend, requests: list[Sequence]) -> list[o
     rate=st.sampled_from([1.0, 4.0, 20.0]),
     variation=st.sampled_from([0.5, 1.0, 3.0]),
     streaming=st.booleans(),
+    n_cells=st.sampled_from([256, 300, 1024]),
+    snapshot_bytes=st.sampled_from([0, 60_000, 10_000_000]),
     seed=st.integers(0, 1000),
 )
 @settings(max_examples=60, deadline=None)
@@ -175,13 +187,15 @@ def test_it_does_what_the_scripted_model_does_step_by_step(
     rate: float,
     variation: float,
     streaming: bool,
+    n_cells: int,
+    snapshot_bytes: int,
     seed: int,
 ) -> None:
     """The same plans, results and ends at the same times."""
     drafts = Drafts(acceptance=acceptance, falloff=1.0)
     kinds = [
         RequestKind(
-            prompt=Uniform(1, 60), answer=Uniform(1, 30), drafts=drafts, streaming=streaming
+            prompt=Uniform(1, 120), answer=Uniform(1, 60), drafts=drafts, streaming=streaming
         ),
         RequestKind(prompt=Fixed(1), answer=Fixed(1), drafts=drafts, priority=-3, deadline=9.0),
     ]
@@ -189,7 +203,7 @@ def test_it_does_what_the_scripted_model_does_step_by_step(
     recorders: list[Recorder] = []
 
     def recorder(facts: ModelFacts) -> Recorder:
-        recorders.append(Recorder(facts))
+        recorders.append(Recorder(facts, snapshot_bytes))
         return recorders[-1]
 
     with pytest.MonkeyPatch.context() as patch:
@@ -197,7 +211,7 @@ def test_it_does_what_the_scripted_model_does_step_by_step(
         simulate(
             OpenLoop(steady(rate), variation),
             kinds,
-            facts(n_seq=n_seq, n_batch=n_batch, n_ubatch=n_batch),
+            facts(n_seq=n_seq, n_batch=n_batch, n_ubatch=n_batch, n_cells=n_cells),
             per_pass(STEP),
             n_requests=20,
             speculation=speculation,
@@ -205,9 +219,9 @@ def test_it_does_what_the_scripted_model_does_step_by_step(
             seed=seed,
         )
     [simulated] = recorders
-    backend = LuckyBackend(luck, n_seq=n_seq, n_batch=n_batch)
+    backend = LuckyBackend(luck, n_seq=n_seq, n_batch=n_batch, n_cells=n_cells)
     requests = [again(sequence) for sequence in simulated.added]
-    assert simulated.log == play_step_by_step(backend, requests)
+    assert simulated.log == play_step_by_step(backend, requests, snapshot_bytes)
 
 
 def noting(luck: dict[int, tuple[Luck, int]]) -> Any:
@@ -232,7 +246,7 @@ def again(sequence: Sequence) -> Sequence:
         wish=sequence.wish,
         n_draft_max=3,
         followed=sequence.followed,
-        assembler=TextAssembler([b""] * 256),
+        assembler=TextAssembler([b""] * 512),
         submitted=sequence.submitted,
     )
 

@@ -329,14 +329,22 @@ class SimulatedExecutor:
     def _draft_what_pays(self, terms: Terms) -> _Drafts:
         """As ``Session::draft`` does it: whoever is selective drafts on while that pays."""
         going = self._going
-        drafts = _Drafts([0] * len(going), [], on_terms=True)
-        limits = [min(entry.n_draft, played.remaining - 1) for _, entry, played in going]
-        drafting = [i for i, limit in enumerate(limits) if limit]
-        acceptance = terms.greedy + terms.sampled
+        limits = []
+        drafting = []
         n_waiting = 0
-        for limit, (_, _, played) in zip(limits, going, strict=True):
-            n_waiting += played.waiting if limit else 0
-            played.waiting = 0 if limit else played.waiting + 1
+        for i, (_, entry, played) in enumerate(going):
+            limit = entry.n_draft
+            if limit >= played.remaining:
+                limit = played.remaining - 1
+            limits.append(limit)
+            if limit:
+                drafting.append(i)
+                n_waiting += played.waiting
+                played.waiting = 0
+            else:
+                played.waiting += 1
+        drafts = _Drafts([0] * len(going), [], on_terms=bool(drafting))
+        acceptance = terms.greedy + terms.sampled
         # Where each length is a pass, all go equally deep and are cut afterwards.
         level = self._facts.recurrent
         while drafting:
