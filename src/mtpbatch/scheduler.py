@@ -203,8 +203,8 @@ class Scheduler:
 
         chunks: list[tuple[Sequence, tuple[int, ...]]] = []
         spare = budget  # rows for the drafts of these when the plan is repeated
-        if entries and (most := self._speculator.costs.chunk) is not None:
-            budget = min(budget, most)
+        if entries:
+            budget = min(budget, self._chunk_beside(len(entries)))
         for sequence in self._prompting:
             chunks.append((sequence, sequence.take_chunk(budget + 1)))
             budget -= len(chunks[-1][1]) - 1
@@ -420,6 +420,18 @@ class Scheduler:
             and self._in_flight[-1].plan.followed
             and not any(sequence.followed for sequence in self._running.values())
         )
+
+    def _chunk_beside(self, n_generating: int) -> int:
+        """Most rows of prompts in a step in which so many sequences generate.
+
+        If somebody follows, they are not to wait long; but the more prompts there are to one that
+        generates, the longer. Otherwise a full pass, with which no time is lost.
+        """
+        if not any(sequence.followed for sequence in self._running.values()):
+            return self._facts.n_ubatch
+        n_ids = len(self._free) + len(self._prompting)
+        n_prompts = min(len(self._waiting) + len(self._prompting), n_ids)
+        return self._speculator.costs.chunk(self._facts.n_ubatch, n_prompts / n_generating)
 
     def _take_vacated(self) -> tuple[tuple[int, ...], tuple[Save, ...], tuple[Park, ...]]:
         """Ids for the plan to release, what it saves of them before, and whom it parks.

@@ -164,16 +164,17 @@ class CostModel:
         self.overhead = 0.0
         self.step = 0.0
 
-    @property
-    def chunk(self) -> int | None:
-        """Rows of prompts in a step beside sequences that generate; ``None``: any number.
+    def chunk(self, most: int, prompts: float) -> int:
+        """Rows of prompts in a step beside sequences that generate, to each of which there are so
+        many prompts.
 
-        These wait twice as long as without them, and then once more, at most; or for the rows
-        that a pass must have to be worth it.
+        With few of these they take two more steps' time, or that of the rows that a pass must have
+        to be worth it.
         """
         if not self.prompt_row or not self.step:
-            return None
-        return max(self._LEAST_CHUNK, int(self._CHUNK_STEPS * self.step / self.prompt_row))
+            return most
+        rows = int(self._CHUNK_STEPS * (1 + prompts) * self.step / self.prompt_row)
+        return min(most, max(self._LEAST_CHUNK, rows))
 
     def observe(self, result: StepResult, lengths: Items[int], n_prompt: int) -> None:
         """Take in a step.

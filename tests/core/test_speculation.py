@@ -300,11 +300,13 @@ def test_before_anything_was_timed_it_drafts_as_deep_as_it_can() -> None:
 
 def test_chunks_of_prompts_follow_from_what_a_step_and_a_row_take() -> None:
     costs = Speculator(facts(3)).costs
-    assert costs.chunk is None
+    assert costs.chunk(512, 0.1) == 512
     for _ in range(100):
         costs.observe(step(8), [8, 0, 0, 0], 0)  # 17.5 ms
-        costs.observe(step(108), [8, 0, 0, 0], 100)  # of prompts: 1.5 ms each
-    assert costs.chunk is None or 20 <= costs.chunk <= 40
+        costs.observe(step(108), [8, 0, 0, 0], 100)  # 1.5 ms for each row of a prompt
+    assert costs.chunk(512, 0.0) == 32
+    assert costs.chunk(512, 2.0) == pytest.approx(3 * 2 * 17.5 / 1.5, rel=0.2)
+    assert costs.chunk(512, 100.0) == 512
 
 
 @settings(max_examples=50)
