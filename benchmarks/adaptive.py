@@ -8,13 +8,16 @@ at; 1 to 32 clients, each of which sends its next request when its last one ends
 and go: one by one up to the most and back, and between few and many. Answers have different
 lengths, so that requests do not stay in step with each other.
 
-In every round each variant runs once, in a process that exists only then, so that the adaptive one
-begins each time without knowing anything. Ratios are taken within a round; what counts is the
-median over rounds, with the least and the greatest beside it. Keep the machine quiet.
+Each depth has an engine in a process of its own, which all exist for a round, so that the adaptive
+one begins each round without knowing anything. For each text and number of clients all of them are
+measured in turn, one right after the other: a machine whose speed drifts hurts them alike. Ratios
+are taken within a round; what counts is the median over rounds, with the least and the greatest
+beside it. Keep the machine quiet.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import subprocess
@@ -25,6 +28,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias
 
 import anyio
+import anyio.to_thread
 import msgspec
 from msgspec import Struct
 
@@ -50,26 +54,23 @@ class Shape(Struct, frozen=True):
     """Clients, and seconds."""
 
 
-class Task(Struct, frozen=True):
-    """What a process measures, which gets it as JSON in its one argument."""
+class Setup(Struct, frozen=True):
+    """A process's engine; it comes as JSON in the one argument."""
 
     model: str
     depth: Depth
     n_draft_max: int
+    n_seq: int
     threads: int
-    texts: list[Text]
-    concurrency: list[int]
-    shapes: dict[str, Shape]
     tokens: int
 
 
-class Outcome(Struct, frozen=True):
-    """What it writes at its end: tokens per second."""
+class Job(Struct, frozen=True):
+    """What a process is to measure next; it comes as a line of JSON."""
 
-    steady: dict[str, dict[int, float]]
-    """By text and clients."""
-    changing: dict[str, list[float]]
-    """By shape: of each stage."""
+    text: Text
+    stages: tuple[tuple[int, float], ...]
+    """Clients and seconds, one stage after another. 0 seconds: until a client has had its turns."""
 
 
 class Requests:
@@ -81,15 +82,18 @@ class Requests:
         self._depth = depth
         self._tokens = tokens
         self._n = 0
-        self.generated = 0
-        """Tokens, of requests that have ended."""
+
+    @property
+    def generated(self) -> int:
+        """Tokens so far, also of requests that have not ended."""
+        return self._engine.stats().generated_tokens
 
     async def send(self) -> None:
         """One request, to its end."""
         n, self._n = self._n, self._n + 1
         text = TEXTS[n % 4] if self._text == "mixed" else self._text
         prompt = 3 * _REFRAIN if text == "repetitive" else PROMPTS[n % len(PROMPTS)]
-        done = await self._engine.generate(
+        await self._engine.generate(
             prompt,
             max_tokens=int(self._tokens * _SHARE[n % len(_SHARE)]),
             ignore_eos=True,
@@ -98,7 +102,6 @@ class Requests:
             speculation=self._depth,
             reuse_prefix=False,
         )
-        self.generated += len(done.token_ids)
 
 
 async def steady(requests: Requests, clients: int) -> float:
@@ -110,11 +113,11 @@ async def steady(requests: Requests, clients: int) -> float:
             await requests.send()
         scope.cancel()  # the first to be done ends it for all: nobody is measured alone
 
-    begin = time.perf_counter()
+    before, begin = requests.generated, time.perf_counter()
     async with anyio.create_task_group() as group:
         for _ in range(clients):
             group.start_soon(client, group.cancel_scope)
-    return requests.generated / (time.perf_counter() - begin)
+    return (requests.generated - before) / (time.perf_counter() - begin)
 
 
 async def changing(requests: Requests, stages: Sequence[tuple[int, float]]) -> list[float]:
@@ -139,47 +142,99 @@ async def changing(requests: Requests, stages: Sequence[tuple[int, float]]) -> l
                 if number not in working:
                     working.add(number)
                     group.start_soon(keep, number)
-            before, begin = requests._engine.stats().generated_tokens, time.perf_counter()
+            before, begin = requests.generated, time.perf_counter()
             await anyio.sleep(seconds)
-            after = requests._engine.stats().generated_tokens
-            speeds.append((after - before) / (time.perf_counter() - begin))
+            speeds.append((requests.generated - before) / (time.perf_counter() - begin))
         group.cancel_scope.cancel()
     return speeds
 
 
-async def run(task: Task) -> Outcome:
-    most = max(*task.concurrency, *(c for s in task.shapes.values() for c, _ in s.stages))
+async def serve(setup: Setup) -> None:
+    """Measure what the lines of the standard input ask for; figures go to the standard output."""
     async with mtpbatch.Engine.open(
-        task.model,
-        n_seq=most,
+        setup.model,
+        n_seq=setup.n_seq,
         n_ctx=N_CTX,
-        n_draft_max=task.n_draft_max,
-        n_threads=task.threads,
+        n_draft_max=setup.n_draft_max,
+        n_threads=setup.threads,
     ) as engine:
-        speeds: dict[str, dict[int, float]] = {}
-        for text in task.texts:
-            speeds[text] = {
-                clients: await steady(Requests(engine, text, task.depth, task.tokens), clients)
-                for clients in task.concurrency
-            }
-        return Outcome(
-            speeds,
-            {
-                name: await changing(
-                    Requests(engine, "mixed", task.depth, task.tokens), shape.stages
-                )
-                for name, shape in task.shapes.items()
-            },
+        while line := await anyio.to_thread.run_sync(sys.stdin.readline):
+            job = msgspec.json.decode(line, type=Job)
+            requests = Requests(engine, job.text, setup.depth, setup.tokens)
+            [(clients, seconds), *more] = job.stages
+            if seconds or more:
+                speeds = await changing(requests, job.stages)
+            else:
+                speeds = [await steady(requests, clients)]
+            print(msgspec.json.encode(speeds).decode(), flush=True)
+
+
+class Process:
+    """An engine of one depth, in a process of its own."""
+
+    def __init__(self, setup: Setup) -> None:
+        command = [sys.executable, "-m", __spec__.name, "--serve"]
+        self._process = subprocess.Popen(
+            [*command, msgspec.json.encode(setup).decode()],
+            cwd=_ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
 
+    def measure(self, job: Job) -> list[float]:
+        """Tokens per second of each stage."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(msgspec.json.encode(job).decode() + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"a process ended with {self._process.wait()}")
+        return msgspec.json.decode(line, type=list[float])
 
-def in_process(task: Task) -> Outcome:
-    """Measure in a process of its own."""
-    command = [sys.executable, "-m", __spec__.name, "--task", msgspec.json.encode(task).decode()]
-    done = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True)
-    if done.returncode != 0:
-        raise RuntimeError(done.stderr)
-    return msgspec.json.decode(done.stdout, type=Outcome)
+    def end(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+class Outcome(Struct):
+    """What was measured of one depth in one round: tokens per second."""
+
+    steady: dict[str, dict[int, float]] = {}
+    """By text and clients."""
+    changing: dict[str, list[float]] = {}
+    """By shape: of each stage."""
+
+
+def one_round(
+    model: Path, depths: Sequence[Depth], options: argparse.Namespace
+) -> dict[Depth, Outcome]:
+    """Measure all depths, in turn at each load."""
+    changes = shapes(max(options.concurrency), options.stage)
+    most = max(*options.concurrency, *(c for stages in changes.values() for c, _ in stages))
+    n_draft_max = max(options.depths)
+    processes = {
+        depth: Process(
+            Setup(str(model.resolve()), depth, n_draft_max, most, options.threads, options.tokens)
+        )
+        for depth in depths
+    }
+    outcomes = {depth: Outcome() for depth in depths}
+    try:
+        for text in options.texts:
+            for clients in options.concurrency:
+                for depth, process in processes.items():
+                    [speed] = process.measure(Job(text, ((clients, 0.0),)))
+                    outcomes[depth].steady.setdefault(text, {})[clients] = speed
+        for name, stages in changes.items():
+            for depth, process in processes.items():
+                outcomes[depth].changing[name] = process.measure(Job("mixed", stages))
+    finally:
+        for process in processes.values():
+            process.end()
+    return outcomes
 
 
 class Comparison:
@@ -237,14 +292,14 @@ class Comparison:
         return median[ADAPTIVE] / max(median[depth] for depth in self._fixed)
 
 
-def shapes(most: int, seconds: float) -> dict[str, Shape]:
+def shapes(most: int, seconds: float) -> dict[str, tuple[tuple[int, float], ...]]:
     """Up to the most clients and back, and to and fro between few and many."""
     levels = [1, 2, 4, 8, 16, 32, 16, 8, 4, 2, 1]
     few, many = 2, 24
     return {
-        f"1 to {most} to 1": Shape(tuple((min(level, most), seconds) for level in levels)),
-        f"{few} and {min(many, most)} in turn": Shape(
-            tuple((min(level, most), 2 * seconds) for level in (few, many) * 3)
+        f"1 to {most} to 1": tuple((min(level, most), seconds) for level in levels),
+        f"{few} and {min(many, most)} in turn": tuple(
+            (min(level, most), 2 * seconds) for level in (few, many) * 3
         ),
     }
 
@@ -267,23 +322,9 @@ def main() -> None:
         depths: list[Depth] = [*options.depths, ADAPTIVE]
         outcomes: dict[Depth, list[Outcome]] = {depth: [] for depth in depths}
         for turn in range(options.rounds):
-            for depth in depths:
-                begin = time.perf_counter()
-                outcome = in_process(
-                    Task(
-                        str(model.resolve()),
-                        depth,
-                        max(options.depths),
-                        options.threads,
-                        list(options.texts),
-                        options.concurrency,
-                        shapes(max(options.concurrency), options.stage),
-                        options.tokens,
-                    )
-                )
+            print(f"{model.name}, round {turn + 1} of {options.rounds}", file=sys.stderr)
+            for depth, outcome in one_round(model, depths, options).items():
                 outcomes[depth].append(outcome)
-                took = time.perf_counter() - begin
-                print(f"{model.name}, round {turn + 1}, {depth}: {took:.0f} s", file=sys.stderr)
         comparison = Comparison(outcomes)
         figures[model.name] = msgspec.to_builtins({str(d): o for d, o in outcomes.items()})
         text += f"\n\n## {model.name}\n\n{comparison.steady()}\n\n{comparison.changing()}"
@@ -293,8 +334,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--task"]:
-        outcome = anyio.run(run, msgspec.json.decode(sys.argv[2], type=Task))
-        print(msgspec.json.encode(outcome).decode())
+    if sys.argv[1:2] == ["--serve"]:
+        anyio.run(serve, msgspec.json.decode(sys.argv[2], type=Setup))
     else:
         main()

@@ -413,12 +413,13 @@ class Speculator:
     they are known. Of depths that are nearly as good the present one stays. What would have to be
     known to be sure, how long a step of another depth takes and how much would be accepted, is
     tried out with a few sequences for a step or two: each depth at first, and then ever more
-    rarely. What that is expected to lose is at most a hundredth of the time.
+    rarely, until twice or half as many sequences run. What that is expected to lose is at most a
+    hundredth of the time.
 
     State: ``costs``, ``calibration`` and ``everybody``'s habit, which results change through
     :meth:`observe`; and through :meth:`review` the ``choice`` in force, ``_credit``, seconds that
-    trials may still lose, and for each depth ``_next_trial``, in steps so far, and ``_pause``,
-    steps from that to the one after.
+    trials may still lose, for each depth ``_next_trial``, in steps so far, and ``_pause``, steps
+    from that to the one after, and ``_n_for_trials``, the sequences that all these are for.
     """
 
     _STEPS: Final = 8  # between reviews, while about as many sequences run
@@ -441,12 +442,11 @@ class Speculator:
         chances = self.calibration.chances
         terms = Terms(0.0, 0.0, 0.0, 0.0, chances[:N_CONFIDENCES], chances[N_CONFIDENCES:])
         self.choice = Choice(facts.n_draft_max, terms)
-        self._next_trial = [0] * len(self._depths)
-        self._pause = [self._PAUSES[0]] * len(self._depths)
         self._credit = math.inf
         self._n_steps = 0
         self._n_steps_reviewed = 0
         self._n_reviewed = 0  # sequences at the last review
+        self._try_all_anew(0)
 
     def new_habit(self, n_prompt: int) -> Habit:
         """For a sequence that begins, with a prompt of so many tokens."""
@@ -562,6 +562,8 @@ class Speculator:
         self, choice: Choice, outlook: _Outlook, sequences: Iterable[Drafter]
     ) -> Choice:
         """The choice, with another depth to try out if one is due and can be afforded."""
+        if not 0.5 <= self._n_reviewed / max(1, self._n_for_trials) <= 2:
+            self._try_all_anew(self._n_reviewed)
         due = [
             d for d in self._depths if self._n_steps >= self._next_trial[d] and d != choice.depth
         ]
@@ -589,6 +591,12 @@ class Speculator:
                 on_trial = frozenset(s.request_id for s in subjects)
                 return msgspec.structs.replace(choice, trial=depth, on_trial=on_trial)
         return choice
+
+    def _try_all_anew(self, n_sequences: int) -> None:
+        """What was learnt was learnt with so many fewer or more."""
+        self._n_for_trials = n_sequences
+        self._next_trial = [self._n_steps] * len(self._depths)
+        self._pause = [self._PAUSES[0]] * len(self._depths)
 
 
 def _prices(terms: Terms) -> tuple[float, ...]:

@@ -60,4 +60,4 @@ async def test_none_pass_for_who_was_cancelled_before(
         keep_the_gil()
         done = await deltas
     assert done.finish_reason == "abort"
-    assert max(exchanged) < 100
+    assert max(exchanged) < 500
