@@ -64,7 +64,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """One pool of KV cells for all sequences, instead of an equal share for each. Always equal
     shares where a model with sliding-window attention or with chained heads drafts."""
     speculation: Speculation = "auto"
-    """Draft depth of requests that do not say: 0 off, n a fixed depth, "auto" n_draft_max."""
+    """Draft depth of requests that do not say: 0 off, n a fixed depth, "auto" as deep as pays, at
+    most n_draft_max."""
 
     def __post_init__(self) -> None:
         if isinstance(self.speculation, int) and self.speculation > self.n_draft_max:
@@ -101,7 +102,8 @@ class SamplingParams(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     ignore_eos: bool = False
     """Go on after the model's end-of-generation tokens."""
     speculation: Speculation | None = None
-    """Draft depth of this request: 0 off, n fixed, "auto"; None: as the engine's config says."""
+    """Draft depth of this request: 0 off, n fixed, "auto" as deep as pays; None: as the engine's
+    config says."""
     priority: Annotated[int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0
     """Who waits goes first the lower this is. One less is worth 10 seconds of waiting, so that a
     request of high number has its turn as well. Equal ones: first come, first served."""

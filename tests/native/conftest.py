@@ -33,3 +33,19 @@ def dense(dense_path: Path) -> Iterator[Model]:
     """An attention-only model without MTP heads."""
     with Model(dense_path) as model:
         yield model
+
+
+@pytest.fixture(scope="session")
+def demo(demo_f32_path: Path) -> Iterator[Model]:
+    """The real hybrid model."""
+    with Model(demo_f32_path) as model:
+        yield model
+
+
+@pytest.fixture(scope="session")
+def glm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
+    """Attention alone, and an MTP head."""
+    path = tmp_path_factory.mktemp("models") / "glm.gguf"
+    random_model.write_random_glm4moe(path, vocab=300, mix=0.3)
+    with Model(path) as model:
+        yield model

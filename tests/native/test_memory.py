@@ -63,22 +63,6 @@ class Setting(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def demo(demo_f32_path: Path) -> Iterator[Model]:
-    """The real hybrid model."""
-    with Model(demo_f32_path) as model:
-        yield model
-
-
-@pytest.fixture(scope="module")
-def glm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
-    """Attention alone, and an MTP head."""
-    path = tmp_path_factory.mktemp("models") / "glm.gguf"
-    random_model.write_random_glm4moe(path, vocab=300, mix=0.3)
-    with Model(path) as model:
-        yield model
-
-
-@pytest.fixture(scope="module")
 def chain(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
     """MTP heads that take turns, and a sliding window that texts outgrow."""
     path = tmp_path_factory.mktemp("models") / "chain.gguf"

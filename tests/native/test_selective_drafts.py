@@ -11,8 +11,7 @@ import itertools
 import math
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import msgspec
@@ -21,7 +20,6 @@ import pytest
 from numpy.typing import NDArray
 
 import loops
-import random_model
 from mtpbatch.exceptions import InternalError
 from mtpbatch.native import Context, DraftRequest, Executor, Model, MtpSession
 from mtpbatch.types import (
@@ -48,22 +46,6 @@ SAMPLED = SamplingParams(temperature=0.7)
 MIXED = (GREEDY, SAMPLED, SamplingParams(temperature=1.0, top_k=20), GREEDY)
 CERTAIN = (1.0,) * N_CONFIDENCES
 NO_PRICE = Terms(0.0, 0.0, 0.0, 0.0, CERTAIN, CERTAIN)
-
-
-@pytest.fixture(scope="module")
-def demo(demo_f32_path: Path) -> Iterator[Model]:
-    """The real hybrid model."""
-    with Model(demo_f32_path) as model:
-        yield model
-
-
-@pytest.fixture(scope="module")
-def glm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Model]:
-    """Attention alone, and an MTP head."""
-    path = tmp_path_factory.mktemp("models") / "glm.gguf"
-    random_model.write_random_glm4moe(path, vocab=300, mix=0.3)
-    with Model(path) as model:
-        yield model
 
 
 @pytest.fixture(params=["demo", "glm"])
