@@ -523,10 +523,14 @@ class Engine:
             if plan is not None:
                 self._stats = scheduler.stats
             # With a plan on its way there may be another one to make; without, it is time to wait.
-            for result in backend.exchange(plan, wait=plan is None):
-                events = scheduler.update(result, self._clock())
+            results = backend.exchange(plan, wait=plan is None)
+            events: list[Event] = []
+            for result in results:
+                of_step = scheduler.update(result, self._clock())
                 if result.error is not None:
-                    log.warning("step.failed", requests=len(events), error=str(result.error))
+                    log.warning("step.failed", requests=len(of_step), error=str(result.error))
+                events += of_step
+            if results:
                 self._deliver(scheduler, events)
         everyone = [request_id for request_id, _ in self._requests()]
         self._deliver(scheduler, self._abort(scheduler, everyone))

@@ -687,6 +687,7 @@ class Scheduler:
             self._forgotten.append(sequence.ticket)
             self._snapshots.drop(parked.snapshot)
         elif request_id in self._running:
+            self._speculator.learn(sequence.habit)
             self._save_at_end(sequence)
             self._released.append(_id(sequence))
             self._stop_running(sequence)

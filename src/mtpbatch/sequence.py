@@ -248,7 +248,8 @@ class Sequence:
             if self._assembler.stopped:
                 kept, reason = kept[:n_taken], "stop"
                 accepted = min(accepted, n_taken)
-        self.habit.note(min(entry.n_draft, self.remaining - 1), result.n_drafted, accepted)
+        if repeated or not entry.tokens:  # else it was prompt, of which nothing is drafted
+            self.habit.note(min(entry.n_draft, self.remaining - 1), result.n_drafted, accepted)
         self.token_ids += kept
         if reason is not None:
             # A last token that was drafted has been through the model; a sampled one has not.

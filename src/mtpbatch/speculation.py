@@ -80,32 +80,36 @@ def _refusal(wish: int, facts: ModelFacts) -> str:
 class Cost:
     """Seconds that a decode takes: so much for a pass, and so much for each of its rows.
 
-    Follows what decodes took as a Kalman filter does, with the logarithms of the seconds of a pass
-    and of a row's share in them as its state. So it knows what it cannot tell from decodes of
-    always the same size, and takes it up quickly when other sizes come: a machine that becomes
-    slower changes the pass, and the row with it; the share changes slowly.
+    Follows what decodes took as a Kalman filter does, with the logarithm of the seconds of a pass
+    and the root of a row's share in them as its state. So it knows what it cannot tell from decodes
+    of always the same size, and takes it up quickly when other sizes come: a machine that becomes
+    slower changes the pass, and the row with it; the share changes slowly. (With the share itself,
+    steps towards a small one overshoot; with its logarithm, a small one never grows again.)
 
-    State: ``_pass`` and ``_share``; what of them is uncertain, as variances and covariance of
-    their logarithms; and ``_noise``, how much observations scatter, in the same way.
+    State: ``_pass`` and ``_root``; what of them is uncertain, as variances and covariance of
+    the logarithm and the root; and ``_noise``, how much the logarithms of observations scatter.
     :meth:`observe` changes them.
     """
 
+    _FIRST_ROOT: Final = 0.35  # a share of an eighth
+    _LEAST_ROOT: Final = 1 / 64
     _LEAST_NOISE: Final = 1e-3  # about 3 %
     _NOISE_PACE: Final = 0.05
-    _DRIFT: Final = (2e-3, 2e-4)  # what the variances of pass and share grow by with each
-    _FIRST: Final = (25.0, 2.0)  # what they are before the first: anything; a factor of 4
+    _DRIFT: Final = (2e-3, 2e-4)  # what variances grow by with each; of the root, in units of it
+    _LEAST_DRIFTING: Final = 0.2  # as if the root was not smaller
     _SURPRISE: Final = 0.7  # at most, of a logarithm: a step in which the machine did other things
 
     def __init__(self) -> None:
         self._pass = 0.0  # 0: nothing was observed
-        self._share = 1 / 8
-        self._var_pass, self._var_share = self._FIRST
+        self._root = self._FIRST_ROOT
+        self._var_pass = 25.0  # it may be anything
+        self._var_root = 0.5 * self._FIRST_ROOT**2
         self._covar = 0.0
         self._noise = 0.02  # about 14 %
 
     def of(self, passes: float, rows: float) -> float:
         """Seconds of so many passes, with so many rows in all."""
-        return self._pass * (passes + self._share * rows)
+        return self._pass * (passes + self._root**2 * rows)
 
     @property
     def per_pass(self) -> float:
@@ -115,44 +119,50 @@ class Cost:
     @property
     def per_row(self) -> float:
         """Seconds."""
-        return self._pass * self._share
+        return self._pass * self._root**2
 
     def observe(self, passes: int, rows: int, seconds: float) -> None:
         """Take in how long so many passes took, with so many rows in all; 0 says nothing."""
         if seconds <= 0:
             return
+        root = self._root
+        in_passes = passes + root**2 * rows
         if not self._pass:
-            self._pass = seconds / (passes + self._share * rows)
-        in_rows = self._share * rows
-        weight = in_rows / (passes + in_rows)  # of the share in the logarithm of the seconds
-        surprise = math.log(seconds / self.of(passes, rows))
+            self._pass = seconds / in_passes
+        weight = 2 * root * rows / in_passes  # of the root in the logarithm of the seconds
+        surprise = math.log(seconds / (self._pass * in_passes))
         surprise = min(max(surprise, -self._SURPRISE), self._SURPRISE)
-        drift_pass, drift_share = self._DRIFT
-        self._var_pass += drift_pass
-        self._var_share += drift_share
-        with_pass = self._var_pass + weight * self._covar
-        with_share = self._covar + weight * self._var_share
         self._noise += self._NOISE_PACE * (surprise * surprise - self._noise)
         noise = max(self._noise, self._LEAST_NOISE)
-        variance = with_pass + weight * with_share + noise
-        gain_pass, gain_share = with_pass / variance, with_share / variance
+        drift_pass, drift_root = self._DRIFT
+        self._var_pass += drift_pass
+        self._var_root += drift_root * max(root, self._LEAST_DRIFTING) ** 2
+        with_pass = self._var_pass + weight * self._covar
+        with_root = self._covar + weight * self._var_root
+        variance = with_pass + weight * with_root + noise
+        gain_pass, gain_root = with_pass / variance, with_root / variance
         self._pass *= math.exp(gain_pass * surprise)
-        self._share *= math.exp(gain_share * surprise)
+        self._root = max(root + gain_root * surprise, self._LEAST_ROOT)
         self._var_pass -= gain_pass * with_pass
-        self._var_share -= gain_share * with_share
-        self._covar -= gain_pass * with_share
+        self._var_root -= gain_root * with_root
+        self._covar -= gain_pass * with_root
 
 
 class CostModel:
     """How long the parts of a step take, learnt from the steps.
 
-    State: ``target`` and ``draft``, of their decodes; ``prompt_row``, seconds that a row of a
-    prompt adds to a step; ``overhead``, seconds of a step beside its decodes; ``step``, seconds
-    of a step without prompts, lately. :meth:`observe` changes them.
+    What passes between steps is left out: it goes with requests that begin and end, not with how
+    deep they draft.
+
+    State: ``target`` and ``draft``, of their decodes, and of sampling with the former;
+    ``prompt_row``, seconds that a row of a prompt adds to a step; ``step``, seconds of a step
+    without prompts, lately; ``_n_decoding`` sequences, with which the next step is undisturbed, and
+    the share of steps that are. :meth:`observe` changes them.
     """
 
     _PACE: Final = 0.1
     _CHUNK_STEPS: Final = 2  # steps' time that a chunk of a prompt may take
+    _ENOUGH: Final = 0.25  # of the steps undisturbed: the others need not count
     _LEAST_CHUNK: Final = 32  # rows: smaller ones take too many passes
 
     def __init__(self, facts: ModelFacts) -> None:
@@ -161,7 +171,8 @@ class CostModel:
         self.target = Cost()
         self.draft = Cost()
         self.prompt_row = 0.0
-        self.overhead = 0.0
+        self._n_decoding = 0
+        self._undisturbed = 0.0
         self.step = 0.0
 
     def chunk(self, most: int, prompts: float) -> int:
@@ -183,21 +194,32 @@ class CostModel:
         decoded one token. ``n_prompt`` rows were of prompts.
         """
         rows = sum(count * (1 + length) for length, count in enumerate(lengths))
-        if result.n_draft_decodes:
+        target_time = result.target_time + result.sample_time  # both go by rows
+        counts = self._is_undisturbed(sum(lengths), n_prompt)
+        if result.n_draft_decodes and counts:
             self.draft.observe(result.n_draft_decodes, result.n_draft_tokens, result.draft_time)
         if n_prompt:
             beside = self.target.of(self._passes(lengths, rows), rows)
-            row = max(0.0, result.target_time - beside) / n_prompt
+            row = max(0.0, target_time - beside) / n_prompt
             self.prompt_row += (row - self.prompt_row) * (self._PACE if self.prompt_row else 1)
-            if not self._recurrent:  # else it is not known in how many passes they went
+            if counts and not self._recurrent:  # else it is not known in how many passes they went
                 passes = -(-(rows + n_prompt) // self._n_ubatch)
-                self.target.observe(passes, rows + n_prompt, result.target_time)
-        elif rows:
-            self.target.observe(self._passes(lengths, rows), rows, result.target_time)
-            rest = result.sample_time + min(result.gap_time, result.target_time)
-            self.overhead += (rest - self.overhead) * self._PACE
-            step = result.draft_time + result.target_time + rest
+                self.target.observe(passes, rows + n_prompt, target_time)
+        elif rows and counts:
+            self.target.observe(self._passes(lengths, rows), rows, target_time)
+            step = result.draft_time + target_time
             self.step += (step - self.step) * (self._PACE if self.step else 1)
+
+    def _is_undisturbed(self, n_decoding: int, n_prompt: int) -> bool:
+        """Whether a step shows what its decodes take.
+
+        While it runs Python takes in the one before. Requests that began or ended in that are most
+        work, for the very processors on which the step runs, and just then it has fewer rows.
+        """
+        undisturbed = n_decoding == self._n_decoding
+        self._n_decoding = 0 if n_prompt else n_decoding
+        self._undisturbed += (undisturbed - self._undisturbed) * self._PACE
+        return undisturbed or self._undisturbed < self._ENOUGH
 
     def _passes(self, lengths: Items[int], rows: int) -> int:
         """Forward passes that the decodes of a step take."""
@@ -416,20 +438,23 @@ class Speculator:
     rarely, until twice or half as many sequences run. What that is expected to lose is at most a
     hundredth of the time.
 
-    State: ``costs``, ``calibration`` and ``everybody``'s habit, which results change through
-    :meth:`observe`; and through :meth:`review` the ``choice`` in force, ``_credit``, seconds that
-    trials may still lose, for each depth ``_next_trial``, in steps so far, and ``_pause``, steps
-    from that to the one after, and ``_n_for_trials``, the sequences that all these are for.
+    State: what :meth:`observe` learns from results: ``costs``, ``calibration``, ``everybody``'s
+    habit, and ``_n_lengths``, how many different lengths the drafts of a step have, by the
+    greatest of them. And what :meth:`review` decides: the ``choice`` in force, ``_credit``, seconds
+    that trials may still lose, for each depth ``_next_trial``, in steps so far, and ``_pause``,
+    steps from that to the one after, and ``_n_for_trials``, the sequences that all these are for.
     """
 
     _STEPS: Final = 8  # between reviews, while about as many sequences run
-    _FEW: Final = 0.1  # of them may come or go
+    _SECONDS: Final = 0.03  # of steps between reviews, too: they cost time
+    _FEW: Final = 0.25  # of them may come or go
     _STAYS: Final = 1.03  # how much better another depth must look
     _TRIALS: Final = 0.01  # of the time may be lost by trials
     _MOST_TRIALS: Final = 4  # steps' time that may be lost at a stretch, as at the beginning
     _TRIED_WITH: Final = 4  # sequences at most
     _WORTH_A_TRIAL: Final = 0.6  # of the best speed that a depth must promise
     _PAUSES: Final = (64, 1024)  # steps between trials of a depth, at first and in the end
+    _LENGTHS_PACE: Final = 0.02
     _SHARED_MEMORY: Final = 400.0  # steps of all sequences together
     _OWN_MEMORY: Final = 24.0  # steps of one
 
@@ -442,9 +467,11 @@ class Speculator:
         chances = self.calibration.chances
         terms = Terms(0.0, 0.0, 0.0, 0.0, chances[:N_CONFIDENCES], chances[N_CONFIDENCES:])
         self.choice = Choice(facts.n_draft_max, terms)
+        self._n_lengths = [float(depth > 0) for depth in self._depths]
         self._credit = math.inf
         self._n_steps = 0
         self._n_steps_reviewed = 0
+        self._since_review = 0.0
         self._n_reviewed = 0  # sequences at the last review
         self._try_all_anew(0)
 
@@ -466,20 +493,32 @@ class Speculator:
     def observe(self, result: StepResult, lengths: Items[int], n_prompt: int) -> None:
         """Take in a step: see :meth:`CostModel.observe`."""
         self.costs.observe(result, lengths, n_prompt)
+        longest = max((n for n, count in enumerate(lengths) if count), default=0)
+        n_lengths = sum(count > 0 for count in lengths[1:])
+        self._n_lengths[longest] += (n_lengths - self._n_lengths[longest]) * self._LENGTHS_PACE
         if result.trials:
             self.calibration.observe(result.trials)
-        self._credit += self._TRIALS * (result.target_time + result.draft_time)
+        seconds = result.draft_time + result.target_time + result.sample_time
+        self._credit += self._TRIALS * seconds
+        self._since_review += seconds
         self._n_steps += 1
+
+    def learn(self, habit: Habit) -> None:
+        """Take in the last steps of a sequence that has ended."""
+        habit.settle(self.everybody)
 
     def review(self, sequences: Collection[Drafter]) -> bool:
         """Choose anew if it is time to; whether the choice is another one now."""
         n_new = self._n_steps - self._n_steps_reviewed
-        enough = n_new >= (self._STEPS if self.choice.trial is None else 1)
+        enough = self.choice.trial is not None or (
+            n_new >= self._STEPS and self._since_review >= self._SECONDS
+        )
         change = abs(len(sequences) - self._n_reviewed)
         if not n_new or not (enough or change > self._FEW * self._n_reviewed):
             return False
         self._n_reviewed = len(sequences)
         self._n_steps_reviewed = self._n_steps
+        self._since_review = 0.0
         adaptive = False
         for sequence in sequences:
             adaptive = adaptive or sequence.wish.adaptive
@@ -528,22 +567,21 @@ class Speculator:
             outlook.rows += len(sequences)
             # A decode of less than a row happens that often.
             n_draft_decodes = sum(min(1.0, rows) for rows in outlook.draft_rows)
-            outlook.seconds = (
-                self.costs.overhead
-                + self.costs.target.of(self._passes(outlook), outlook.rows)
-                + self.costs.draft.of(n_draft_decodes, sum(outlook.draft_rows))
-            )
+            outlook.seconds = self.costs.target.of(
+                self._passes(outlook), outlook.rows
+            ) + self.costs.draft.of(n_draft_decodes, sum(outlook.draft_rows))
         return outlooks
 
     def _passes(self, outlook: _Outlook) -> float:
         """Passes of the target, as far as drafts make a difference."""
         if not self._recurrent or not outlook.n_drafting:
             return 1.0
-        # Drafts are cut to the same length, to none now and then. Who does not draft takes part
-        # in a pass of its own then.
+        # Drafts are cut to few lengths, to none now and then. Who does not draft takes part in a
+        # pass of its own then.
         share = outlook.n_verifying / outlook.n_drafting
         others = outlook.n_sequences - outlook.n_drafting
-        return 1 + share * min(1.0, others)
+        n_lengths = self._n_lengths[outlook.depth] if outlook.n_drafting > 1 else 1.0
+        return 1 + share * (min(1.0, others) + n_lengths - 1)
 
     def _terms(self, outlook: _Outlook) -> Terms:
         """The prices where a step is as an outlook says."""

@@ -10,7 +10,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from msgspec.structs import astuple, replace
 
@@ -177,6 +177,18 @@ def play_step_by_step(
     n_cells=st.sampled_from([256, 300, 1024]),
     snapshot_bytes=st.sampled_from([0, 60_000, 10_000_000]),
     seed=st.integers(0, 1000),
+)
+@example(  # a plan that releases only is opened before one that saves has had its step
+    n_seq=3,
+    n_batch=4,
+    speculation=0,
+    acceptance=0.0,
+    rate=4.0,
+    variation=0.5,
+    streaming=False,
+    n_cells=256,
+    snapshot_bytes=10_000_000,
+    seed=1,
 )
 @settings(max_examples=60, deadline=None)
 def test_it_does_what_the_scripted_model_does_step_by_step(

@@ -5,12 +5,21 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mtpbatch.exceptions import InvalidParameterError
-from mtpbatch.speculation import Calibration, Cost, DraftWish, Habit, Speculator, draft_wish
+from mtpbatch.speculation import (
+    Calibration,
+    Cost,
+    CostModel,
+    DraftWish,
+    Habit,
+    Speculator,
+    draft_wish,
+)
 from mtpbatch.testing import (
     ClosedLoop,
     Drafts,
@@ -107,6 +116,12 @@ def test_one_step_in_which_the_machine_did_something_else_changes_little() -> No
     cost = taught(Cost(), [4, 32], 300, a=5e-3, b=1e-3, noise=0.05)
     cost.observe(1, 4, 10.0)
     assert cost.of(1, 4) == pytest.approx(9e-3, rel=0.35)
+
+
+def test_a_row_may_turn_out_to_cost_much_though_it_seemed_to_cost_nothing() -> None:
+    cost = taught(Cost(), [8, 16], 2000, a=10e-3, b=0.0, noise=0.05)
+    taught(cost, [8, 16, 32], 200, a=5e-3, b=1e-3, noise=0.05)
+    assert cost.of(1, 32) == pytest.approx(37e-3, rel=0.2)
 
 
 @given(
@@ -277,6 +292,43 @@ def test_who_drafts_badly_is_left_out_while_others_draft() -> None:
         if turn > 200 and speculator.choice.trial is None:
             assert (wishes[0] == 3 and wishes[1] == 0) or speculator.choice.left_out == {"bad"}
     assert speculator.choice.left_out == {"bad"}
+
+
+def test_what_a_request_did_counts_though_it_ended_before_a_review() -> None:
+    speculator = Speculator(facts(1))
+    for _ in range(200):
+        habit = speculator.new_habit(10)
+        for _ in range(5):
+            habit.note(1, 1, 0)
+        speculator.learn(habit)
+    assert speculator.new_habit(10).gained[0] < 0.1
+
+
+def test_time_between_steps_says_nothing_of_how_deep_to_draft() -> None:
+    calm, hurried = CostModel(facts(3)), CostModel(facts(3))
+    for turn in range(100):
+        result = step(8 + 8 * (turn % 2))
+        calm.observe(result, [8, 0, 0, 0], 0)
+        hurried.observe(msgspec.structs.replace(result, gap_time=1.0), [8, 0, 0, 0], 0)
+    assert calm.target.of(1, 8) == hurried.target.of(1, 8)
+
+
+def test_steps_during_which_requests_are_taken_in_do_not_count() -> None:
+    """They have fewer rows, and are slow because Python works beside them."""
+    costs = CostModel(facts(3))
+    for turn in range(600):
+        costs.observe(step(8 + 8 * (turn % 2)), [8 * (turn % 2 == 0), 8 * (turn % 2), 0, 0], 0)
+    rows, passes = costs.target.per_row, costs.target.per_pass
+    for _ in range(300):
+        for _ in range(4):
+            costs.observe(step(8), [8, 0, 0, 0], 0)
+        costs.observe(step(16), [7, 0, 0, 0], 0)
+    assert costs.target.per_row == pytest.approx(rows, rel=0.05)
+    assert costs.target.per_pass == pytest.approx(passes, rel=0.05)
+    for _ in range(300):  # until there are no others
+        for n in (8, 7):
+            costs.observe(step(2 * n), [n, 0, 0, 0], 0)
+    assert costs.target.of(1, 8) == pytest.approx(COSTS["compute"]([16], [])[1], rel=0.1)
 
 
 def test_fixed_wishes_are_left_alone() -> None:

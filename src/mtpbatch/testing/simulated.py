@@ -210,7 +210,7 @@ class SimulatedExecutor:
             self._take(resume.seq_id, played)
         if plan.entries:
             self._stand(plan)
-        elif self._saved:
+        elif self._saved and _follows_a_step(plan):  # else a plan before it has still to report
             self._results.append(self._report(plan, _Drafts([], []), [], [], 0))
             self.reports = True
 
