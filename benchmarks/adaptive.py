@@ -8,16 +8,17 @@ at; 1 to 32 clients, each of which sends its next request when its last one ends
 and go: one by one up to the most and back, and between few and many. Answers have different
 lengths, so that requests do not stay in step with each other.
 
-Each depth has an engine in a process of its own, which all exist for a round, so that the adaptive
-one begins each round without knowing anything. For each text and number of clients all of them are
-measured in turn, one right after the other: a machine whose speed drifts hurts them alike. Ratios
-are taken within a round; what counts is the median over rounds, with the least and the greatest
-beside it. Keep the machine quiet.
+Each depth has an engine in a process of its own, all side by side; who is not measured is idle. For
+each text and number of clients they are measured in turn, for a short time and again in each round:
+a machine whose speed drifts hurts them alike. Ratios are taken within a round; what counts is the
+median over rounds, with the least and the greatest beside it. The adaptive engine has to find out
+about each text and number of clients in its first round. Keep the machine quiet.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -47,13 +48,6 @@ _TEMPERATURES = {"repetitive": 0.0, "prose": 0.0, "sampled": 1.0, "poor": 2.0}
 _SHARE = (0.5, 1.5, 0.75, 1.25, 1.0)  # of the usual length, one request after another
 
 
-class Shape(Struct, frozen=True):
-    """Clients over time: so many for so long, one stage after another."""
-
-    stages: tuple[tuple[int, float], ...]
-    """Clients, and seconds."""
-
-
 class Setup(Struct, frozen=True):
     """A process's engine; it comes as JSON in the one argument."""
 
@@ -70,7 +64,7 @@ class Job(Struct, frozen=True):
 
     text: Text
     stages: tuple[tuple[int, float], ...]
-    """Clients and seconds, one stage after another. 0 seconds: until a client has had its turns."""
+    """Clients and seconds, one stage after another."""
 
 
 class Requests:
@@ -104,23 +98,7 @@ class Requests:
         )
 
 
-async def steady(requests: Requests, clients: int) -> float:
-    """Tokens per second of a closed loop, while all clients are at work."""
-    turns = max(3, -(-10 // clients))
-
-    async def client(scope: anyio.CancelScope) -> None:
-        for _ in range(turns):
-            await requests.send()
-        scope.cancel()  # the first to be done ends it for all: nobody is measured alone
-
-    before, begin = requests.generated, time.perf_counter()
-    async with anyio.create_task_group() as group:
-        for _ in range(clients):
-            group.start_soon(client, group.cancel_scope)
-    return (requests.generated - before) / (time.perf_counter() - begin)
-
-
-async def changing(requests: Requests, stages: Sequence[tuple[int, float]]) -> list[float]:
+async def measure(requests: Requests, stages: Sequence[tuple[int, float]]) -> list[float]:
     """Tokens per second of each stage."""
     speeds = []
     wanted = 0
@@ -161,11 +139,7 @@ async def serve(setup: Setup) -> None:
         while line := await anyio.to_thread.run_sync(sys.stdin.readline):
             job = msgspec.json.decode(line, type=Job)
             requests = Requests(engine, job.text, setup.depth, setup.tokens)
-            [(clients, seconds), *more] = job.stages
-            if seconds or more:
-                speeds = await changing(requests, job.stages)
-            else:
-                speeds = [await steady(requests, clients)]
+            speeds = await measure(requests, job.stages)
             print(msgspec.json.encode(speeds).decode(), flush=True)
 
 
@@ -200,15 +174,15 @@ class Process:
 
 
 class Outcome(Struct):
-    """What was measured of one depth in one round: tokens per second."""
+    """What was measured of one depth: tokens per second, round by round."""
 
-    steady: dict[str, dict[int, float]] = {}
+    steady: dict[str, dict[int, list[float]]] = {}
     """By text and clients."""
-    changing: dict[str, list[float]] = {}
+    changing: dict[str, list[list[float]]] = {}
     """By shape: of each stage."""
 
 
-def one_round(
+def compare(
     model: Path, depths: Sequence[Depth], options: argparse.Namespace
 ) -> dict[Depth, Outcome]:
     """Measure all depths, in turn at each load."""
@@ -225,12 +199,17 @@ def one_round(
     try:
         for text in options.texts:
             for clients in options.concurrency:
-                for depth, process in processes.items():
-                    [speed] = process.measure(Job(text, ((clients, 0.0),)))
-                    outcomes[depth].steady.setdefault(text, {})[clients] = speed
+                print(f"{model.name}: {text}, {clients} clients", file=sys.stderr)
+                steady = ((clients, options.window / 4), (clients, options.window))
+                for _, depth in itertools.product(range(options.rounds), depths):
+                    [_, speed] = processes[depth].measure(Job(text, steady))
+                    by_clients = outcomes[depth].steady.setdefault(text, {})
+                    by_clients.setdefault(clients, []).append(speed)
         for name, stages in changes.items():
-            for depth, process in processes.items():
-                outcomes[depth].changing[name] = process.measure(Job("mixed", stages))
+            print(f"{model.name}: {name}", file=sys.stderr)
+            for _, depth in itertools.product(range(options.rounds), depths):
+                speeds = processes[depth].measure(Job("mixed", stages))
+                outcomes[depth].changing.setdefault(name, []).append(speeds)
     finally:
         for process in processes.values():
             process.end()
@@ -238,33 +217,29 @@ def one_round(
 
 
 class Comparison:
-    """The outcomes of one model, by depth: one for each round."""
+    """The outcomes of one model, by depth."""
 
-    def __init__(self, outcomes: dict[Depth, list[Outcome]]) -> None:
+    def __init__(self, outcomes: dict[Depth, Outcome]) -> None:
         self._outcomes = outcomes
         self._fixed = [depth for depth in outcomes if depth != ADAPTIVE]
 
     def steady(self) -> str:
-        first = self._outcomes[ADAPTIVE][0].steady
         rows = []
-        for text, by_clients in first.items():
+        for text, by_clients in self._outcomes[ADAPTIVE].steady.items():
             for clients in by_clients:
-                speeds = {
-                    depth: [outcome.steady[text][clients] for outcome in outcomes]
-                    for depth, outcomes in self._outcomes.items()
-                }
+                speeds = {d: outcome.steady[text][clients] for d, outcome in self._outcomes.items()}
                 rows.append([text, str(clients), *self._row(speeds)])
         return table(["text", "clients", *self._head()], rows)
 
     def changing(self) -> str:
         """The mean over the stages, and the worst stage of the adaptive one."""
         rows = []
-        for name, stages in self._outcomes[ADAPTIVE][0].changing.items():
+        for name, rounds in self._outcomes[ADAPTIVE].changing.items():
             speeds = {
-                depth: [statistics.mean(outcome.changing[name]) for outcome in outcomes]
-                for depth, outcomes in self._outcomes.items()
+                depth: [statistics.mean(stages) for stages in outcome.changing[name]]
+                for depth, outcome in self._outcomes.items()
             }
-            worst = min(self._stage(name, stage) for stage in range(len(stages)))
+            worst = min(self._stage(name, stage) for stage in range(len(rounds[0])))
             rows.append([name, *self._row(speeds), f"{worst:.2f}"])
         return table(["clients", *self._head(), "worst stage / best fixed there"], rows)
 
@@ -286,8 +261,8 @@ class Comparison:
     def _stage(self, name: str, stage: int) -> float:
         """Of one stage: adaptive over the best fixed depth, by the medians."""
         median = {
-            depth: statistics.median(outcome.changing[name][stage] for outcome in outcomes)
-            for depth, outcomes in self._outcomes.items()
+            depth: statistics.median(stages[stage] for stages in outcome.changing[name])
+            for depth, outcome in self._outcomes.items()
         }
         return median[ADAPTIVE] / max(median[depth] for depth in self._fixed)
 
@@ -307,10 +282,11 @@ def shapes(most: int, seconds: float) -> dict[str, tuple[tuple[int, float], ...]
 def main() -> None:
     parser = command_line.parser(__doc__)
     command_line.add_models(parser)
-    command_line.add_work(parser, rounds=3, concurrency=[1, 2, 4, 8, 16, 32], tokens=64)
+    command_line.add_work(parser, rounds=7, concurrency=[1, 2, 4, 8, 16, 32], tokens=64)
     command_line.add_threads(parser)
     parser.add_argument("--depths", type=int, nargs="+", default=[0, 1, 2, 3], metavar="N")
     parser.add_argument("--texts", nargs="+", choices=TEXTS, default=TEXTS)
+    parser.add_argument("--window", type=float, default=0.5, help="seconds of each measurement")
     parser.add_argument("--stage", type=float, default=2.0, help="seconds, while clients change")
     parser.add_argument("--json", type=Path, help="write all figures there")
     options = parser.parse_args()
@@ -319,14 +295,11 @@ def main() -> None:
     text = command_line.in_one_line(facts)
     figures: dict[str, object] = {}
     for model in options.models:
-        depths: list[Depth] = [*options.depths, ADAPTIVE]
-        outcomes: dict[Depth, list[Outcome]] = {depth: [] for depth in depths}
-        for turn in range(options.rounds):
-            print(f"{model.name}, round {turn + 1} of {options.rounds}", file=sys.stderr)
-            for depth, outcome in one_round(model, depths, options).items():
-                outcomes[depth].append(outcome)
+        outcomes = compare(model, [*options.depths, ADAPTIVE], options)
         comparison = Comparison(outcomes)
-        figures[model.name] = msgspec.to_builtins({str(d): o for d, o in outcomes.items()})
+        figures[model.name] = msgspec.to_builtins(
+            {str(depth): outcome for depth, outcome in outcomes.items()}
+        )
         text += f"\n\n## {model.name}\n\n{comparison.steady()}\n\n{comparison.changing()}"
         if options.json:
             options.json.write_text(json.dumps({"conditions": facts, "figures": figures}, indent=1))
