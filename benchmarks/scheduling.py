@@ -300,20 +300,19 @@ def _difference(after: mtpbatch.EngineStats, before: mtpbatch.EngineStats) -> mt
 
 
 def _fit(runs: Sequence[_Run]) -> StepCost:
-    """Seconds of passes and rows that explain best what the runs' steps took."""
+    """Seconds of passes, rows and sequences that explain best what the runs' steps took."""
 
-    def solve(
-        columns: Sequence[tuple[float, float]], seconds: Sequence[float]
-    ) -> tuple[float, float]:
+    def solve(columns: Sequence[tuple[float, ...]], seconds: Sequence[float]) -> list[float]:
         weights = 1 / np.asarray(seconds)  # relative errors
         matrix = np.asarray(columns) * weights[:, None]
         found = np.linalg.lstsq(matrix, np.ones(len(seconds)), rcond=None)[0]
-        return max(float(found[0]), 0.0), max(float(found[1]), 0.0)
+        return [max(float(value), 0.0) for value in found]
 
     stats = [run.stats for run in runs]
     rows = [s.generated_tokens - s.accepted + s.drafted + s.prompt_tokens for s in stats]
+    # A sequence in a step gives it one token that was not drafted.
     target = solve(
-        [(s.steps, n) for s, n in zip(stats, rows, strict=True)],
+        [(s.steps, n, s.generated_tokens - s.accepted) for s, n in zip(stats, rows, strict=True)],
         [s.target_time + s.sample_time + s.gap_time for s in stats],
     )
     drafting = [(run, run.stats) for run in runs if run.depth]
@@ -325,7 +324,13 @@ def _fit(runs: Sequence[_Run]) -> StepCost:
         ],
         [s.draft_time for _, s in drafting],
     )
-    return StepCost(*target, *draft)
+    return StepCost(
+        target_pass=target[0],
+        target_row=target[1],
+        draft_decode=draft[0],
+        draft_row=draft[1],
+        sequence=target[2],
+    )
 
 
 # -------------------------------------------------------------------------------------------

@@ -284,7 +284,9 @@ def test_a_single_server_waits_as_queueing_theory_says() -> None:
 @pytest.mark.parametrize("recurrent", [False, True])
 def test_a_step_costs_what_its_passes_and_decodes_do(speculation: int, recurrent: bool) -> None:
     """Two clients, every draft right: the figures can be worked out by hand."""
-    cost = StepCost(target_pass=1.0, target_row=0.125, draft_decode=0.25, draft_row=0.0625)
+    cost = StepCost(
+        target_pass=1.0, target_row=0.125, draft_decode=0.25, draft_row=0.0625, sequence=0.5
+    )
     drafts = Drafts(acceptance=1.0, spread=0.0, falloff=1.0)
     report = simulate(
         ClosedLoop(steady(2)),
@@ -296,8 +298,8 @@ def test_a_step_costs_what_its_passes_and_decodes_do(speculation: int, recurrent
     )
     n_steps = 16 // (1 + speculation)
     rows = 2 * (1 + speculation)
-    first = 1.0 + 20 * 0.125
-    steps = n_steps * (1.0 + rows * 0.125)
+    first = 1.0 + 20 * 0.125 + 2 * 0.5
+    steps = n_steps * (1.0 + rows * 0.125 + 2 * 0.5)
     if speculation:
         # What waits for the head: the prompt at first, then the drafts that were accepted.
         head_rows = 2 * 10 + (n_steps - 1) * 2 * speculation + n_steps * rows - 2 * n_steps
@@ -312,7 +314,7 @@ def test_a_step_costs_what_its_passes_and_decodes_do(speculation: int, recurrent
 def test_lengths_that_differ_are_passes_of_their_own_where_state_is_recurrent() -> None:
     passes: list[list[int]] = []
 
-    def cost(target_rows: Any, draft_rows: Any) -> tuple[float, float]:
+    def cost(n_sequences: int, target_rows: Any, draft_rows: Any) -> tuple[float, float]:
         passes.append(list(target_rows))
         return 0.0, 1.0
 

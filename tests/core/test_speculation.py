@@ -270,7 +270,7 @@ class Drafting:
 def step(rows: int, *, drafts: int = 0) -> StepResult:
     """A step of the compute-bound model."""
     cost = COSTS["compute"]
-    draft, target = cost([rows], [drafts] if drafts else [])
+    draft, target = cost(1, [rows], [drafts] if drafts else [])
     return StepResult(1, (), rows, 1, drafts, min(drafts, 1), 0.0, draft, target, 0.0)
 
 
@@ -328,7 +328,7 @@ def test_steps_during_which_requests_are_taken_in_do_not_count() -> None:
     for _ in range(300):  # until there are no others
         for n in (8, 7):
             costs.observe(step(2 * n), [n, 0, 0, 0], 0)
-    assert costs.target.of(1, 8) == pytest.approx(COSTS["compute"]([16], [])[1], rel=0.1)
+    assert costs.target.of(1, 8) == pytest.approx(COSTS["compute"](8, [16], [])[1], rel=0.1)
 
 
 def test_fixed_wishes_are_left_alone() -> None:

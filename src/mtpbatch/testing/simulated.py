@@ -29,9 +29,9 @@ from mtpbatch.types import (
     Terms,
 )
 
-CostModel: TypeAlias = Callable[[Sequence[int], Sequence[int]], tuple[float, float]]
-"""Takes the rows of each forward pass of the target and of each draft decode of a step; the
-seconds that the draft decodes and the passes take."""
+CostModel: TypeAlias = Callable[[int, Sequence[int], Sequence[int]], tuple[float, float]]
+"""Takes the number of sequences in a step, and the rows of each of its forward passes of the target
+and of each of its draft decodes; the seconds that the draft decodes and the passes take."""
 
 _REPORT_EVERY: Final = 0.05  # seconds of steps that nobody is woken for, as in executor.cpp
 _STATE_BYTES: Final = 1000  # of a snapshot, for each token
@@ -49,6 +49,8 @@ class StepCost(Struct, frozen=True):
     """Each decode of the MTP head."""
     draft_row: float
     """Each token in it: the one that is drafted from, and those that came since the last draft."""
+    sequence: float = 0.0
+    """Each sequence in a step beside its tokens: its state, if the model keeps one."""
 
     def __post_init__(self) -> None:
         for name in self.__struct_fields__:
@@ -57,12 +59,14 @@ class StepCost(Struct, frozen=True):
                 raise InvalidParameterError(name, f"must be a time in seconds, got {value!r}")
 
     def __call__(
-        self, target_rows: Sequence[int], draft_rows: Sequence[int]
+        self, n_sequences: int, target_rows: Sequence[int], draft_rows: Sequence[int]
     ) -> tuple[float, float]:
         """Seconds of drafting and of the target."""
         return (
             self.draft_decode * len(draft_rows) + self.draft_row * sum(draft_rows),
-            self.target_pass * len(target_rows) + self.target_row * sum(target_rows),
+            self.target_pass * len(target_rows)
+            + self.target_row * sum(target_rows)
+            + self.sequence * n_sequences,
         )
 
 
@@ -205,13 +209,13 @@ class SimulatedExecutor:
             self._take(admission.seq_id, _Played(admission, *self._luck[admission.ticket]))
         for resume in plan.resume:
             played = self._parked.pop(resume.ticket)
-            played.n_held = self._snapshots[resume.snapshot] if resume.snapshot else 0
-            played.waiting = 0
+            if not resume.snapshot:  # else it goes on with all it had, pairs that wait included
+                played.n_held = played.waiting = 0
             self._take(resume.seq_id, played)
         if plan.entries:
             self._stand(plan)
         elif self._saved and _follows_a_step(plan):  # else a plan before it has still to report
-            self._results.append(self._report(plan, _Drafts([], []), [], [], 0))
+            self._results.append(self._report(plan, _Drafts([], []), [], [], 0, (0.0, 0.0)))
             self.reports = True
 
     def _stand(self, plan: Plan) -> None:
@@ -228,7 +232,6 @@ class SimulatedExecutor:
         played = self._played[seq_id]
         if played is None:
             raise InternalError(f"sequence {seq_id} is saved but free")
-        played.waiting = 0  # the head catches up
         self._snapshots[snapshot] = played.n_held
         self._saved.append((snapshot, _STATE_BYTES * played.n_held))
 
@@ -266,6 +269,7 @@ class SimulatedExecutor:
                 entries = [entry for _, entry, _ in self._going]
                 _even_out(drafts, entries, plan.terms, feeds=bool(prompts))
         passes, n_decodes = self._passes(prompts, drafts.lengths)
+        times = self._cost(len(prompts) + len(self._going), passes, drafts.rows)
 
         results = [NO_RESULT] * len(plan.entries)
         ends_any = self._verify(drafts, results)
@@ -273,7 +277,7 @@ class SimulatedExecutor:
             ends_any |= self._feed(part, results)
         if ends_any:
             self._going = [part for part in self._going if part[2].remaining]
-        result = self._report(plan, drafts, results, passes, n_decodes)
+        result = self._report(plan, drafts, results, passes, n_decodes, times)
         self._under_way = result
         self._waited_for = first or ends_any or plan.followed
         self.step_end = now + result.draft_time + result.target_time
@@ -287,9 +291,10 @@ class SimulatedExecutor:
         entries: list[EntryResult],
         passes: list[int],
         n_decodes: int,
+        times: tuple[float, float],
     ) -> StepResult:
         saved, self._saved = tuple(self._saved), []
-        draft_time, target_time = self._cost(passes, drafts.rows)
+        draft_time, target_time = times
         return StepResult(
             plan=plan.number,
             entries=tuple(entries),
