@@ -260,7 +260,9 @@ typedef struct mtpbatch_park {
 } mtpbatch_park;
 
 // A parked request takes a sequence id again. From the snapshot it was parked with, it goes on as if
-// it had never paused. With 0, all of its tokens, prompt and generated ones, come again as a prompt.
+// it had never paused; if it has ended, with the state of its end. The plan that parks it may resume
+// it, so that it moves to another id. With 0, all of its tokens, prompt and generated ones, come again
+// as a prompt.
 typedef struct mtpbatch_resume {
     int32_t seq_id;
     int64_t ticket;

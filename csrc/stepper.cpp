@@ -65,7 +65,7 @@ void Stepper::admit(Admission & admission) {
         admission.drafts,
     });
     request.over      = admission.cancelled;
-    if (admission.snapshot != 0) {
+    if (admission.snapshot != 0 && !admission.cancelled) {
         start_from_snapshot(seq_id, [&] { snapshots_.restore(admission.snapshot, seq_id, admission.n_reused); });
     }
     ignore_undrafted(seq_id);
@@ -119,9 +119,6 @@ void Stepper::ignore_undrafted(llama_seq_id seq_id) {
 
 template <typename Restore>
 void Stepper::start_from_snapshot(llama_seq_id seq_id, Restore && restore) {
-    if (requests_[static_cast<size_t>(seq_id)]->over) {
-        return;
-    }
     Stopwatch      watch;
     mtpbatch_error error{};
     if (guard(&error, restore) != MTPBATCH_OK) {

@@ -71,10 +71,21 @@ def run_to_end(scheduler: Scheduler, backend: ScriptedBackend) -> list[Event]:
         events += run_step(scheduler, backend)
         scheduler.check_integrity()
         assert backend._n_shown, f"nothing goes on: {scheduler!r}"
-    while (plan := scheduler.schedule(backend.clock())) or backend.active or backend._plans:
+    while (
+        (plan := scheduler.schedule(backend.clock()))
+        or backend.active
+        or backend._plans
+        or backend._results
+    ):
         assert backend.exchange(plan, wait=False) == []  # what was under way, and what it left
         assert step(scheduler, backend) == []
     return events
+
+
+def moves(plan: Plan) -> dict[int, int]:
+    """Whom a plan parks and resumes at once: by the id it had, the one that it takes."""
+    taken = {resume.snapshot: resume.seq_id for resume in plan.resume if resume.snapshot}
+    return {p.seq_id: taken[p.snapshot] for p in plan.park if p.snapshot in taken}
 
 
 def completions(events: list[Event]) -> dict[str, Completion]:

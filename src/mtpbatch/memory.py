@@ -15,11 +15,14 @@ those that the executor has sampled, so that feeding them all rebuilds the state
 and the sampler that the executor kept continues with the next one. The request may also have
 ended in those steps; then the executor is told to forget it.
 
+A plan that parks a request with a snapshot and resumes it from that at once, on another sequence
+id, need not know its tokens: no step comes between, and none is fed again. It has only moved.
+
 A request that has not been known to sample anything is not parked but starts again: its sequence
 id is released, and results that still come for it are void. The same seed gives the same tokens.
 
-**Snapshots** are kept within a number of bytes. Those of parked requests stay until they go on,
-those of prompts make room for others, the one used longest ago first.
+**Snapshots** are kept within a number of bytes. Those of parked requests stay until they have gone
+on, those of prompts make room for others, the one used longest ago first.
 """
 
 from __future__ import annotations
@@ -260,16 +263,16 @@ class Snapshots:
         It may cost a quarter of what it may spare. ``token_seconds``: how long a token of a prompt
         takes; 0 before that is known.
         """
-        if not self.enabled or not self._is_cheap(n_tokens, token_seconds, times=4):
+        if not self.enabled or not self._is_cheap(n_tokens, token_seconds * n_tokens, times=4):
             return 0
         return self._take(n_tokens, self._cached)
 
-    def keep(self, n_tokens: int, token_seconds: float) -> int:
-        """The number for the snapshot of a parked request; 0 if it should be computed again.
+    def keep(self, n_tokens: int, seconds: float) -> int:
+        """The number for the snapshot of a parked request; 0 if it is not worth it, or has no room.
 
-        It is saved and restored.
+        It is saved and restored, which may take so many ``seconds``; 0: nobody knows how many.
         """
-        if not self.enabled or not self._is_cheap(n_tokens, token_seconds, times=2):
+        if not self.enabled or not self._is_cheap(n_tokens, seconds, times=2):
             return 0
         return self._take(n_tokens, self._kept)
 
@@ -326,10 +329,10 @@ class Snapshots:
 
     # ------------------------------------------------------------------------- details
 
-    def _is_cheap(self, n_tokens: int, token_seconds: float, *, times: int) -> bool:
-        """Whether copying it so many times costs less than computing it; at first, one tries."""
+    def _is_cheap(self, n_tokens: int, seconds: float, *, times: int) -> bool:
+        """Whether copying it so many times takes no longer than that; at first, one tries."""
         copying = self._copying.seconds(self.size(n_tokens))
-        return not token_seconds or copying * times <= token_seconds * n_tokens
+        return not seconds or copying * times <= seconds
 
     def _take(self, n_tokens: int, into: dict[int, _Snapshot]) -> int:
         n_bytes = self.size(n_tokens)

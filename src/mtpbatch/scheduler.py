@@ -43,6 +43,7 @@ from mtpbatch.waiting import WaitingQueue, due
 _MAX_AHEAD: Final = 2  # plans of which no result has come: the one that runs, and the next
 # Steps: some seconds of a small model, in which an app may keep the GIL in one call of C code.
 _RUN_AHEAD: Final = 4096
+_SETTLED: Final = 4  # steps with the same sequences, after which gaps between their ids may close
 
 
 class Event(Struct, frozen=True):
@@ -101,6 +102,10 @@ class Scheduler:
     parked is in ``_waiting`` again, where it has its old place, and in ``_parked``. ``_saves`` and
     ``_forgotten`` are for the next plan.
 
+    ``_settled_time`` is what steps have taken since a sequence id was taken or given up, and
+    ``_n_settled`` how many of them have been taken in since then, or since gaps between ids could
+    not be closed.
+
     Totals only grow. Every method but the properties changes the state, so all calls belong to one
     thread.
     """
@@ -126,6 +131,8 @@ class Scheduler:
         self._saves: list[Save] = []
         self._parks: list[Park] = []
         self._forgotten: list[int] = []
+        self._n_settled = 0
+        self._settled_time = 0.0
 
         self._finished: dict[FinishReason, int] = {"stop": 0, "length": 0, "abort": 0, "error": 0}
         self._prompt_tokens = 0
@@ -179,6 +186,7 @@ class Scheduler:
             or self._next_to_begin() is not None
             or self._followed_in_vain
             or not self._cells.stand(self._running.values())
+            or self._gaps_cost
         ):
             return self._bare_plan()
 
@@ -186,10 +194,10 @@ class Scheduler:
         self._save_at_points()
         self._pause_until_cells_suffice()
         release, save, park = self._take_vacated()
+        move, resume = self._close_gaps() if self._gaps_cost else ([], [])
         drop = self._take_dropped()  # before the next look for a snapshot
 
         admit: list[Admission] = []
-        resume: list[Resume] = []
         entries: list[PlanEntry] = []
         sequences: list[Sequence | None] = []
         # There is a row for everyone: who runs was admitted when there was. What can be short are
@@ -238,7 +246,7 @@ class Scheduler:
             run_ahead=self._cells.plan(running, _RUN_AHEAD),
             followed=any(sequence.followed for sequence in running),
             save=save,
-            park=park,
+            park=(*park, *move),
             drop=drop,
             forget=self._take_forgotten(),
             resume=tuple(resume),
@@ -267,6 +275,8 @@ class Scheduler:
         self._draft_time += result.draft_time
         self._target_time += result.target_time
         self._sample_time += result.sample_time
+        self._n_settled += 1
+        self._settled_time += result.draft_time + result.target_time + result.sample_time
 
         events = []
         n_prompt = 0
@@ -400,8 +410,12 @@ class Scheduler:
             ):
                 _hold(rows <= self._facts.n_batch, "each step of a plan fits into n_batch")
         _hold(self._n_ahead <= _MAX_AHEAD, "no plan is made too far ahead")
-        newest = self._in_flight[-1].sequences if self._in_flight else []
-        idle = [s for s in self._running.values() if s not in newest]
+        parts: list[tuple[Sequence | None, int]] = []
+        if self._in_flight:
+            newest = self._in_flight[-1]
+            seq_ids = [entry.seq_id for entry in newest.plan.entries]
+            parts = list(zip(newest.sequences, seq_ids, strict=True))
+        idle = [s for s in self._running.values() if (s, s.seq_id) not in parts]
         _hold(not idle, f"every running sequence takes part in the newest plan, {idle} do not")
 
     # ----------------------------------------------------------------------- details
@@ -419,6 +433,27 @@ class Scheduler:
             and self._in_flight
             and self._in_flight[-1].plan.followed
             and not any(sequence.followed for sequence in self._running.values())
+        )
+
+    @property
+    def _gaps_cost(self) -> bool:
+        """Whether gaps between the ids of those who run are there to stay, and cost passes.
+
+        Each plan that was made has had a step, so that whoever moved before has arrived.
+        """
+        running = self._running.values()
+        if (
+            not self._facts.consecutive_ids
+            or not self._snapshots.enabled
+            or not running
+            or self._waiting
+            or self._n_settled < _SETTLED
+            or self._n_ahead
+        ):
+            return False
+        seq_ids = [_id(sequence) for sequence in running]
+        return max(seq_ids) - min(seq_ids) >= len(running) and all(
+            sequence.n_tokens > sequence.n_feed for sequence in running
         )
 
     def _chunk_beside(self, n_generating: int) -> int:
@@ -482,13 +517,13 @@ class Scheduler:
     ) -> None:
         """Give the first of the waiting a sequence id."""
         self._waiting.pop()
+        self._unsettle()
         request_id, seq_id = sequence.request_id, heapq.heappop(self._free)
         self._running[request_id] = sequence
         parked = self._parked.pop(request_id, None)
         if parked is not None:
             sequence.resume(seq_id, from_snapshot=parked.snapshot > 0)
             resume.append(Resume(seq_id, sequence.ticket, parked.snapshot))
-            self._snapshots.drop(parked.snapshot)  # by the plan after this one
             return
         hit = self._prefix.longest(request_id)
         points = self._prefix.points(request_id, hit.n_tokens)
@@ -510,12 +545,35 @@ class Scheduler:
             if sequence.token_ids:
                 snapshot = 0
                 if sequence.n_tokens > sequence.n_feed:  # it generates: its state is whole
-                    snapshot = self._snapshots.keep(
-                        sequence.n_tokens, self._speculator.costs.prompt_row
-                    )
+                    again = sequence.n_tokens * self._speculator.costs.prompt_row
+                    snapshot = self._snapshots.keep(sequence.n_tokens, again)
                 self._park(sequence, snapshot, plan=self._n_plans)
             else:
                 self._start_again(sequence)
+
+    def _close_gaps(self) -> tuple[list[Park], list[Resume]]:
+        """Move who has a high id to the lowest free ones.
+
+        It may take as long as the steps did since there are gaps: if the others end soon, little
+        is lost, and if they go on, not much more than by moving them at once.
+        """
+        park: list[Park] = []
+        resume: list[Resume] = []
+        high = [s for s in self._running.values() if _id(s) >= len(self._running)]
+        seconds = self._settled_time / len(high)
+        for sequence in high:
+            snapshot = self._snapshots.keep(sequence.n_tokens, seconds)
+            if snapshot:
+                park.append(Park(_id(sequence), snapshot))
+                sequence.resume(heapq.heappop(self._free), from_snapshot=True)
+                resume.append(Resume(_id(sequence), sequence.ticket, snapshot))
+        for parked in park:
+            heapq.heappush(self._free, parked.seq_id)
+        if park:
+            self._unsettle()
+        else:
+            self._n_settled = 0  # it is tried again when more time has been lost
+        return park, resume
 
     def _park(self, sequence: Sequence, snapshot: int, *, plan: int) -> None:
         self._parks.append(Park(_id(sequence), snapshot))
@@ -535,7 +593,12 @@ class Scheduler:
         sequence.start_again()
         self._waiting.push(sequence)
 
+    def _unsettle(self) -> None:
+        self._n_settled = 0
+        self._settled_time = 0.0
+
     def _stop_running(self, sequence: Sequence) -> None:
+        self._unsettle()
         del self._running[sequence.request_id]
         self._prefix.expect(sequence.request_id, ())
         self._prompting = [other for other in self._prompting if other is not sequence]
@@ -608,6 +671,8 @@ class Scheduler:
                     self._lose(sequence, snapshot)
                 else:
                     n_bytes += self._snapshots.size(sequence.n_computed)
+            for resume in plan.resume:
+                self._snapshots.drop(resume.snapshot)  # it has served
         if n_bytes:
             self._snapshots.copied(n_bytes, result.save_time)
 

@@ -214,7 +214,7 @@ class Sequence:
         self.save_points = ()
 
     def resume(self, seq_id: int, *, from_snapshot: bool) -> None:
-        """A sequence id was taken for it after a pause; without a snapshot, all is fed again."""
+        """Another sequence id was taken for it; without a snapshot, all is fed again."""
         self.seq_id = seq_id
         if not from_snapshot:
             self._feed = (*self.prompt, *self.token_ids)

@@ -185,6 +185,9 @@ class ModelFacts(Struct, frozen=True, kw_only=True):
     a sequence cannot be cut back to an earlier token."""
     truncates: bool = True
     """Whether a restored sequence can be cut to any shorter length."""
+    consecutive_ids: bool = False
+    """Whether a forward pass takes only sequences with consecutive ids, so that gaps between those
+    that run cost passes."""
 
 
 class Admission(Struct, frozen=True, gc=False):
@@ -221,7 +224,7 @@ class Park(Struct, frozen=True, gc=False):
     """A running request gives up its sequence id for a while. How it samples stays.
 
     It may have ended meanwhile, or be lost (see :class:`StepResult`); then it is kept all the same,
-    until a plan forgets or resumes it.
+    until a plan forgets or resumes it. If the same plan resumes it, it has moved to another id.
     """
 
     seq_id: int
@@ -233,9 +236,9 @@ class Resume(Struct, frozen=True, gc=False):
     """A parked request takes a sequence id again.
 
     From a snapshot, the one it was parked with, it goes on from the token sampled last, or with
-    the next chunk of its prompt. Without one (0) its entries feed its tokens, prompt and generated
-    ones, as if all of them were a prompt: the results of all steps before it was parked must be
-    known by then.
+    the next chunk of its prompt; if it has ended, it has the state of its end. Without one (0) its
+    entries feed its tokens, prompt and generated ones, as if all of them were a prompt: the results
+    of all steps before it was parked must be known by then.
     """
 
     seq_id: int

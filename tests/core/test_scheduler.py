@@ -16,8 +16,9 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from msgspec.structs import replace
 
-from mtpbatch import memory, prefix
+from mtpbatch import memory, prefix, scheduler
 from mtpbatch.exceptions import DecodeError, InternalError
 from mtpbatch.scheduler import Event, Scheduler
 from mtpbatch.sequence import Sequence
@@ -27,6 +28,7 @@ from scheduling import (
     completions,
     hand_over,
     make_sequence,
+    moves,
     run_step,
     run_to_end,
     step,
@@ -46,6 +48,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         n_cells=st.sampled_from([None, 24, 30, 60]),
         snapshot_bytes=st.sampled_from([0, 40_000, 10**6]),
         truncates=st.booleans(),
+        consecutive_ids=st.booleans(),
         failing=st.sets(st.integers(0, 6)),
     )
     def open(
@@ -53,6 +56,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         n_seq: int,
         n_cells: int | None,
         snapshot_bytes: int,
+        consecutive_ids: bool,
         failing: set[int],
         **model: Any,
     ) -> None:
@@ -65,7 +69,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         for index in failing:
             self.backend.fail_save(index)
             self.backend.fail_restore(index)
-        self.scheduler = Scheduler(self.backend.facts, snapshot_bytes)
+        self.facts = replace(self.backend.facts, consecutive_ids=consecutive_ids)
+        self.scheduler = Scheduler(self.facts, snapshot_bytes)
         self.sequences: dict[str, Sequence] = {}
         self.last_events: dict[str, Event] = {}
         self.texts: dict[str, str] = {}
@@ -98,6 +103,19 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.sequences[request_id] = sequence
         self.scheduler.add(sequence)
 
+    @rule(n_steps=st.integers(2, 6))
+    def crowd_and_leave_a_gap(self, n_steps: int) -> None:
+        """Long requests take all ids that nobody waits for, and one of low id leaves."""
+        for first in range(65, 65 + self.backend.facts.n_seq - len(self.live())):
+            self.add(2, first, 0, max_tokens=22, ignore_eos=True, stop=[], stop_token_ids=[])
+        self.go_on(2)
+        running = self.scheduler._running.values()
+        if len(running) > 1:
+            lowest = min(running, key=lambda sequence: sequence.seq_id or 0)
+            event = self.scheduler.abort(lowest.request_id, self.backend.clock())
+            self.take([event] if event else [])
+        self.go_on(n_steps)
+
     @rule(data=st.data())
     def abort(self, data: st.DataObject) -> None:
         if not self.sequences:
@@ -113,7 +131,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
         """The backend hears of it first, and the scheduler at some time after that."""
-        live = sorted(self.sequences.keys() - self.last_events.keys())
+        live = self.live()
         if live:
             request_id = data.draw(st.sampled_from(live))
             self.backend.cancel(self.sequences[request_id].ticket)
@@ -124,7 +142,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         waiting = self.waiting()
         plan = self.scheduler.schedule(self.backend.clock())
         if plan is not None:
-            n_begun = len(plan.admit) + len(plan.resume)
+            moved = moves(plan)
+            assert not moved or self.facts.consecutive_ids
+            assert not (moved and waiting), "who waits comes between"
+            assert all(new < len(plan.entries) <= old for old, new in moved.items())
+            n_begun = len(plan.admit) + len(plan.resume) - len(moved)
             parked = [request_id for request_id in self.waiting() if request_id not in waiting]
             order = sorted([*waiting, *parked], key=self.due)
             assert order[n_begun:] == self.waiting(), "who is due first begins"
@@ -136,10 +158,20 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.schedule()  # what is taken in lets more steps begin
         self.take(step(self.scheduler, self.backend))
 
+    @rule(n_steps=st.integers(1, 6))
+    def go_on(self, n_steps: int) -> None:
+        """As the engine does it."""
+        for _ in range(n_steps):
+            self.schedule()
+            self.step()
+
     @rule()
     def step_that_fails(self) -> None:
         self.backend.fail_step(self.backend.n_steps)
         self.step()
+
+    def live(self) -> list[str]:
+        return sorted(self.sequences.keys() - self.last_events.keys())
 
     def waiting(self) -> list[str]:
         """Who waits, in the order in which they are due."""
@@ -224,6 +256,7 @@ def test_any_order_of_calls_keeps_every_promise(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(prefix, "BLOCK", 2)
     monkeypatch.setattr(prefix, "LEAST", 4)
     monkeypatch.setattr(memory, "_ROOM", 3)
+    monkeypatch.setattr(scheduler, "_SETTLED", 1)
     run_state_machine_as_test(
         SchedulerMachine,
         settings=settings(
@@ -489,6 +522,19 @@ def test_check_integrity_notices_a_lost_sequence_id() -> None:
     scheduler = Scheduler(backend.facts)
     scheduler._free.pop()
     with pytest.raises(InternalError, match="free, held or released"):
+        scheduler.check_integrity()
+
+
+def test_check_integrity_notices_who_is_planned_on_another_id_than_it_holds() -> None:
+    backend = ScriptedBackend(n_seq=2)
+    scheduler = Scheduler(backend.facts)
+    sequence = make_sequence(backend, "r", [65])
+    scheduler.add(sequence)
+    hand_over(scheduler, backend)
+    scheduler.check_integrity()
+    sequence.seq_id = 1
+    scheduler._free = [0]
+    with pytest.raises(InternalError, match="takes part in the newest plan"):
         scheduler.check_integrity()
 
 

@@ -176,6 +176,7 @@ def play_step_by_step(
     streaming=st.booleans(),
     n_cells=st.sampled_from([256, 300, 1024]),
     snapshot_bytes=st.sampled_from([0, 60_000, 10_000_000]),
+    consecutive_ids=st.booleans(),
     seed=st.integers(0, 1000),
 )
 @example(  # a plan that releases only is opened before one that saves has had its step
@@ -188,6 +189,20 @@ def play_step_by_step(
     streaming=False,
     n_cells=256,
     snapshot_bytes=10_000_000,
+    consecutive_ids=False,
+    seed=1,
+)
+@example(  # who is left on scattered ids moves
+    n_seq=4,
+    n_batch=40,
+    speculation=0,
+    acceptance=0.0,
+    rate=1.0,
+    variation=3.0,
+    streaming=True,
+    n_cells=1024,
+    snapshot_bytes=10_000_000,
+    consecutive_ids=True,
     seed=1,
 )
 @settings(max_examples=60, deadline=None)
@@ -201,6 +216,7 @@ def test_it_does_what_the_scripted_model_does_step_by_step(
     streaming: bool,
     n_cells: int,
     snapshot_bytes: int,
+    consecutive_ids: bool,
     seed: int,
 ) -> None:
     """The same plans, results and ends at the same times."""
@@ -218,12 +234,19 @@ def test_it_does_what_the_scripted_model_does_step_by_step(
         recorders.append(Recorder(facts, snapshot_bytes))
         return recorders[-1]
 
+    played = facts(
+        n_seq=n_seq,
+        n_batch=n_batch,
+        n_ubatch=n_batch,
+        n_cells=n_cells,
+        consecutive_ids=consecutive_ids,
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(SimulatedExecutor, "expect", noting(luck))
         simulate(
             OpenLoop(steady(rate), variation),
             kinds,
-            facts(n_seq=n_seq, n_batch=n_batch, n_ubatch=n_batch, n_cells=n_cells),
+            played,
             per_pass(STEP),
             n_requests=20,
             speculation=speculation,
@@ -232,6 +255,7 @@ def test_it_does_what_the_scripted_model_does_step_by_step(
         )
     [simulated] = recorders
     backend = LuckyBackend(luck, n_seq=n_seq, n_batch=n_batch, n_cells=n_cells)
+    backend.facts = replace(backend.facts, consecutive_ids=consecutive_ids)
     requests = [again(sequence) for sequence in simulated.added]
     assert simulated.log == play_step_by_step(backend, requests, snapshot_bytes)
 

@@ -17,12 +17,17 @@ import pytest
 
 import loops
 import random_model
+from mtpbatch import scheduler
 from mtpbatch.exceptions import DecodeError, InternalError, InvalidParameterError
 from mtpbatch.native import Context, Executor, Model, MtpSession
 from mtpbatch.native.backend import NativeBackend
+from mtpbatch.sequence import Sequence as RequestedSequence
+from mtpbatch.speculation import DraftWish
+from mtpbatch.text import TextAssembler
 from mtpbatch.types import (
     NO_RESULT,
     Admission,
+    Completion,
     EngineConfig,
     EntryResult,
     Park,
@@ -332,6 +337,107 @@ def test_progress_of_stop_texts_is_kept(setting: Setting) -> None:
         assert tokens_of(one) == tokens[:9]
         result = loops.execute(executor, plan(go_on(0, 0), go_on(1, 0)))
         assert result.entries[0] == NO_RESULT
+
+
+# ----------------------------------------------------------- moved: both in the same plan
+
+
+def test_who_moves_goes_on_as_if_it_had_stayed(setting: Setting, params: SamplingParams) -> None:
+    """While plans run ahead, to an id that is released at once and from one that is taken again."""
+    _, executor, one, other = begun(setting, params)
+    loops.execute(executor, plan(feed(3, [50, 51]), admit=(admit(3),)))
+    plans = [
+        plan(go_on(0, setting.n_draft), go_on(1, setting.n_draft), number=1),
+        plan(
+            go_on(1, setting.n_draft),
+            go_on(3, setting.n_draft),
+            feed(0, [99, 98, 97]),
+            park=(Park(0, 5), Park(1, 6)),
+            release=(3,),
+            resume=(Resume(1, 100, 5), Resume(3, 101, 6)),
+            admit=(msgspec.structs.replace(admit(0), ticket=7),),
+            number=2,
+        ),
+        plan(go_on(1, setting.n_draft), go_on(3, setting.n_draft), drop=(5, 6), number=3),
+    ]
+    results = take_all(executor, plans)
+    assert [len(result.saved) for result in results] == [0, 2, 0]
+    assert [result.lost for result in results] == [()] * 3
+    for result in results:
+        one.append(result.entries[0])
+        other.append(result.entries[1])
+    one += steps(executor, 1, setting.n_draft, 999)
+    other += steps(executor, 3, setting.n_draft, 999)
+    assert one == undisturbed(setting, params)
+    assert other == undisturbed(setting, params, OTHER)
+
+
+@pytest.mark.parametrize("name", ["demo", "glm", "chain"])
+def test_who_is_left_on_scattered_ids_moves_and_gives_the_same_tokens(
+    name: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scheduler's plans, in a cache of equal shares. They are the tokens of llama.cpp alone."""
+    monkeypatch.setattr(scheduler, "_RUN_AHEAD", 1)  # steps do not run away from who makes plans
+    model: Model = request.getfixturevalue(name)
+    config = EngineConfig(n_seq=8, n_ctx=128, n_threads=1, kv_type="f32", kv_unified=False)
+    backend = NativeBackend(model.path, config)
+    makes_plans = scheduler.Scheduler(backend.facts, snapshot_bytes=2**30)
+    prompts = [[40 + number, *OTHER] for number in range(8)]
+    for number, prompt in enumerate(prompts):
+        params = SamplingParams(ignore_eos=True)
+        one = RequestedSequence(
+            str(number),
+            number,
+            tuple(prompt),
+            params,
+            seed=0,
+            max_tokens=100 if number in (1, 4, 7) else 4,
+            wish=DraftWish(backend.facts.n_draft_max, adaptive=False),
+            n_draft_max=backend.facts.n_draft_max,
+            followed=True,
+            assembler=TextAssembler(backend.token_bytes, ()),
+            submitted=0.0,
+        )
+        makes_plans.add(one)
+    moved = []
+    ended: list[Completion] = []
+    while len(ended) < 8:
+        made = makes_plans.schedule(0.0)
+        if made is not None and made.park:
+            old = [entry.seq_id for entry in made.park]
+            moved.append((old, [entry.seq_id for entry in made.resume]))
+        for result in backend.exchange(made, wait=made is None):
+            events = makes_plans.update(result, 0.0)
+            ended += [event.completion for event in events if event.completion]
+    backend.close()
+    assert moved[0] == ([4, 7], [0, 2])
+    assert sum(completion.accepted for completion in ended) > 20
+    for completion in ended:
+        alone = Context(model, n_seq=1, n_ctx=128, n_threads=1, kv_type="f32")
+        expected = loops.greedy(alone, 0, completion.prompt_token_ids, len(completion.token_ids))
+        assert list(completion.token_ids) == expected
+        alone.close()
+
+
+def test_who_ended_before_it_moved_can_still_be_saved(setting: Setting) -> None:
+    """The plan is made before that is known; what comes next begins with all of it."""
+    expected = tokens_of(undisturbed(setting, SamplingParams()))
+    target, executor = setting.open()
+    loops.execute(executor, plan(feed(0, PROMPT), admit=(admit(0, max_tokens=3),)))
+    ended = [result.finish_reason for result in steps(executor, 0, 0, 2)]
+    assert ended == [None, "length"]
+    n_held = target.length(0)
+    moves = plan(go_on(2, 0), park=(Park(0, 1),), resume=(Resume(2, 100, 1),))
+    assert loops.execute(executor, moves).entries == (NO_RESULT,)
+    assert (target.length(0), target.length(2)) == (0, n_held)
+    first = plan(
+        feed(1, expected[2:3]),
+        save=(Save(2, 2),),
+        release=(2,),
+        admit=(admit(1, max_tokens=MAX_TOKENS - 3, snapshot=2, n_reused=n_held),),
+    )
+    rest = [*loops.execute(executor, first).entries, *steps(executor, 1, setting.n_draft, 999)]
+    assert tokens_of(rest) == expected[3:]
 
 
 # --------------------------------------------------------------------- started from a snapshot
@@ -776,6 +882,7 @@ def test_who_could_not_be_restored_is_parked_once_more_and_computed_again(
 
 def test_a_request_that_is_cancelled_while_it_is_parked_stays_cancelled(setting: Setting) -> None:
     target, executor, _, _ = begun(setting, SamplingParams())
+    n_held = target.length(0)
     park(executor, 0, 1)
     executor.cancel(100)
     assert executor.exchange(None, wait=True) == []
@@ -783,7 +890,7 @@ def test_a_request_that_is_cancelled_while_it_is_parked_stays_cancelled(setting:
     assert result.entries[0] == NO_RESULT
     assert result.entries[1].token_ids
     assert result.lost == ()
-    assert target.length(2) == 0
+    assert target.length(2) == n_held, "it has its state, and takes no part"
     park(executor, 1, 2)
     executor.cancel(101)
     assert executor.exchange(None, wait=True) == []

@@ -71,6 +71,8 @@ class NativeBackend:
             n_ubatch=target.n_ubatch,
             recurrent=model.keeps_recurrent_state,
             truncates=not (model.keeps_recurrent_state or model.n_swa),
+            # As in Context::is_one_pass().
+            consecutive_ids=model.recurrent or not config.kv_unified,
         )
         self.token_bytes: Sequence[bytes] = model.vocabulary
         self.description = f"{model.path.name} ({model.architecture}, {_short(model.n_params)})"

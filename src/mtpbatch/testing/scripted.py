@@ -318,8 +318,9 @@ class ScriptedBackend:
             self._cancelled.discard(ticket)
         for admission in plan.admit:
             self._admit(admission)
+        moves = {park.snapshot for park in plan.park} - {0}
         for resume in plan.resume:
-            self._resume(resume)
+            self._resume(resume, moves=resume.snapshot in moves)
         if plan.entries:
             self._standing, self._stepped = plan, False
             self._check_plan(plan)
@@ -453,13 +454,14 @@ class ScriptedBackend:
         sequence = self._sequences.pop(park.seq_id)
         self._parked[sequence.ticket] = sequence
 
-    def _resume(self, resume: Resume) -> None:
+    def _resume(self, resume: Resume, *, moves: bool) -> None:
+        """``moves``: the same plan has parked it, without knowing whether it has ended by then."""
         seq_id, ticket = resume.seq_id, resume.ticket
         _require(ticket in self._parked, f"request {ticket} is resumed but not parked")
         _require(seq_id not in self._sequences, f"request {ticket} resumes on taken {seq_id}")
         sequence = self._sequences[seq_id] = self._parked.pop(ticket)
         _require(sequence.n_generated > 0, "a request resumes that has not generated")
-        _require(not sequence.over, "a request resumes that has ended")
+        _require(moves or not sequence.over, "a request resumes that has ended")
         held, sequence.token_ids = sequence.token_ids, []
         if not resume.snapshot:
             sequence.lost = False
