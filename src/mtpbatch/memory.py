@@ -37,7 +37,9 @@ from mtpbatch.exceptions import InternalError
 from mtpbatch.sequence import Sequence
 from mtpbatch.types import ModelFacts
 
-_ROOM: Final = 16  # steps for which there must be cells when another request begins
+# Steps for which there must be cells when another request begins, and which a plan may run ahead:
+# more would keep cells for those who run that a newcomer could have.
+_ROOM: Final = 16
 _LEAST_AHEAD: Final = 1  # with less, steps would wait for Python
 _MEMORY: Final = 0.9  # what is left of a measurement after the next one
 
@@ -132,7 +134,7 @@ class Cells:
         self._plans.append(plan)
         n_steps -= self._known(self._plans)[1] + 1 - self._n_taken
         # Half of what there is: the nearer the end, the more plans, but not one for each step.
-        plan.run_ahead = min(most, max(_LEAST_AHEAD, n_steps // 2))
+        plan.run_ahead = min(most, _ROOM, max(_LEAST_AHEAD, n_steps // 2))
         self._n_begun = self._begun(self._plans, plan.run_ahead)
         return plan.run_ahead
 

@@ -125,24 +125,33 @@ class PrefixIndex:
         # Where most part, and the longest.
         return (ends[0], ends[-1]) if ends[-1] >= ends[0] + LEAST else (ends[0],)
 
-    def expect(self, request_id: str, points: tuple[int, ...]) -> None:
-        """Take note at which lengths a prompt under way is still to be saved."""
+    def expect(self, request_id: str, points: tuple[int, ...]) -> tuple[int, ...]:
+        """Take note at which lengths a prompt under way is still to be saved.
+
+        Gives the keys that were :meth:`awaited`, and are not any more.
+        """
         prompt = self._prompts.get(request_id)
         if prompt is None:
-            return
-        _subtract(self._n_awaited, prompt.awaited)
+            return ()
+        before = prompt.awaited
+        _subtract(self._n_awaited, before)
         prompt.awaited = tuple(prompt.keys[point // BLOCK - 1] for point in points)
         if self._truncates and points:
             prompt.awaited = prompt.keys[: points[-1] // BLOCK]
         self._n_awaited.update(prompt.awaited)
+        return tuple(key for key in before if key not in self._n_awaited)
 
-    def awaited(self, request_id: str, n_stored: int) -> bool:
-        """Whether a prompt under way will be saved at a point from which this one has more."""
+    def awaited(self, request_id: str, n_stored: int) -> int | None:
+        """The key for which a prompt under way will be saved, and from which this one has more."""
         prompt = self._prompts.get(request_id)
         if prompt is None or not self._n_awaited:
-            return False
+            return None
         first = -(-(n_stored + LEAST) // BLOCK) - 1
-        return any(key in self._n_awaited for key in prompt.keys[first:])
+        return next((key for key in prompt.keys[first:] if key in self._n_awaited), None)
+
+    def is_awaited(self, key: int) -> bool:
+        """Whether a prompt under way will be saved for it."""
+        return key in self._n_awaited
 
     # --------------------------------------------------------------------- snapshots
 

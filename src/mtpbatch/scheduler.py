@@ -397,6 +397,10 @@ class Scheduler:
         self._snapshots.check_integrity()
         self._prefix.check_integrity()
         _hold(
+            all(self._prefix.is_awaited(key) for key in self._waiting.reasons),
+            "who is set aside waits for a prompt that is under way",
+        )
+        _hold(
             self._parked.keys() | self._prefix.entered
             <= {s.request_id for s in self._waiting} | self._running.keys(),
             "nothing is kept of requests that have ended",
@@ -497,20 +501,27 @@ class Scheduler:
     # ------------------------------------------------------------------ beginning, pausing
 
     def _next_to_begin(self) -> Sequence | None:
-        """Who takes a sequence id next, if there is one, and whoever is first need not wait."""
-        sequence = self._waiting.first
-        if sequence is None or not (self._free or self._released or self._parks):
-            return None
-        parked = self._parked.get(sequence.request_id)
-        if parked is not None and parked.plan > self._n_reported:
-            return None  # there may be tokens of it that are not known yet
-        hit = self._prefix.longest(sequence.request_id) if parked is None else NO_HIT
-        running = self._running.values()
-        if running and not self._cells.have_room(running, sequence, hit.n_held):
-            return None
-        if parked is None and self._prefix.awaited(sequence.request_id, hit.n_tokens):
-            return None
-        return sequence
+        """Who takes a sequence id next, if there is one, and whoever is first need not wait.
+
+        Who waits for a prompt under way to be saved is set aside: others need not wait for that.
+        """
+        while (sequence := self._waiting.first) is not None and (
+            self._free or self._released or self._parks
+        ):
+            parked = self._parked.get(sequence.request_id)
+            if parked is not None and parked.plan > self._n_reported:
+                return None  # there may be tokens of it that are not known yet
+            hit = self._prefix.longest(sequence.request_id) if parked is None else NO_HIT
+            running = self._running.values()
+            if running and not self._cells.have_room(running, sequence, hit.n_held):
+                return None
+            if parked is None:
+                key = self._prefix.awaited(sequence.request_id, hit.n_tokens)
+                if key is not None:
+                    self._waiting.set_aside(key)
+                    continue
+            return sequence
+        return None
 
     def _begin(
         self, sequence: Sequence, now: float, admit: list[Admission], resume: list[Resume]
@@ -527,7 +538,7 @@ class Scheduler:
             return
         hit = self._prefix.longest(request_id)
         points = self._prefix.points(request_id, hit.n_tokens)
-        self._prefix.expect(request_id, points)
+        self._expect(request_id, points)
         habit = self._speculator.new_habit(len(sequence.prompt))
         sequence.admit(seq_id, habit, now, cached_tokens=hit.n_tokens, save_points=points)
         if hit.snapshot:
@@ -600,7 +611,7 @@ class Scheduler:
     def _stop_running(self, sequence: Sequence) -> None:
         self._unsettle()
         del self._running[sequence.request_id]
-        self._prefix.expect(sequence.request_id, ())
+        self._expect(sequence.request_id, ())
         self._prompting = [other for other in self._prompting if other is not sequence]
 
     def _void(self, sequence: Sequence) -> None:
@@ -622,7 +633,7 @@ class Scheduler:
             if sequence.n_planned in sequence.save_points:
                 self._save(sequence, sequence.prompt[: sequence.n_planned])
                 points = (p for p in sequence.save_points if p > sequence.n_planned)
-                self._prefix.expect(sequence.request_id, tuple(points))
+                self._expect(sequence.request_id, tuple(points))
 
     def _save_at_end(self, sequence: Sequence) -> None:
         """Save a sequence that has ended by itself: what comes next may begin with all of it."""
@@ -636,6 +647,11 @@ class Scheduler:
         if number:
             self._saves.append(Save(_id(sequence), number))
             self._prefix.add(number, token_ids, drafts=sequence.wish.limit > 0)
+
+    def _expect(self, request_id: str, points: tuple[int, ...]) -> None:
+        """Take note where a prompt under way is still to be saved; who waited for more goes on."""
+        for key in self._prefix.expect(request_id, points):
+            self._waiting.bring_back(key)
 
     def _take_dropped(self) -> tuple[int, ...]:
         """Snapshots for the plan to drop; nobody can begin with them any more."""

@@ -21,7 +21,7 @@ token limit at the latest.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Final, TypeAlias
 
 from mtpbatch.exceptions import InternalError
@@ -45,17 +45,22 @@ def due(sequence: Sequence) -> float:
 class WaitingQueue:
     """Requests by when they are due; equal ones by their tickets.
 
-    One that is put back, after a pause, stands where it stood before.
+    One that is put back, after a pause, stands where it stood before. One that waits for
+    something else as well is set aside until that has come, and others go before it.
 
-    State: ``_entries`` holds the entry of each request that waits, by request id. ``_heap`` has
-    these entries, and some of requests that have left; the first is of one that waits, and at
-    most half of them are not. So :meth:`push`, :meth:`pop` and :meth:`remove`, taken together,
-    take O(log n) each.
+    State: ``_entries`` holds the entry of each request that waits, by request id; ``_aside`` says
+    what those wait for who are set aside, and ``_by_reason`` has their ids by that. ``_heap`` has
+    the entries of the others, and some of requests that have left or were set aside; the first is
+    of one whose turn it can be, and at most half of them are not. So :meth:`push`, :meth:`pop`,
+    :meth:`remove`, and :meth:`set_aside` with its part of :meth:`bring_back`, taken together, take
+    O(log n) each.
     """
 
     def __init__(self) -> None:
         self._entries: dict[str, _Entry] = {}
         self._heap: list[_Entry] = []
+        self._aside: dict[str, int] = {}
+        self._by_reason: dict[int, dict[str, None]] = {}
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -69,7 +74,7 @@ class WaitingQueue:
 
     @property
     def first(self) -> Sequence | None:
-        """Who is next; ``None`` if nobody waits."""
+        """Who is next; ``None`` if nobody is."""
         return self._heap[0][2] if self._heap else None
 
     def push(self, sequence: Sequence) -> None:
@@ -92,8 +97,29 @@ class WaitingQueue:
         entry = self._entries.pop(request_id, None)
         if entry is None:
             return None
+        reason = self._aside.pop(request_id, None)
+        if reason is not None:
+            del self._by_reason[reason][request_id]
         self._tidy()
         return entry[2]
+
+    def set_aside(self, reason: int) -> None:
+        """Let others go before who is next, until :meth:`bring_back` with that reason."""
+        _, _, sequence = heapq.heappop(self._heap)
+        self._aside[sequence.request_id] = reason
+        self._by_reason.setdefault(reason, {})[sequence.request_id] = None
+        self._tidy()
+
+    def bring_back(self, reason: int) -> None:
+        """What some were set aside for has come: they stand where they stood before."""
+        for request_id in self._by_reason.pop(reason, ()):
+            del self._aside[request_id]
+            heapq.heappush(self._heap, self._entries[request_id])
+
+    @property
+    def reasons(self) -> Set[int]:
+        """Those for which requests are, or were, set aside."""
+        return self._by_reason.keys()
 
     def check_integrity(self) -> None:
         """Raise :class:`InternalError` if the state breaks its rules. Looks at everything."""
@@ -105,7 +131,14 @@ class WaitingQueue:
                 not any(child < p for p, child in zip(parents, heap[1:], strict=True)),
                 "the heap is in order",
             ),
-            (len(live) == len(self._entries), "each request that waits has one entry"),
+            (
+                len(live) + len(self._aside) == len(self._entries),
+                "each request that waits has one entry, or is set aside",
+            ),
+            (
+                {id_: r for r, ids in self._by_reason.items() for id_ in ids} == self._aside,
+                "who is set aside is so for one reason",
+            ),
             (not heap or self._waits(heap[0]), "the first entry is of one that waits"),
             (len(heap) <= 2 * len(live), "at most half of the entries are of no use"),
             (all(entry[0] == due(entry[2]) for entry in live), "what is due stays"),
@@ -114,12 +147,13 @@ class WaitingQueue:
                 raise InternalError(f"waiting queue: it does not hold that {words}")
 
     def _waits(self, entry: _Entry) -> bool:
-        return self._entries.get(entry[2].request_id) is entry
+        request_id = entry[2].request_id
+        return self._entries.get(request_id) is entry and request_id not in self._aside
 
     def _tidy(self) -> None:
         """Drop entries of requests that have left: the first, and all if they are too many."""
         while self._heap and not self._waits(self._heap[0]):
             heapq.heappop(self._heap)
-        if len(self._heap) > 2 * len(self._entries):
+        if len(self._heap) > 2 * (len(self._entries) - len(self._aside)):
             self._heap = [entry for entry in self._heap if self._waits(entry)]
             heapq.heapify(self._heap)
