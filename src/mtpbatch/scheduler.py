@@ -22,8 +22,8 @@ from msgspec import Struct
 from mtpbatch.exceptions import DecodeError, InternalError, MtpBatchError, NativeError
 from mtpbatch.memory import Cells, Snapshots
 from mtpbatch.prefix import NO_HIT, PrefixIndex
-from mtpbatch.sequence import Sequence, at_least
-from mtpbatch.speculation import Speculator
+from mtpbatch.sequence import Sequence
+from mtpbatch.speculation import Speculator, at_least
 from mtpbatch.types import (
     Admission,
     Completion,

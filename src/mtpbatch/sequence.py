@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
-
 from mtpbatch.exceptions import InternalError
-from mtpbatch.speculation import DraftWish, Habit
+from mtpbatch.speculation import DraftWish, Habit, at_least
 from mtpbatch.text import TextAssembler
 from mtpbatch.types import (
     NO_RESULT,
@@ -321,8 +319,3 @@ class Sequence:
             and n_tokens <= (room if ended else room - 1)
             and (n_tokens == n_accepted + 1 or (ended and n_tokens == n_accepted))
         )
-
-
-def at_least(counts: list[int]) -> tuple[int, ...]:
-    """From how often something was 0, 1, 2, …: how often it was at least 1, 2, …"""
-    return tuple(accumulate(reversed(counts[1:])))[::-1]
