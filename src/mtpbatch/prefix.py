@@ -128,7 +128,7 @@ class PrefixIndex:
     def expect(self, request_id: str, points: tuple[int, ...]) -> None:
         """Take note at which lengths a prompt under way is still to be saved."""
         prompt = self._prompts.get(request_id)
-        if prompt is None:
+        if prompt is None or not (prompt.awaited or points):
             return
         _subtract(self._n_awaited, prompt.awaited)
         prompt.awaited = tuple(prompt.keys[point // BLOCK - 1] for point in points)
