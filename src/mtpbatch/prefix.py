@@ -131,7 +131,7 @@ class PrefixIndex:
         Gives the keys that were :meth:`awaited`, and are not any more.
         """
         prompt = self._prompts.get(request_id)
-        if prompt is None:
+        if prompt is None or not (prompt.awaited or points):
             return ()
         before = prompt.awaited
         _subtract(self._n_awaited, before)

@@ -22,8 +22,8 @@ from msgspec import Struct
 from mtpbatch.exceptions import DecodeError, InternalError, MtpBatchError, NativeError
 from mtpbatch.memory import Cells, Snapshots
 from mtpbatch.prefix import NO_HIT, PrefixIndex
-from mtpbatch.sequence import Sequence, at_least
-from mtpbatch.speculation import Speculator
+from mtpbatch.sequence import Sequence
+from mtpbatch.speculation import Speculator, at_least
 from mtpbatch.types import (
     Admission,
     Completion,
@@ -96,7 +96,8 @@ class Scheduler:
     what still comes for it is dropped. ``_bare`` are the numbers of plans without entries that are
     reported, and ``_n_reported`` is the last plan of which something has come. ``_prompting`` are
     the running ones of whose prompts a part has not been planned: another is admitted only when
-    these leave room. ``_speculator`` learns from results, and says how deep to draft.
+    these leave room. ``_n_followed`` of those that run are followed. ``_speculator`` learns from
+    results, and says how deep to draft.
 
     Memory has rooms of its own: ``_cells``, ``_snapshots`` and ``_prefix``. A request that is
     parked is in ``_waiting`` again, where it has its old place, and in ``_parked``. ``_saves`` and
@@ -115,6 +116,7 @@ class Scheduler:
         self._facts = facts
         self._waiting = WaitingQueue()
         self._running: dict[str, Sequence] = {}
+        self._n_followed = 0
         self._prompting: list[Sequence] = []
         self._free = list(range(facts.n_seq))  # a heap: low ids close together decode fastest
         self._released: list[int] = []
@@ -244,7 +246,7 @@ class Scheduler:
             terms,
             number=self._n_plans,
             run_ahead=self._cells.plan(running, _RUN_AHEAD),
-            followed=any(sequence.followed for sequence in running),
+            followed=self._n_followed > 0,
             save=save,
             park=(*park, *move),
             drop=drop,
@@ -279,28 +281,30 @@ class Scheduler:
         self._settled_time += result.draft_time + result.target_time + result.sample_time
 
         events = []
-        n_prompt = 0
+        n_prompt = n_generated = 0
         verifying = [0] * (self._facts.n_draft_max + 1)  # sequences by the length of their drafts
         for sequence, entry, outcome in zip(
             flight.sequences, plan.entries, result.entries, strict=True
         ):
             if sequence is None or sequence.finished:  # since the step began
                 continue
-            n_before = len(sequence.token_ids)
             delta = sequence.absorb(entry, outcome, now, repeated=repeated)
             if entry.tokens and not repeated:
                 n_prompt += len(entry.tokens)
-            elif outcome.token_ids:
+            elif delta is not None:
                 verifying[outcome.n_drafted] += 1
-            n_tokens = len(sequence.token_ids) - n_before
-            if n_tokens:
-                self._generated_tokens += n_tokens
-                self._n_drafting[outcome.n_drafted] += 1
-                self._n_accepting[min(outcome.n_accepted, n_tokens)] += 1
-            if delta is not None:
-                completion = self._retire(sequence) if sequence.finished else None
-                events.append(Event(sequence.request_id, delta, completion))
+            if delta is None:
+                continue
+            n_generated += len(delta.token_ids)
+            self._n_accepting[delta.n_accepted] += 1
+            if delta.finish_reason is not None:
+                events.append(Event(sequence.request_id, delta, self._retire(sequence)))
+            elif sequence.followed:
+                events.append(Event(sequence.request_id, delta))
         self._prompt_tokens += n_prompt
+        self._generated_tokens += n_generated
+        for n_drafted, count in enumerate(verifying):
+            self._n_drafting[n_drafted] += count
         self._speculator.observe(result, verifying, n_prompt)
         return events
 
@@ -389,6 +393,8 @@ class Scheduler:
                 sequence.accepted == sum(sequence.accepted_by_depth) <= sequence.drafted,
                 f"the counts of {sequence!r} add up",
             )
+        n_followed = sum(sequence.followed for sequence in self._running.values())
+        _hold(self._n_followed == n_followed, "it is known how many are followed")
         _hold(
             all(sequence.request_id in self._running for sequence in self._prompting),
             "who has more of its prompt to come is running",
@@ -436,7 +442,7 @@ class Scheduler:
             self._running
             and self._in_flight
             and self._in_flight[-1].plan.followed
-            and not any(sequence.followed for sequence in self._running.values())
+            and not self._n_followed
         )
 
     @property
@@ -466,7 +472,7 @@ class Scheduler:
         If somebody follows, they are not to wait long; but the more prompts there are to one that
         generates, the longer. Otherwise a full pass, with which no time is lost.
         """
-        if not any(sequence.followed for sequence in self._running.values()):
+        if not self._n_followed:
             return self._facts.n_ubatch
         n_ids = len(self._free) + len(self._prompting)
         n_prompts = min(len(self._waiting) + len(self._prompting), n_ids)
@@ -531,6 +537,7 @@ class Scheduler:
         self._unsettle()
         request_id, seq_id = sequence.request_id, heapq.heappop(self._free)
         self._running[request_id] = sequence
+        self._n_followed += sequence.followed
         parked = self._parked.pop(request_id, None)
         if parked is not None:
             sequence.resume(seq_id, from_snapshot=parked.snapshot > 0)
@@ -611,6 +618,7 @@ class Scheduler:
     def _stop_running(self, sequence: Sequence) -> None:
         self._unsettle()
         del self._running[sequence.request_id]
+        self._n_followed -= sequence.followed
         self._expect(sequence.request_id, ())
         self._prompting = [other for other in self._prompting if other is not sequence]
 
@@ -677,9 +685,10 @@ class Scheduler:
                         self._parked[request_id] = _Parked(parked.plan, 0)
         if opened is not None:
             plan = opened.plan
-            snapshots = {admission.seq_id: admission.snapshot for admission in plan.admit}
-            snapshots |= {resume.seq_id: resume.snapshot for resume in plan.resume}
-            for sequence, entry in zip(opened.sequences, plan.entries, strict=True):
+            begun: tuple[Admission | Resume, ...] = (*plan.admit, *plan.resume)
+            snapshots = {one.seq_id: one.snapshot for one in begun if one.snapshot}
+            entries = zip(opened.sequences, plan.entries, strict=True) if snapshots else ()
+            for sequence, entry in entries:
                 snapshot = snapshots.get(entry.seq_id)
                 if not snapshot or sequence is None or sequence.finished:
                     continue
@@ -711,7 +720,7 @@ class Scheduler:
             return PlanEntry(_id(sequence), chunk, False, 0)
         wish = self._speculator.wish_for(sequence)
         n_draft = min(wish.limit, most_drafts)
-        expected = round(sequence.habit.acceptance, 1)
+        expected = round(10 * sequence.habit.acceptance) / 10  # half of what round(…, 1) takes
         return PlanEntry(_id(sequence), chunk, True, n_draft, wish.adaptive, expected)
 
     def _admission(self, sequence: Sequence, snapshot: int) -> Admission:

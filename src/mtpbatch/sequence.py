@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
-
 from mtpbatch.exceptions import InternalError
-from mtpbatch.speculation import DraftWish, Habit
+from mtpbatch.speculation import DraftWish, Habit, at_least
 from mtpbatch.text import TextAssembler
 from mtpbatch.types import (
     NO_RESULT,
@@ -224,22 +222,22 @@ class Sequence:
     def absorb(
         self, entry: PlanEntry, result: EntryResult, now: float, *, repeated: bool
     ) -> Delta | None:
-        """Take in what a step gave; a delta, if somebody follows the request or it has ended.
+        """Take in what a step gave: a delta, without its text if nobody needs it before the end.
 
-        A sequence that is being cancelled may be given nothing any more.
-        ``repeated``: the entry's prompt tokens were fed by an earlier step. Raises
+        ``None`` if it gave no tokens: more of the prompt is to come, or the sequence is being
+        cancelled. ``repeated``: the entry's prompt tokens were fed by an earlier step. Raises
         :class:`InternalError` for a result that the entry cannot have.
         """
-        if not self._fits(entry, result):
+        room = self.remaining
+        if not _fits(entry, result, room):
             raise InternalError(f"{self!r} was given {result} for {entry}")
-        if entry.sample and not result.token_ids:
-            return None
-        if not repeated:
-            self._n_fed += len(entry.tokens)
-        if not entry.sample:
+        kept, accepted, reason = result.token_ids, result.n_accepted, result.finish_reason
+        chunk = () if repeated else entry.tokens
+        if kept or not entry.sample:
+            self._n_fed += len(chunk)
+        if not kept:
             return None
 
-        kept, accepted, reason = result.token_ids, result.n_accepted, result.finish_reason
         text = ""
         if self._reads_along or reason is not None:
             unread = kept if self._reads_along else (*self.token_ids, *kept)
@@ -248,24 +246,21 @@ class Sequence:
             if self._assembler.stopped:
                 kept, reason = kept[:n_taken], "stop"
                 accepted = min(accepted, n_taken)
-        if repeated or not entry.tokens:  # else it was prompt, of which nothing is drafted
-            self.habit.note(min(entry.n_draft, self.remaining - 1), result.n_drafted, accepted)
+        if not chunk:  # else it was prompt, of which nothing is drafted
+            self.habit.note(min(entry.n_draft, room - 1), result.n_drafted, accepted)
         self.token_ids += kept
-        if reason is not None:
-            # A last token that was drafted has been through the model; a sampled one has not.
-            given = (*self.prompt, *self.token_ids, *result.token_ids[len(kept) :])
-            drafted_end = len(result.token_ids) == result.n_accepted
-            self.state_token_ids = given if drafted_end else given[:-1]
         self._n_accepting[accepted] += 1
         self.drafted += result.n_drafted
         if self.first_token is None:
             self.first_token = now
         if reason is not None:
+            # A last token that was drafted has been through the model; a sampled one has not.
+            given = (*self.prompt, *self.token_ids, *result.token_ids[len(kept) :])
+            drafted_end = len(result.token_ids) == result.n_accepted
+            self.state_token_ids = given if drafted_end else given[:-1]
             text += self._finish(reason, now)
         if text:
             self._pieces.append(text)
-        if reason is None and not self.followed:
-            return None
         return Delta(text, kept, accepted, reason)
 
     def end(self, reason: FinishReason, now: float) -> Delta:
@@ -309,20 +304,14 @@ class Sequence:
             total=ended - self.submitted,
         )
 
-    def _fits(self, entry: PlanEntry, result: EntryResult) -> bool:
-        """Whether it is a result that the entry can have."""
-        if not entry.sample or not result.token_ids:
-            return result == NO_RESULT
-        n_tokens, n_accepted = len(result.token_ids), result.n_accepted
-        ended = result.finish_reason is not None
-        room = self.max_tokens - len(self.token_ids)
-        return (
-            0 <= n_accepted <= result.n_drafted <= entry.n_draft
-            and n_tokens <= (room if ended else room - 1)
-            and (n_tokens == n_accepted + 1 or (ended and n_tokens == n_accepted))
-        )
 
-
-def at_least(counts: list[int]) -> tuple[int, ...]:
-    """From how often something was 0, 1, 2, …: how often it was at least 1, 2, …"""
-    return tuple(accumulate(reversed(counts[1:])))[::-1]
+def _fits(entry: PlanEntry, result: EntryResult, room: int) -> bool:
+    """Whether it is a result that the entry can have, with room for so many tokens."""
+    if not entry.sample or not result.token_ids:
+        return result == NO_RESULT
+    n_tokens, n_accepted = len(result.token_ids), result.n_accepted
+    if not 0 <= n_accepted <= result.n_drafted <= entry.n_draft:
+        return False
+    if result.finish_reason is None:
+        return n_tokens == n_accepted + 1 and n_tokens < room
+    return n_accepted <= n_tokens <= min(n_accepted + 1, room)

@@ -21,7 +21,7 @@ import math
 from collections.abc import Collection, Iterable
 from collections.abc import Sequence as Items
 from itertools import accumulate
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeAlias
 
 import msgspec
 from msgspec import Struct
@@ -247,7 +247,7 @@ class Habit:
 
     __slots__ = (
         *("reached", "gained", "acceptance", "behind", "_memory", "_weight", "_n_tried"),
-        *("_allowed", "_drafted", "_gained", "_tried", "_ahead"),
+        *("_allowed", "_drafted", "_gained", "_n_refused", "_ahead"),
     )
     _PRIOR: Final = 4.0  # steps, and drafts, that what it begins with counts as
 
@@ -278,28 +278,31 @@ class Habit:
 
     def note(self, allowed: int, drafted: int, accepted: int) -> None:
         """Take in a step that may draft ``allowed`` tokens."""
-        self._allowed[allowed] += 1
-        self._drafted[drafted] += 1
-        self._gained[accepted] += 1
-        self._tried += accepted + (drafted > accepted)
         self.behind = 1 + accepted if drafted else self.behind + 1
+        if allowed:
+            self._allowed[allowed] += 1
+            self._drafted[drafted] += 1
+            self._gained[accepted] += 1
+            self._n_refused += drafted > accepted
 
     def settle(self, others: Habit) -> None:
         """Bring the figures up to date, and ``others``, which is everybody's, with them."""
-        n_depths = len(self.reached)
-        if sum(self._allowed) > self._allowed[0]:
-            allowed, drafted, gained = (
-                list(accumulate(reversed(counts)))[::-1][1:]
-                for counts in (self._allowed, self._drafted, self._gained)
-            )
-            for d in range(n_depths):
-                if allowed[d]:
-                    for habit in (self, others):
-                        habit._take(d, allowed[d], drafted[d], gained[d])
-            if self._tried:
-                accepted = sum(gained)
-                for habit in (self, others):
-                    habit._take_tried(self._tried, accepted)
+        if not any(self._allowed):
+            return
+        counts = (self._allowed, self._drafted, self._gained)
+        allowed, drafted, gained = map(at_least, counts)
+        # At a depth that was not allowed there is nothing to learn, nor at a greater one.
+        by_depth = [
+            (n, min(1.0, n_drafted / n), min(1.0, n_gained / n))
+            for n, n_drafted, n_gained in zip(allowed, drafted, gained, strict=True)
+            if n
+        ]
+        accepted = sum(gained)
+        tried = accepted + self._n_refused
+        for habit in (self, others):
+            habit._take(by_depth)
+            if tried:
+                habit._take_tried(tried, accepted)
         self._forget()
 
     @property
@@ -312,12 +315,14 @@ class Habit:
             self._ahead = list(zip(gained, verified, drafted, strict=True))
         return self._ahead
 
-    def _take(self, d: int, allowed: int, drafted: int, gained: int) -> None:
-        self._weight[d] = weight = min(self._weight[d] + allowed, self._memory)
-        pace = min(1.0, allowed / weight)
+    def _take(self, by_depth: Iterable[tuple[int, float, float]]) -> None:
+        """Of each depth: steps, and the shares of them that reached and that gained it."""
         self._ahead = None
-        self.reached[d] += (min(1.0, drafted / allowed) - self.reached[d]) * pace
-        self.gained[d] += (min(1.0, gained / allowed) - self.gained[d]) * pace
+        for d, (n_steps, reached, gained) in enumerate(by_depth):
+            self._weight[d] = weight = min(self._weight[d] + n_steps, self._memory)
+            pace = min(1.0, n_steps / weight)
+            self.reached[d] += (reached - self.reached[d]) * pace
+            self.gained[d] += (gained - self.gained[d]) * pace
 
     def _take_tried(self, tried: int, accepted: int) -> None:
         self._n_tried = min(self._n_tried + tried, self._memory)
@@ -326,7 +331,7 @@ class Habit:
 
     def _forget(self) -> None:
         n_counts = len(self.reached) + 1
-        self._tried = 0
+        self._n_refused = 0
         self._allowed = [0] * n_counts
         self._drafted = [0] * n_counts
         self._gained = [0] * n_counts
@@ -375,6 +380,10 @@ class Drafter(Protocol):
     def wish(self) -> DraftWish: ...
     @property
     def habit(self) -> Habit: ...
+
+
+# Of a drafter: its request's id, its wish, and of its habit ``reached`` and ``ahead``.
+_Drafter: TypeAlias = tuple[str, DraftWish, Items[float], Items[tuple[float, float, float]]]
 
 
 class Choice(Struct, frozen=True):
@@ -540,37 +549,42 @@ class Speculator:
 
     def _outlooks(self, sequences: Collection[Drafter], terms: Terms | None) -> list[_Outlook]:
         """What a step would come to, by depth. With terms, those draft for whom it pays."""
-        outlooks = [_Outlook(depth, self._depths[-1]) for depth in self._depths]
+        drafters = [(s.request_id, s.wish, s.habit.reached, s.habit.ahead) for s in sequences]
+        return [self._outlook(depth, drafters, terms) for depth in self._depths]
+
+    def _outlook(self, depth: int, drafters: Items[_Drafter], terms: Terms | None) -> _Outlook:
         target_row, draft_row = (terms.target_row, terms.draft_row) if terms else (-1.0, -1.0)
-        for sequence in sequences:
-            most, adaptive = sequence.wish.limit, sequence.wish.adaptive
-            habit = sequence.habit
-            reached, ahead = habit.reached, habit.ahead
-            for outlook in outlooks:
-                limit = outlook.depth if adaptive and outlook.depth < most else most
-                if not limit:
-                    continue
-                gain, rows, draft_rows = ahead[limit]
-                if adaptive and gain <= target_row * rows + draft_row * draft_rows:
-                    outlook.left_out.append(sequence.request_id)
-                    continue
-                outlook.n_drafting += 1
-                outlook.n_verifying += reached[0]
-                outlook.tokens += gain
-                outlook.rows += rows
-                outlook.draft_rows[0] += 1 + gain  # what was accepted last is decoded as well
-                for d in range(1, limit):
-                    outlook.draft_rows[d] += reached[d - 1]
-        for outlook in outlooks:
-            outlook.n_sequences = len(sequences)
-            outlook.tokens += len(sequences)
-            outlook.rows += len(sequences)
-            # A decode of less than a row happens that often.
-            n_draft_decodes = sum(min(1.0, rows) for rows in outlook.draft_rows)
-            outlook.seconds = self.costs.target.of(
-                self._passes(outlook), outlook.rows
-            ) + self.costs.draft.of(n_draft_decodes, sum(outlook.draft_rows))
-        return outlooks
+        outlook = _Outlook(depth, self._depths[-1])
+        n_drafting = 0
+        verifying = tokens = rows = 0.0
+        draft_rows = outlook.draft_rows
+        for request_id, wish, reached, ahead in drafters:
+            adaptive = wish.adaptive
+            limit = depth if adaptive and depth < wish.limit else wish.limit
+            if not limit:
+                continue
+            gain, own_rows, own_draft_rows = ahead[limit]
+            if adaptive and gain <= target_row * own_rows + draft_row * own_draft_rows:
+                outlook.left_out.append(request_id)
+                continue
+            n_drafting += 1
+            verifying += reached[0]
+            tokens += gain
+            rows += own_rows
+            draft_rows[0] += 1 + gain  # what was accepted last is decoded as well
+            for d in range(1, limit):
+                draft_rows[d] += reached[d - 1]
+        outlook.n_sequences = len(drafters)
+        outlook.n_drafting = n_drafting
+        outlook.n_verifying = verifying
+        outlook.tokens = tokens + len(drafters)
+        outlook.rows = rows + len(drafters)
+        # A decode of less than a row happens that often.
+        n_draft_decodes = sum(min(1.0, n) for n in draft_rows)
+        outlook.seconds = self.costs.target.of(
+            self._passes(outlook), outlook.rows
+        ) + self.costs.draft.of(n_draft_decodes, sum(draft_rows))
+        return outlook
 
     def _passes(self, outlook: _Outlook) -> float:
         """Passes of the target, as far as drafts make a difference."""
@@ -635,6 +649,11 @@ class Speculator:
         self._n_for_trials = n_sequences
         self._next_trial = [self._n_steps] * len(self._depths)
         self._pause = [self._PAUSES[0]] * len(self._depths)
+
+
+def at_least(counts: list[int]) -> tuple[int, ...]:
+    """From how often something was 0, 1, 2, …: how often it was at least 1, 2, …"""
+    return tuple(accumulate(counts[:0:-1]))[::-1]
 
 
 def _prices(terms: Terms) -> tuple[float, ...]:

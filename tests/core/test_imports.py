@@ -49,7 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "testing/scripted": {"engine", "_loops", "types", "exceptions"},
     "testing/workload": {"types", "exceptions"},
-    "testing/simulated": {"testing", "sequence", "types", "exceptions"},
+    "testing/simulated": {"testing", "speculation", "types", "exceptions"},
     "testing/simulation": {
         "testing",
         "scheduler",

@@ -464,20 +464,30 @@ def test_without_it_everybody_computes_everything(sharing: Recorder) -> None:
     assert not sharing.all("save")
 
 
-def test_who_would_compute_the_same_waits_for_it(sharing: Recorder) -> None:
+def test_who_would_compute_the_same_waits_for_it_and_nobody_else_does(sharing: Recorder) -> None:
     common = unlike(0, 100)
     for tail in (65, 66):
         sharing.add([*common, tail], max_tokens=5)
     sharing.add(unlike(1, 30), max_tokens=5)
     first = sharing.plan()
-    assert len(first.admit) == 1
-    assert [len(entry.tokens) for entry in first.entries] == [96], "it stops where they part"
+    assert first.admit[1].ticket == first.admit[0].ticket + 2, "the last goes before the second"
+    lengths = [len(entry.tokens) for entry in first.entries]
+    assert lengths == [96, 30], "the first stops where they part"
     second = sharing.plan()
     assert [save.seq_id for save in second.save] == [0]
-    assert [a.n_reused for a in second.admit] == [96, 0]
+    assert [a.n_reused for a in second.admit] == [96]
     assert second.admit[0].snapshot == second.save[0].snapshot
-    assert [len(entry.tokens) for entry in second.entries] == [5, 5, 30]
+    assert sorted(len(entry.tokens) for entry in second.entries) == [0, 5, 5]
     sharing.run()
+
+
+def test_who_waits_for_a_shared_prompt_can_be_cancelled(sharing: Recorder) -> None:
+    common = unlike(0, 100)
+    names = [sharing.add([*common, tail], max_tokens=5) for tail in (65, 66, 67)]
+    sharing.plan()
+    assert sharing.scheduler.abort(names[1], 0.0)
+    sharing.scheduler.check_integrity()
+    assert sharing.run().keys() == {names[0], names[2]}
 
 
 def test_what_is_waited_for_may_not_come(sharing: Recorder) -> None:

@@ -65,6 +65,7 @@ class QueueMachine(RuleBasedStateMachine):
         super().__init__()
         self.queue = WaitingQueue()
         self.waiting: list[Sequence] = []
+        self.aside: dict[str, int] = {}
         self.taken: list[Sequence] = []
 
     @rule(submitted=st.integers(0, 300), priority=PRIORITIES, deadline=DEADLINES)
@@ -73,10 +74,25 @@ class QueueMachine(RuleBasedStateMachine):
         self.queue.push(sequence)
         self.waiting.append(sequence)
 
-    @precondition(lambda self: self.waiting)
+    @property
+    def in_line(self) -> list[Sequence]:
+        return [sequence for sequence in self.waiting if sequence.request_id not in self.aside]
+
+    @precondition(lambda self: self.in_line)
+    @rule(reason=st.integers(0, 2))
+    def set_aside(self, reason: int) -> None:
+        self.aside[min(self.in_line, key=key).request_id] = reason
+        self.queue.set_aside(reason)
+
+    @rule(reason=st.integers(0, 2))
+    def bring_back(self, reason: int) -> None:
+        self.queue.bring_back(reason)
+        self.aside = {id_: r for id_, r in self.aside.items() if r != reason}
+
+    @precondition(lambda self: self.in_line)
     @rule()
     def pop(self) -> None:
-        first = min(self.waiting, key=key)
+        first = min(self.in_line, key=key)
         assert self.queue.pop() is first
         self.waiting.remove(first)
         self.taken.append(first)
@@ -87,6 +103,7 @@ class QueueMachine(RuleBasedStateMachine):
         sequence = data.draw(st.sampled_from(self.waiting))
         assert self.queue.remove(sequence.request_id) is sequence
         assert self.queue.remove(sequence.request_id) is None
+        self.aside.pop(sequence.request_id, None)
         self.waiting.remove(sequence)
         self.taken.append(sequence)
 
@@ -101,13 +118,16 @@ class QueueMachine(RuleBasedStateMachine):
     @invariant()
     def agrees(self) -> None:
         self.queue.check_integrity()
-        assert self.queue.first is min(self.waiting, key=key, default=None)
+        assert self.queue.first is min(self.in_line, key=key, default=None)
+        assert self.queue.reasons >= set(self.aside.values())
         assert len(self.queue) == len(self.waiting)
         assert sorted(self.queue, key=key) == sorted(self.waiting, key=key)
         assert all(s.request_id in self.queue for s in self.waiting)
         assert not any(s.request_id in self.queue for s in self.taken)
 
     def teardown(self) -> None:
+        for reason in range(3):
+            self.queue.bring_back(reason)
         assert drained(self.queue) == sorted(self.waiting, key=key)
 
 

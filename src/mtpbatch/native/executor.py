@@ -96,23 +96,10 @@ def _result(step: Any) -> StepResult:
         if not isinstance(error, NativeError):
             raise error
         failure = error
-    words: list[int] = ffi.unpack(step.words, step.n_words) if step.n_words else []
-    entries = []
-    at = 0
-    while at < len(words):
-        n_tokens = words[at]
-        begin = at + _OUTCOME_WORDS
-        if n_tokens:
-            _, n_accepted, n_drafted, finish = words[at:begin]
-            token_ids = tuple(words[begin : begin + n_tokens])
-            entries.append(EntryResult(token_ids, n_drafted, n_accepted, _FINISH[finish]))
-        else:
-            entries.append(NO_RESULT)
-        at = begin + n_tokens
     t = step.trials
     return StepResult(
         step.plan,
-        tuple(entries),
+        _outcomes(tuple(ffi.unpack(step.words, step.n_words)) if step.n_words else ()),
         step.n_target_tokens,
         step.n_target_decodes,
         step.n_draft_tokens,
@@ -127,6 +114,22 @@ def _result(step: Any) -> StepResult:
         save_time=step.save_us / 1e6,
         lost=tuple(step.lost[i] for i in range(step.n_lost)),
     )
+
+
+def _outcomes(words: tuple[int, ...]) -> tuple[EntryResult, ...]:
+    """What each entry was given: for each some numbers, then its tokens."""
+    outcomes = []
+    end = 0
+    while end < len(words):
+        begin = end + _OUTCOME_WORDS
+        n_tokens, n_accepted, n_drafted, finish = words[end:begin]
+        end = begin + n_tokens
+        if n_tokens:
+            token_ids = words[begin:end]
+            outcomes.append(EntryResult(token_ids, n_drafted, n_accepted, _FINISH[finish]))
+        else:
+            outcomes.append(NO_RESULT)
+    return tuple(outcomes)
 
 
 def _native_plan(plan: Plan) -> tuple[Any, list[Any]]:

@@ -15,7 +15,7 @@ from typing import Final, TypeAlias
 from msgspec import Struct
 
 from mtpbatch.exceptions import InternalError, InvalidParameterError
-from mtpbatch.sequence import at_least
+from mtpbatch.speculation import at_least
 from mtpbatch.testing.workload import N_LUCK, Luck
 from mtpbatch.types import (
     N_CONFIDENCES,
