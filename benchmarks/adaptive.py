@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -255,7 +256,10 @@ class Comparison:
         cells.append(f"{statistics.median(speeds[ADAPTIVE]):.0f}")
         for other in (best, 0):
             pairs = zip(speeds[ADAPTIVE], speeds[other], strict=True)
-            cells.append(spread([ours / theirs for ours, theirs in pairs], 2))
+            # Nothing at all is generated while the machine stands still.
+            cells.append(
+                spread([ours / theirs if theirs else math.inf for ours, theirs in pairs], 2)
+            )
         return cells
 
     def _stage(self, name: str, stage: int) -> float:
@@ -296,13 +300,13 @@ def main() -> None:
     figures: dict[str, object] = {}
     for model in options.models:
         outcomes = compare(model, [*options.depths, ADAPTIVE], options)
-        comparison = Comparison(outcomes)
         figures[model.name] = msgspec.to_builtins(
             {str(depth): outcome for depth, outcome in outcomes.items()}
         )
-        text += f"\n\n## {model.name}\n\n{comparison.steady()}\n\n{comparison.changing()}"
         if options.json:
             options.json.write_text(json.dumps({"conditions": facts, "figures": figures}, indent=1))
+        comparison = Comparison(outcomes)
+        text += f"\n\n## {model.name}\n\n{comparison.steady()}\n\n{comparison.changing()}"
     print(text)
 
 
