@@ -294,6 +294,8 @@ def main() -> None:
     parser.add_argument("--stage", type=float, default=2.0, help="seconds, while clients change")
     parser.add_argument("--json", type=Path, help="write all figures there")
     options = parser.parse_args()
+    if 0 not in options.depths:
+        parser.error("--depths needs 0: adaptive is compared with it")
 
     facts = command_line.conditions() | {"threads": str(options.threads)}
     text = command_line.in_one_line(facts)

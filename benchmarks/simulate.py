@@ -16,6 +16,7 @@ No model runs, and the figures are the same on every machine, but for those of `
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -250,6 +251,13 @@ def _depth(text: str) -> Speculation:
     return "auto" if text == "auto" else int(text)
 
 
+def _svg_folder(text: str) -> Path:
+    """What draws must be there before anything is simulated."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise argparse.ArgumentTypeError("there is no matplotlib: pip install '.[bench]'")
+    return Path(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = command_line.parser(__doc__)
     studies = parser.add_subparsers(required=True, metavar="STUDY")
@@ -286,7 +294,7 @@ def _parser() -> argparse.ArgumentParser:
             help='fixed draft depths, and "auto"',
         )
         if run is not million:
-            added.add_argument("--plots", type=Path, metavar="FOLDER", help="for SVG files")
+            added.add_argument("--plots", type=_svg_folder, metavar="FOLDER", help="for SVG files")
         return added
 
     several_counts: dict[str, Any] = {"type": int, "nargs": "+", "metavar": "N"}

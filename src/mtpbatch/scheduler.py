@@ -390,8 +390,8 @@ class Scheduler:
                 f"{sequence!r} fits into its context",
             )
             _hold(
-                sequence.accepted == sum(sequence.accepted_by_depth) <= sequence.drafted,
-                f"the counts of {sequence!r} add up",
+                sequence.accepted <= sequence.drafted,
+                f"{sequence!r} accepts no more than was drafted",
             )
         n_followed = sum(sequence.followed for sequence in self._running.values())
         _hold(self._n_followed == n_followed, "it is known how many are followed")

@@ -674,6 +674,17 @@ def test_an_executor_refuses_what_no_executor_could_run() -> None:
         ("sample_every", lambda: run(n_requests=1, sample_every=0.0)),
         ("kinds", lambda: simulate(OpenLoop(steady(1.0)), [], facts(), per_pass(1.0), until=1.0)),
         ("speculation", lambda: run(n_requests=1, speculation=5)),
+        ("speculation", lambda: run(n_requests=1, speculation=-1)),
+        ("n_requests", lambda: run(n_requests=0)),
+        ("until", lambda: run(until=0.0)),
+        ("until", lambda: run(until=math.nan)),
+        *(
+            (name, lambda name=name, value=value: one_kind(**{name: value}))
+            for name, value in (
+                *(("priority", 101), ("deadline", 0.0), ("temperature", -1.0)),
+                ("temperature", math.inf),
+            )
+        ),
     ],
 )
 def test_a_bad_argument_is_named(parameter: str, make: Any) -> None:
@@ -685,6 +696,15 @@ def test_a_bad_argument_is_named(parameter: str, make: Any) -> None:
 def test_a_prompt_that_no_engine_would_take_is_refused() -> None:
     with pytest.raises(PromptTooLongError):
         run(n_prompt=256, n_requests=1)
+
+
+def test_where_no_time_passes_nothing_comes_per_second() -> None:
+    report = simulate(ClosedLoop(steady(1)), [one_kind()], facts(), per_pass(0.0), n_requests=3)
+    assert report.seconds == report.throughput == report.utilisation == 0.0
+
+
+def one_kind(**options: Any) -> RequestKind:
+    return RequestKind(prompt=Fixed(1), answer=Fixed(1), **options)
 
 
 def run(n_prompt: int = 1, **options: Any) -> SimulationReport:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import msgspec
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from mtpbatch.exceptions import InvalidParameterError
 from mtpbatch.speculation import (
     Calibration,
+    Choice,
     Cost,
     CostModel,
     DraftWish,
@@ -389,3 +391,237 @@ def test_reviews_survive_whatever_steps_take(data: st.DataObject) -> None:
         for price in (terms.target_row, terms.target_pass, terms.draft_row, terms.draft_decode):
             assert 0 <= price < float("inf")
         assert all(0 <= chance <= 1 for chance in (*terms.greedy, *terms.sampled))
+
+
+# ------------------------------------------------------------- the decision, when all is known
+
+
+class Crowd:
+    """Sequences that draft as a speculator says, on a model of which everything is known.
+
+    A row takes ``ROW`` of the time of its pass, which is what speculators assume at first: their
+    costs are right from the first step on.
+    """
+
+    ROW = 0.35**2
+
+    def __init__(
+        self,
+        right: Callable[[int], int],
+        *,
+        depth: int = 1,
+        target: float = 0.01,
+        draft: float = 0.001,
+        recurrent: bool = False,
+        n_plain: int = 0,
+    ) -> None:
+        """``right`` says how many drafts are right, by turn and sequence added. A pass of the
+        target and of its head, which drafts up to ``depth`` tokens, take so many seconds. The first
+        ``n_plain`` sequences never draft."""
+        self.speculator = Speculator(msgspec.structs.replace(facts(depth), recurrent=recurrent))
+        self.target, self.draft = target, draft
+        self.trials: tuple[tuple[int, int, int], ...] = ()  # what each step says of its drafts
+        self.stops_at: dict[int, int] = {}  # sequences whose head is not sure of more
+        self.sequences: list[Drafting] = []
+        self.turn = 0
+        self._right = right
+        self._depth = depth
+        self._recurrent = recurrent
+        self._n_plain = n_plain
+
+    def step(self, n: int) -> tuple[Choice, float]:
+        """A step of ``n`` sequences, by the choice in force; that, and the seconds it took."""
+        for number in range(len(self.sequences), n):
+            plain = number < self._n_plain
+            wish = DraftWish(0 if plain else self._depth, adaptive=not plain)
+            self.sequences.append(Drafting(str(number), wish, self.speculator.new_habit(1)))
+        del self.sequences[n:]
+        choice = self.speculator.choice
+        lengths = [0] * (self._depth + 1)
+        rows = [0] * self._depth  # of each decode of the head
+        for number, sequence in enumerate(self.sequences):
+            allowed = self.speculator.wish_for(sequence).limit
+            length = min(allowed, self.stops_at.get(number, allowed))
+            for d in range(length):
+                rows[d] += 1 if d else max(1, sequence.habit.behind)
+            sequence.habit.note(allowed, length, min(length, self._right(self.turn + number)))
+            lengths[length] += 1
+        self.turn += 1
+        return choice, self._take(lengths, [n_rows for n_rows in rows if n_rows])
+
+    def _take(self, lengths: list[int], drafted: list[int]) -> float:
+        rows = sum(count * (1 + length) for length, count in enumerate(lengths))
+        n_passes = sum(count > 0 for count in lengths) if self._recurrent else 1
+        draft_time = self.draft * (len(drafted) + self.ROW * sum(drafted))
+        target_time = self.target * (n_passes + self.ROW * rows)
+        result = StepResult(
+            *(1, (), rows, n_passes, sum(drafted), len(drafted), 0.0, draft_time, target_time, 0.0),
+            trials=self.trials,
+        )
+        self.speculator.observe(result, lengths, 0)
+        self.speculator.review(self.sequences)
+        return draft_time + target_time
+
+    def run(self, n: int, n_steps: int) -> list[Choice]:
+        """The choices by which so many steps of ``n`` sequences went."""
+        return [self.step(n)[0] for _ in range(n_steps)]
+
+
+def never(_: int) -> int:
+    return 0
+
+
+def always(_: int) -> int:
+    return 9
+
+
+def every_second(turn: int) -> int:
+    return turn % 2
+
+
+@pytest.mark.parametrize("draft", [1e-3, 3e-3])
+def test_trials_lose_at_most_a_hundredth_of_the_time(draft: float) -> None:
+    """Drafts are all wrong, and as many sequences run as to have every depth tried all the time."""
+    crowd = Crowd(never, depth=3, draft=draft)
+    spent = lost = 0.0
+    n_trials = 0
+    for turn in range(8000):
+        n = 3 if turn // 30 % 2 else 1
+        if turn % 30 == 0:
+            crowd.sequences.clear()  # others come
+        choice, seconds = crowd.step(n)
+        spent += seconds
+        if choice.trial and not choice.depth:
+            n_trials += 1
+            lost += seconds - crowd.target * (1 + crowd.ROW * n)
+    assert n_trials > 10
+    # What four steps take may be lost at a stretch, as at the beginning.
+    assert lost < 0.01 * spent + 4 * crowd.target * (1 + crowd.ROW * 3)
+
+
+def test_trials_of_a_depth_become_rarer() -> None:
+    crowd = Crowd(always, depth=2)
+    turns = [turn for turn, choice in enumerate(crowd.run(2, 6000)) if choice.trial == 1]
+    pauses = [later - earlier for earlier, later in pairwise(turns)]
+    assert pauses == sorted(pauses)
+    assert pauses[0] < 100
+    assert pauses[-1] > 1000
+
+
+def test_hopeless_depths_are_not_tried() -> None:
+    """A draft takes longer than a step without one, and is always wrong."""
+    crowd = Crowd(never, draft=0.012)
+    crowd.run(1, 200)
+    choices = crowd.run(1, 4000)
+    assert {(choice.depth, choice.trial) for choice in choices} == {(0, None)}
+
+
+def test_all_depths_are_tried_anew_when_twice_as_many_sequences_run() -> None:
+    crowd = Crowd(always, depth=3)
+    crowd.run(4, 4000)
+    for n in (9, 4):
+        tried = {choice.trial for choice in crowd.run(n, 100)}
+        assert tried == {None, 0, 1, 2}
+
+
+def test_a_depth_is_tried_by_few_who_draft_to_it_in_any_case() -> None:
+    crowd = Crowd(always, depth=2)
+    n_trials = 0
+    for _ in range(300):
+        crowd.step(12)
+        choice = crowd.speculator.choice
+        wishes = {s.request_id: crowd.speculator.wish_for(s) for s in crowd.sequences}
+        on_trial = {name for name, wish in wishes.items() if not wish.adaptive}
+        assert on_trial == choice.on_trial
+        assert {wishes[name].limit for name in on_trial} <= {choice.trial}
+        n_trials += len(on_trial) == 4
+        assert len(on_trial) in (0, 4)
+    assert n_trials >= 2
+
+
+@pytest.mark.parametrize(("gain", "moves"), [(1.01, False), (1.06, True)])
+def test_it_stays_with_a_depth_that_is_nearly_as_good(gain: float, moves: bool) -> None:
+    """It begins with drafts, of which half are right; without them it is somewhat faster."""
+    target, row = 0.01, Crowd.ROW
+    # Per step of 4, of which 2 gain a token: 6 tokens, 8 rows, 6 of the head.
+    draft = target * (gain * 6 / 4 * (1 + 4 * row) - (1 + 8 * row)) / (1 + 6 * row)
+    crowd = Crowd(every_second, target=target, draft=draft)
+    depths = {choice.depth for choice in crowd.run(4, 1500)[500:]}
+    assert depths == ({0} if moves else {1})
+
+
+def test_who_comes_makes_it_choose_at_once() -> None:
+    """Alone a row costs little; beside many others it costs as much as a token brings."""
+    crowd = Crowd(every_second, depth=1, draft=1e-3)
+    for _ in range(40):
+        crowd.run(1, 30)
+        crowd.run(32, 30)
+    crowd.run(1, 30)
+    before, _ = crowd.step(1)
+    crowd.step(32)
+    after = crowd.speculator.choice
+    assert (before.depth, after.depth) == (1, 0)
+
+
+def test_a_draft_is_not_worth_it_where_the_head_takes_as_long_as_the_model() -> None:
+    crowd = Crowd(every_second, draft=0.01)
+    assert {choice.depth for choice in crowd.run(2, 800)[400:]} == {0}
+
+
+def test_prices_are_what_could_be_generated_in_the_time() -> None:
+    crowd = Crowd(always, draft=2e-3)
+    crowd.run(4, 400)
+    seconds = crowd.target * (1 + 8 * crowd.ROW) + crowd.draft * (1 + 8 * crowd.ROW)
+    speed = 8 / seconds  # a token and a draft of each
+    terms = crowd.speculator.choice.terms
+    assert terms.target_pass == pytest.approx(speed * crowd.target, rel=0.2)
+    assert terms.target_row == pytest.approx(speed * crowd.target * crowd.ROW, rel=0.2)
+    assert terms.draft_decode == pytest.approx(speed * crowd.draft, rel=0.2)
+    assert terms.draft_row == pytest.approx(speed * crowd.draft * crowd.ROW, rel=0.2)
+
+
+def test_prices_that_change_are_a_new_choice() -> None:
+    """Though the depth stays: one draft more is always right."""
+    crowd = Crowd(always)
+    crowd.run(4, 3000)
+    before = crowd.speculator.choice
+    crowd.draft *= 3
+    crowd.run(4, 60)
+    after = crowd.speculator.choice
+    assert (before.depth, before.trial) == (after.depth, after.trial) == (1, None)
+    assert after.terms.draft_decode > 2 * before.terms.draft_decode
+
+
+def test_chances_that_change_are_a_new_choice_for_those_they_are_of() -> None:
+    crowd = Crowd(always)
+    crowd.run(4, 3000)
+    before = crowd.speculator.choice
+    crowd.trials = ((2, 10, 1), (N_CONFIDENCES + 2, 10, 10))
+    crowd.run(4, 60)
+    after = crowd.speculator.choice
+    assert (before.depth, before.trial) == (after.depth, after.trial) == (1, None)
+    assert before.terms.greedy[2] == before.terms.sampled[2]
+    assert after.terms.greedy[2] < 0.2
+    assert after.terms.sampled[2] > 0.9
+
+
+@pytest.mark.parametrize("recurrent", [False, True])
+def test_who_never_drafts_makes_drafts_a_pass_of_their_own_where_state_is_recurrent(
+    recurrent: bool,
+) -> None:
+    """Two of eight gain a token each: that is worth two rows, but not another pass."""
+    crowd = Crowd(always, recurrent=recurrent, n_plain=6)
+    depths = {choice.depth for choice in crowd.run(8, 1000)[500:]}
+    assert depths == {0 if recurrent else 1}
+
+
+@pytest.mark.parametrize("recurrent", [False, True])
+def test_drafts_of_several_lengths_are_several_passes_where_state_is_recurrent(
+    recurrent: bool,
+) -> None:
+    """The head of every second one is sure of one token only: to draft two is worth its rows for
+    the others, but not another pass."""
+    crowd = Crowd(always, depth=2, draft=5e-4, recurrent=recurrent)
+    crowd.stops_at = {0: 1, 2: 1}
+    depths = {choice.depth for choice in crowd.run(4, 2000)[1000:]}
+    assert depths == {1 if recurrent else 2}

@@ -41,6 +41,7 @@ from mtpbatch.types import (
     ModelFacts,
     SamplingParams,
     Speculation,
+    parse,
 )
 
 MakeScheduler: TypeAlias = Callable[[ModelFacts], Scheduler]
@@ -96,13 +97,13 @@ class SimulationReport(Struct, frozen=True, kw_only=True):
 
     @property
     def throughput(self) -> float:
-        """Generated tokens per second."""
-        return self.generated_tokens / self.seconds
+        """Generated tokens per second; 0 if no time has passed."""
+        return self.generated_tokens / self.seconds if self.seconds else 0.0
 
     @property
     def utilisation(self) -> float:
-        """The share of the time in which steps ran, the mean over all engines."""
-        return sum(self.busy) / len(self.busy) / self.seconds
+        """The share of the time in which steps ran, the mean over all engines; 0 if none passed."""
+        return sum(self.busy) / len(self.busy) / self.seconds if self.seconds else 0.0
 
 
 def simulate(
@@ -131,6 +132,10 @@ def simulate(
     """
     if n_requests is None and until is None:
         raise InvalidParameterError("n_requests", "or until must be given: when do requests stop?")
+    if n_requests is not None and n_requests < 1:
+        raise InvalidParameterError("n_requests", f"must be at least 1, got {n_requests}")
+    if until is not None and not until > 0:
+        raise InvalidParameterError("until", f"must be a time after 0, got {until}")
     if not kinds:
         raise InvalidParameterError("kinds", "must have at least one kind of requests")
     if n_engines < 1:
@@ -335,7 +340,7 @@ class _Requests:
         seed: int,
         left: int,
     ) -> None:
-        config = EngineConfig(n_draft_max=facts.n_draft_max, speculation=speculation)
+        config = parse(EngineConfig, {"speculation": speculation})
         self._wish = draft_wish(None, config, facts)
         self._facts = facts
         self._chance = random.Random(f"requests {seed}")

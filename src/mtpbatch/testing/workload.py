@@ -12,7 +12,7 @@ from typing import Final, TypeAlias
 from msgspec import Struct
 
 from mtpbatch.exceptions import InvalidParameterError
-from mtpbatch.types import N_CONFIDENCES
+from mtpbatch.types import N_CONFIDENCES, SamplingParams, parse
 
 Lengths: TypeAlias = Callable[[random.Random], int]
 """Draws how many tokens a prompt or an answer has, at least 1."""
@@ -166,6 +166,8 @@ class RequestKind(Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         _check(self.weight > 0, "weight", "must be positive", self.weight)
+        asked = ("temperature", "priority", "deadline")
+        parse(SamplingParams, {name: getattr(self, name) for name in asked})
 
 
 # -------------------------------------------------------------------------------- arrivals
