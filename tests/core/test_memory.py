@@ -76,6 +76,30 @@ def unlike(number: int, n_tokens: int) -> list[int]:
     return [97 + number % 26, *(chance.randrange(97, 123) for _ in range(n_tokens - 1))]
 
 
+# ------------------------------------------------------------------------- draft depths
+
+
+def test_requests_that_leave_their_depth_open_draft_on_terms() -> None:
+    backend = ScriptedBackend(lambda _: "x" * 90, n_ctx=100, n_draft_max=3, acceptance=0.9)
+    record = Recorder(backend)
+    record.add([65], max_tokens=80, ignore_eos=True)
+    record.add([66], max_tokens=80, ignore_eos=True, depth=2)
+    record.run()
+    for plan in record.plans:
+        assert (plan.terms is not None) == any(entry.seq_id == 0 for entry in plan.entries)
+    selective = {e.seq_id for plan in record.plans for e in plan.entries if e.selective}
+    assert selective == {0}
+
+
+def test_what_short_requests_did_is_learnt_from() -> None:
+    """They end before anybody reviews how drafting goes."""
+    backend = ScriptedBackend(lambda _: "x" * 90, n_ctx=100, n_draft_max=3, acceptance=0.0)
+    record = Recorder(backend)
+    for number in range(60):
+        record.run_one([65 + number % 20], max_tokens=4, ignore_eos=True, depth=2, followed=False)
+    assert record.scheduler._speculator.new_habit(1).gained[0] < 0.2
+
+
 # ------------------------------------------------------------------------ short of cells
 
 

@@ -80,7 +80,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         n_prompt=st.integers(1, 23),
         first=st.sampled_from([0, 65, 66, 255]),
         max_tokens=st.integers(1, 40),
-        depth=st.integers(0, 4),
+        depth=st.none() | st.integers(0, 4),
         stop=st.lists(st.sampled_from(["e", "th", "d t", "日本", "ing the", "öß"]), max_size=2),
         stop_token_ids=st.lists(st.sampled_from([32, 101, 257]), max_size=1),
         ignore_eos=st.booleans(),
@@ -89,7 +89,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         priority=st.sampled_from([0, 0, 0, -100, 1, 2, 100]),
         deadline=st.sampled_from([None, None, 0.02, 5.0]),
     )
-    def add(self, n_prompt: int, first: int, depth: int, **params: Any) -> None:
+    def add(self, n_prompt: int, first: int, depth: int | None, **params: Any) -> None:
         request_id = f"r{len(self.sequences)}"
         params["stop"] = tuple(params["stop"])
         params["stop_token_ids"] = tuple(params["stop_token_ids"])
@@ -97,7 +97,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.backend,
             request_id,
             [first, *range(97, 96 + n_prompt)],
-            depth=min(depth, self.backend.facts.n_draft_max),
+            depth=None if depth is None else min(depth, self.backend.facts.n_draft_max),
             **params,
         )
         self.sequences[request_id] = sequence
