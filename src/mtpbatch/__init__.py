@@ -7,8 +7,11 @@
 """
 
 from mtpbatch._llama_cpp import require_llama_cpp
+from mtpbatch.chat import ChatCompletion, ChatDelta, ChatMessage, FunctionCall, TextPart, ToolCall
+from mtpbatch.chat.generation import ChatGeneration
 from mtpbatch.engine import Engine
 from mtpbatch.exceptions import (
+    ChatTemplateError,
     ContextError,
     DecodeError,
     EngineClosedError,
@@ -47,6 +50,11 @@ from mtpbatch.types import (
 )
 
 __all__ = [
+    "ChatCompletion",
+    "ChatDelta",
+    "ChatGeneration",
+    "ChatMessage",
+    "ChatTemplateError",
     "Completion",
     "ContextError",
     "DecodeError",
@@ -58,6 +66,7 @@ __all__ = [
     "EngineError",
     "EngineStats",
     "FinishReason",
+    "FunctionCall",
     "Generation",
     "InternalError",
     "InvalidParameterError",
@@ -78,7 +87,9 @@ __all__ = [
     "NativeError",
     "PromptTooLongError",
     "SamplingParams",
+    "TextPart",
     "Timings",
+    "ToolCall",
     "Usage",
     "WrongProcessError",
 ]

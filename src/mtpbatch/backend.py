@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeAlias
 
-from mtpbatch.types import EngineConfig, ModelFacts, Plan, StepResult
+from mtpbatch.types import EngineConfig, ModelFacts, Plan, StepResult, TemplateSource
 
 
 class Backend(Protocol):
@@ -37,8 +37,13 @@ class Backend(Protocol):
         """The model in a few words, for ``repr``."""
         ...
 
-    def tokenize(self, text: str) -> list[int]:
-        """The tokens of a prompt."""
+    @property
+    def chat_template(self) -> TemplateSource | None:
+        """The model's own chat template, if it has one."""
+        ...
+
+    def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
+        """The tokens of a prompt. ``add_special``: with those that the model wants around it."""
         ...
 
     def detokenize(self, token_ids: Sequence[int]) -> str:

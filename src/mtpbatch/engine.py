@@ -32,7 +32,7 @@ import threading
 import time
 from array import array
 from collections import abc
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
 from functools import partial
@@ -42,13 +42,17 @@ from queue import SimpleQueue
 from typing import Any, Final, NamedTuple, TypeAlias
 
 import anyio
+import anyio.to_thread
 import msgspec
 
 from mtpbatch._log import log
 from mtpbatch._loops import EventLoop, ThreadEvent
 from mtpbatch._process import HomeProcess
 from mtpbatch.backend import Backend, BackendFactory
+from mtpbatch.chat import ChatCompletion, ChatPrompt, ChatTemplate
+from mtpbatch.chat.generation import ChatGeneration
 from mtpbatch.exceptions import (
+    ChatTemplateError,
     EngineClosedError,
     EngineDeadError,
     EngineError,
@@ -69,6 +73,7 @@ from mtpbatch.types import (
     EngineStats,
     ModelFacts,
     SamplingParams,
+    TemplateSource,
     parse,
 )
 
@@ -256,13 +261,107 @@ class Engine:
         """
         return self._submit(prompt, parse(SamplingParams, params), streaming=True)
 
+    # ----------------------------------------------------------------------------- chat
+
+    async def chat(
+        self,
+        messages: abc.Sequence[Any],
+        tools: abc.Sequence[Any] | None = None,
+        *,
+        template_args: Mapping[str, Any] | None = None,
+        **params: Any,
+    ) -> ChatCompletion:
+        """Generate the next message of a conversation, and take it apart.
+
+        ::
+
+            messages = [{"role": "user", "content": "How much is 6 times 7?"}]
+            answer = await engine.chat(messages, max_tokens=200)
+            messages.append(answer.message)
+
+        Messages, tools and template arguments are those of :meth:`apply_chat_template`. Reasoning
+        and tool calls are found where the model's template marks them as ``mtpbatch.chat.answer``
+        describes.
+        """
+        parsed = parse(SamplingParams, params)
+        prompt = await self._chat_prompt(messages, tools, template_args)
+        generation = self._submit(prompt.text, parsed, streaming=False, add_special=False)
+        return prompt.answer.read(await generation)
+
+    @asynccontextmanager
+    async def stream_chat(
+        self,
+        messages: abc.Sequence[Any],
+        tools: abc.Sequence[Any] | None = None,
+        *,
+        template_args: Mapping[str, Any] | None = None,
+        **params: Any,
+    ) -> AsyncIterator[ChatGeneration]:
+        """As :meth:`chat`, and follow it; leaving the block early ends the request.
+
+        ::
+
+            async with engine.stream_chat(messages) as deltas:
+                async for delta in deltas:
+                    print(delta.content, end="")
+            messages.append((await deltas).message)
+        """
+        parsed = parse(SamplingParams, params)
+        prompt = await self._chat_prompt(messages, tools, template_args)
+        generation = self._submit(prompt.text, parsed, streaming=True, add_special=False)
+        try:
+            yield ChatGeneration(generation, prompt.answer)
+        finally:
+            generation.cancel()
+
+    def apply_chat_template(
+        self,
+        messages: abc.Sequence[Any],
+        tools: abc.Sequence[Any] | None = None,
+        **template_args: Any,
+    ) -> str:
+        """The prompt of a conversation, by the model's own template.
+
+        ``messages`` are dicts with ``role`` and ``content``, or :class:`~mtpbatch.ChatMessage`;
+        ``tools`` are functions with JSON schemas, as OpenAI's API has them. ``template_args``
+        are for the template, such as ``enable_thinking`` or ``documents``;
+        ``add_generation_prompt=False`` leaves out the begin of the assistant's next message.
+
+        The text holds all special tokens that the model wants: tokenise it with
+        ``tokenize(text, add_special=False)``. Long conversations take some milliseconds.
+
+        Raises :class:`~mtpbatch.InvalidParameterError`, which names the message that is wrong, or
+        :class:`~mtpbatch.ChatTemplateError`: there is no template, or it refused or failed.
+        """
+        return self._chat_template.render(messages, tools, template_args)
+
+    async def _chat_prompt(
+        self, messages: object, tools: object, template_args: Mapping[str, Any] | None
+    ) -> ChatPrompt:
+        template = self._chat_template
+        # On a thread, as to compile or to fill in a template can take long.
+        return await anyio.to_thread.run_sync(template.prompt, messages, tools, template_args)
+
+    @property
+    def _chat_template(self) -> ChatTemplate:
+        self._check_open()
+        if self._template is None:
+            raise ChatTemplateError(
+                "the model file carries no chat template; make the prompt yourself, for generate()"
+            )
+        return self._template
+
     # ----------------------------------------------------------------------------- text
 
-    def tokenize(self, text: str) -> list[int]:
-        """The tokens of ``text``, as a prompt of that text has them."""
+    def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
+        """The tokens of ``text``, as a prompt of that text has them.
+
+        ``add_special=False`` leaves out those that the model wants around a text, such as one at
+        its begin. Special tokens that the text names are always read as such.
+        """
         if not isinstance(text, str):
             raise InvalidParameterError("text", f"must be a str, got {type(text).__name__}")
-        return self._tokenize("text", text)
+        return self._tokenize("text", text, add_special=add_special)
 
     def detokenize(self, token_ids: abc.Sequence[int]) -> str:
         """The text of ``token_ids``; bytes that are not UTF-8 become U+FFFD."""
@@ -319,7 +418,14 @@ class Engine:
         if self._closing:
             raise EngineClosedError("the engine is closed")
 
-    def _submit(self, prompt: Prompt, params: SamplingParams, *, streaming: bool) -> Generation:
+    def _submit(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        streaming: bool,
+        add_special: bool = True,
+    ) -> Generation:
         self._check_open()
         try:
             loop = EventLoop.current()
@@ -349,12 +455,14 @@ class Engine:
                 self._check_open()
                 self._live[request_id] = live
                 try:
-                    self._tokenizer.submit(self._prepare, request_id, prompt, build)
+                    self._tokenizer.submit(
+                        self._prepare, request_id, prompt, build, add_special=add_special
+                    )
                 except BaseException:  # no thread to be had
                     del self._live[request_id]
                     raise
         else:
-            sequence = build(self._prompt_ids(prompt))
+            sequence = build(self._prompt_ids(prompt, add_special=add_special))
             with self._gate:
                 self._check_open()
                 self._live[request_id] = live
@@ -362,11 +470,16 @@ class Engine:
         return generation
 
     def _prepare(
-        self, request_id: str, prompt: str, build: Callable[[tuple[int, ...]], Sequence]
+        self,
+        request_id: str,
+        prompt: str,
+        build: Callable[[tuple[int, ...]], Sequence],
+        *,
+        add_special: bool,
     ) -> None:
         """Tokenise a long prompt, on the tokenizer's thread."""
         try:
-            self._post(_Add(build(self._prompt_ids(prompt))))
+            self._post(_Add(build(self._prompt_ids(prompt, add_special=add_special))))
         except EngineError:
             pass  # the engine ends its requests itself
         except MtpBatchError as error:
@@ -402,9 +515,9 @@ class Engine:
             submitted=submitted,
         )
 
-    def _prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
+    def _prompt_ids(self, prompt: Prompt, *, add_special: bool) -> tuple[int, ...]:
         if isinstance(prompt, str):
-            token_ids = tuple(self._tokenize("prompt", prompt))
+            token_ids = tuple(self._tokenize("prompt", prompt, add_special=add_special))
         else:
             token_ids = self._check_ids("prompt", prompt)
         if not token_ids:
@@ -413,13 +526,13 @@ class Engine:
             raise PromptTooLongError(len(token_ids), self._facts.n_ctx)
         return token_ids
 
-    def _tokenize(self, parameter: str, text: str) -> list[int]:
+    def _tokenize(self, parameter: str, text: str, *, add_special: bool) -> list[int]:
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise InvalidParameterError(parameter, f"is not valid Unicode: {error}") from None
         with self._using_backend() as backend:
-            return backend.tokenize(text)
+            return backend.tokenize(text, add_special=add_special)
 
     def _check_ids(self, parameter: str, token_ids: abc.Sequence[int]) -> tuple[int, ...]:
         if not isinstance(token_ids, abc.Sequence) or isinstance(token_ids, _NO_IDS):
@@ -490,6 +603,7 @@ class Engine:
             self._config = backend.config
             self._facts = backend.facts
             self._token_bytes = backend.token_bytes
+            self._template = _chat_template(backend.chat_template)
             self._description = backend.description
             self._stats = scheduler.stats
             log.info("engine.opened", model=backend.description, config=backend.config)
@@ -669,6 +783,12 @@ def _model_path(model: str | os.PathLike[str] | None) -> AbstractContextManager[
     except TypeError:
         kind = type(model).__name__
         raise InvalidParameterError("model", f"must be a path, got {kind}") from None
+
+
+def _chat_template(source: TemplateSource | None) -> ChatTemplate | None:
+    if source is None:
+        return None
+    return ChatTemplate(source.text, source.special_tokens, tool_source=source.tool_text)
 
 
 def _seed(params: SamplingParams) -> int:

@@ -5,7 +5,8 @@
     MtpBatchError
     ├── InvalidRequestError (ValueError)    the caller's: mend the arguments and call again
     │   ├── InvalidParameterError           one parameter is missing, mistyped or out of range
-    │   └── PromptTooLongError              the prompt does not fit into a sequence's context
+    │   ├── PromptTooLongError              the prompt does not fit into a sequence's context
+    │   └── ChatTemplateError               the model's template makes no prompt of these messages
     ├── EngineError                         this engine cannot serve the call
     │   ├── EngineClosedError               it was closed
     │   └── EngineDeadError                 its thread ended because of an error, which is the cause
@@ -70,6 +71,13 @@ class PromptTooLongError(InvalidParameterError):
         )
         self.n_tokens = n_tokens
         self.n_ctx = n_ctx
+
+
+class ChatTemplateError(InvalidRequestError):
+    """A conversation could not be made a prompt: no chat template, or it refused or failed.
+
+    The message carries the template's own words, if it had any.
+    """
 
 
 class EngineError(MtpBatchError):

@@ -190,6 +190,16 @@ class ModelFacts(Struct, frozen=True, kw_only=True):
     that run cost passes."""
 
 
+class TemplateSource(Struct, frozen=True, kw_only=True):
+    """The chat template of a model file, in Jinja, and what it reads of the vocabulary."""
+
+    text: str
+    tool_text: str | None = None
+    """Another one, for conversations with tools."""
+    special_tokens: dict[str, str] = {}
+    """The texts of special tokens by the names that templates know, such as ``bos_token``."""
+
+
 class Admission(Struct, frozen=True, gc=False):
     """A sequence id is taken by a new request: how it samples and what ends it."""
 

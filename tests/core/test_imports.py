@@ -31,9 +31,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_log": set(),
     "_process": {"exceptions"},
     "generation": {"scheduler", "_loops", "_process", "types", "exceptions"},
+    "chat/messages": {"types", "exceptions"},
+    "chat/answer": {"chat", "types"},
+    "chat/template": {"chat", "exceptions"},
+    "chat/generation": {"chat", "generation", "types"},
     "machine": set(),
     "_llama_cpp": {"exceptions", "_built_with"},  # the latter is written by the build
     "engine": {
+        "chat",
         "generation",
         "scheduler",
         "sequence",

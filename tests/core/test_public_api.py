@@ -16,6 +16,11 @@ def public(thing: object) -> set[str]:
 
 def test_the_package_exports_exactly_these_names() -> None:
     assert set(mtpbatch.__all__) == {
+        "ChatCompletion",
+        "ChatDelta",
+        "ChatGeneration",
+        "ChatMessage",
+        "ChatTemplateError",
         "Completion",
         "ContextError",
         "DecodeError",
@@ -27,6 +32,7 @@ def test_the_package_exports_exactly_these_names() -> None:
         "EngineError",
         "EngineStats",
         "FinishReason",
+        "FunctionCall",
         "Generation",
         "InternalError",
         "InvalidParameterError",
@@ -47,7 +53,9 @@ def test_the_package_exports_exactly_these_names() -> None:
         "NativeError",
         "PromptTooLongError",
         "SamplingParams",
+        "TextPart",
         "Timings",
+        "ToolCall",
         "Usage",
         "WrongProcessError",
     }
@@ -69,6 +77,8 @@ def test_every_exception_can_be_caught_from_the_package() -> None:
 def test_the_engines_surface() -> None:
     assert public(mtpbatch.Engine) == {
         "aclose",
+        "apply_chat_template",
+        "chat",
         "closed",
         "config",
         "detokenize",
@@ -78,11 +88,13 @@ def test_the_engines_surface() -> None:
         "open",
         "stats",
         "stream",
+        "stream_chat",
         "submit",
         "token_bytes",
         "tokenize",
     }
     assert public(mtpbatch.Generation) == {"cancel", "completion", "request_id"}
+    assert public(mtpbatch.ChatGeneration) == {"cancel", "completion", "request_id"}
 
 
 @pytest.mark.parametrize(
@@ -103,6 +115,18 @@ def test_the_engines_surface() -> None:
             "request_id text token_ids prompt_token_ids finish_reason drafted accepted "
             "accepted_by_depth steps usage timings tokens_per_step",
         ),
+        (
+            mtpbatch.ChatMessage,
+            "role content reasoning_content tool_calls tool_call_id name",
+        ),
+        (mtpbatch.TextPart, "text type"),
+        (mtpbatch.ToolCall, "function id type"),
+        (mtpbatch.FunctionCall, "name arguments"),
+        (
+            mtpbatch.ChatCompletion,
+            "content reasoning_content tool_calls completion message finish_reason",
+        ),
+        (mtpbatch.ChatDelta, "content reasoning_content tool_calls finish_reason"),
         (mtpbatch.Delta, "text token_ids n_accepted finish_reason"),
         (mtpbatch.Usage, "prompt_tokens completion_tokens cached_tokens total_tokens"),
         (mtpbatch.Timings, "queued prefill first_token decode total"),

@@ -13,7 +13,7 @@ from mtpbatch.native.context import Context
 from mtpbatch.native.executor import Executor
 from mtpbatch.native.model import Model
 from mtpbatch.native.session import MtpSession
-from mtpbatch.types import EngineConfig, ModelFacts, Plan, StepResult
+from mtpbatch.types import EngineConfig, ModelFacts, Plan, StepResult, TemplateSource
 
 _DEFAULT_N_CTX = 4096  # models allow far more, but cells for all sequences are taken at once
 
@@ -75,10 +75,11 @@ class NativeBackend:
             consecutive_ids=model.recurrent or not config.kv_unified,
         )
         self.token_bytes: Sequence[bytes] = model.vocabulary
+        self.chat_template = _template_of(model)
         self.description = f"{model.path.name} ({model.architecture}, {_short(model.n_params)})"
 
-    def tokenize(self, text: str) -> list[int]:
-        return self._model.tokenize(text)
+    def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
+        return self._model.tokenize(text, add_special=add_special)
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
         return self._model.detokenize(token_ids)
@@ -152,6 +153,21 @@ def _resolve(config: EngineConfig, model: Model, assistant: Model | None) -> Eng
         n_threads=config.n_threads or available_cpus(),
         kv_unified=kv_unified,
         n_cells=n_cells,
+    )
+
+
+def _template_of(model: Model) -> TemplateSource | None:
+    if model.chat_template is None:
+        return None
+    special = {"bos_token": model.bos, "eos_token": model.eos}
+    return TemplateSource(
+        text=model.chat_template,
+        tool_text=model.metadata("tokenizer.chat_template.tool_use"),
+        special_tokens={
+            name: model.token_bytes(token, special=True).decode("utf-8", "replace")
+            for name, token in special.items()
+            if token is not None
+        },
     )
 
 

@@ -146,7 +146,7 @@ class Model(Handle):
         """The Jinja text of the model's chat template, if the file carries one."""
         native = self._native  # which owns the text
         text = lib.mtpbatch_model_chat_template(native)
-        return None if text == ffi.NULL else ffi.string(text).decode()
+        return None if text == ffi.NULL else ffi.string(text).decode("utf-8", "replace")
 
     @cached_property
     def eog_tokens(self) -> frozenset[int]:

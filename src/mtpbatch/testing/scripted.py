@@ -26,6 +26,7 @@ from mtpbatch.types import (
     PlanEntry,
     Resume,
     StepResult,
+    TemplateSource,
 )
 
 # A vocabulary of all bytes, of some runs of letters, and of one that ends inside a character.
@@ -40,6 +41,11 @@ _EOS = len(_TOKEN_BYTES) - 1
 _IDS = {run: token_id for token_id, run in enumerate(_TOKEN_BYTES) if run}
 _LONGEST = max(map(len, _IDS))
 _WORDS = ("the", "old", "tower", "naïve", "Größe", "日本語", "ending", "a", "of", "and", "🙂", "€5")
+
+_CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
 
 _GATE_TIMEOUT = 30.0  # seconds; a test that forgets to release a step fails instead of hanging
 
@@ -105,6 +111,9 @@ class ScriptedBackend:
     :class:`~mtpbatch.EngineConfig` and :class:`~mtpbatch.ModelFacts`; a model that does not
     truncate keeps recurrent state. A token of a saved sequence has 1,000 bytes, copied in no time.
 
+    ``chat_template`` is the model's, in Jinja; by default each message is a line that begins with
+    its role. One that names ``<think>`` and ``<tool_call>`` lets answers have these.
+
     It keeps its own record of every sequence and every snapshot, and raises
     :class:`InternalError` for a plan that a real model could not execute.
     """
@@ -124,6 +133,7 @@ class ScriptedBackend:
         n_cells: int | None = None,
         snapshot_memory: int = 16,
         truncates: bool = True,
+        chat_template: str | None = _CHAT_TEMPLATE,
     ) -> None:
         self._script = script or _default_script
         self._acceptance = acceptance
@@ -155,6 +165,7 @@ class ScriptedBackend:
             truncates=truncates,
         )
         self.token_bytes: Sequence[bytes] = _TOKEN_BYTES
+        self.chat_template = None if chat_template is None else TemplateSource(text=chat_template)
         self.description = "scripted model"
         self.n_steps = 0
         """Steps played or begun."""
@@ -223,8 +234,8 @@ class ScriptedBackend:
 
     # ----------------------------------------------------------- what the engine calls
 
-    def tokenize(self, text: str) -> list[int]:
-        """Greedily, longest run first."""
+    def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
+        """Greedily, longest run first. There are no special tokens to add."""
         data = text.encode()
         token_ids = []
         start = 0
