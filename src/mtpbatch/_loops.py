@@ -9,9 +9,14 @@ import asyncio
 import sys
 import threading
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, TypeVarTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar, TypeVarTuple
+
+if TYPE_CHECKING:
+    import trio.lowlevel
 
 _Args = TypeVarTuple("_Args")
+_Item = TypeVar("_Item")
 
 
 class LoopEvent(Protocol):
@@ -26,6 +31,8 @@ class EventLoop(NamedTuple):
 
     call_soon: Callable[..., Any]
     """Its own method, for calls from any thread."""
+    is_closed: Callable[[], bool]
+    """Whether it has ended, from any thread."""
     event: Callable[[], LoopEvent]
     """A new event that tasks on this loop can wait for, and that is set on this loop.
 
@@ -40,8 +47,10 @@ class EventLoop(NamedTuple):
             import trio
 
             if trio.lowlevel.in_trio_run():
-                return cls(trio.lowlevel.current_trio_token().run_sync_soon, trio.Event)
-        return cls(asyncio.get_running_loop().call_soon_threadsafe, asyncio.Event)
+                token = trio.lowlevel.current_trio_token()
+                return cls(token.run_sync_soon, _TrioRunFinished(token), trio.Event)
+        loop = asyncio.get_running_loop()
+        return cls(loop.call_soon_threadsafe, loop.is_closed, asyncio.Event)
 
     def post(self, call: Callable[[*_Args], object], *args: *_Args) -> bool:
         """Have ``call`` run on the loop soon, in the order posted; ``False`` if it is closed.
@@ -53,6 +62,56 @@ class EventLoop(NamedTuple):
         except RuntimeError:  # also trio.RunFinishedError
             return False
         return True
+
+
+@dataclass(frozen=True)
+class _TrioRunFinished:
+    """Trio tells whether a run has finished only to who posts."""
+
+    token: trio.lowlevel.TrioToken
+
+    def __call__(self) -> bool:
+        try:
+            self.token.run_sync_soon(_nothing, idempotent=True)
+        except RuntimeError:
+            return True
+        return False
+
+
+def _nothing() -> None: ...
+
+
+class Mailbox(Generic[_Item]):
+    """What a thread has for an event loop: all that has come since the loop looked last, at once.
+
+    A loop that is behind is not woken again. To wake it is a system call, for which the GIL is
+    given up for so short a time that nobody else gets it; but each time a thread that waits for it,
+    such as the loop's own, begins to wait anew. With one wake-up for each item a busy sender would
+    keep the loop from ever catching up.
+    """
+
+    def __init__(self, loop: EventLoop, take: Callable[[list[_Item]], object]) -> None:
+        """``take`` is called on the loop, with the items in their order; it must not raise."""
+        self._loop = loop
+        self._take = take
+        self._lock = threading.Lock()
+        self._items: list[_Item] = []
+        self._posted = False
+
+    def put(self, items: list[_Item]) -> bool:
+        """Have the loop take these soon; ``False`` if it is closed. From any thread."""
+        with self._lock:
+            self._items += items
+            posted, self._posted = self._posted, True
+        if posted:
+            return not self._loop.is_closed()
+        return self._loop.post(self._hand_over)
+
+    def _hand_over(self) -> None:
+        with self._lock:
+            items, self._items = self._items, []
+            self._posted = False
+        self._take(items)
 
 
 class ThreadEvent:

@@ -4,7 +4,7 @@
 
     event loops                               engine thread
     submit ─────────────── inbox ───────────▶ drain · schedule · exchange · update
-    Generation ◀── one call per step & loop ─ deliver
+    Generation ◀── one mailbox for each loop ─ deliver
 
 Guarantees:
 
@@ -18,8 +18,9 @@ Guarantees:
   alone run where they are called, and closing waits for them.
 
 What threads share, besides the inbox: ``_closing``, ``_failure`` and ``_n_users`` change only
-under ``_gate``, which is held for moments, and under which requests enter ``_live``; ``_stats`` is
-an immutable snapshot, replaced as a whole.
+under ``_gate``, which is held for moments, and under which requests enter ``_live`` and loops get
+their ``_mailboxes``, which live as long as requests of theirs; ``_stats`` is an immutable snapshot,
+replaced as a whole.
 """
 
 from __future__ import annotations
@@ -40,13 +41,14 @@ from importlib import resources
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Final, NamedTuple, TypeAlias
+from weakref import WeakValueDictionary
 
 import anyio
 import anyio.to_thread
 import msgspec
 
 from mtpbatch._log import log
-from mtpbatch._loops import EventLoop, ThreadEvent
+from mtpbatch._loops import EventLoop, Mailbox, ThreadEvent
 from mtpbatch._process import HomeProcess
 from mtpbatch.backend import Backend, BackendFactory
 from mtpbatch.chat import ChatCompletion, ChatPrompt, ChatTemplate
@@ -142,6 +144,7 @@ class Engine:
         self._tickets = itertools.count(1)
         self._inbox: SimpleQueue[_Message] = SimpleQueue()
         self._live: dict[str, _Live] = {}
+        self._mailboxes: WeakValueDictionary[EventLoop, _Mailbox] = WeakValueDictionary()
         self._gate = threading.Condition()
         self._closing = False
         self._failure: BaseException | None = None
@@ -449,7 +452,7 @@ class Engine:
         )
         cancel = partial(self._cancel, request_id, ticket)
         generation = Generation(request_id, loop, self._home, cancel)
-        live = _Live(generation, loop, streaming, build)
+        live = _Live(generation, self._mailbox(loop), streaming, build)
         if isinstance(prompt, str) and len(prompt) > _INLINE_CHARS:
             with self._gate:
                 self._check_open()
@@ -468,6 +471,13 @@ class Engine:
                 self._live[request_id] = live
                 self._post(_Add(sequence))
         return generation
+
+    def _mailbox(self, loop: EventLoop) -> _Mailbox:
+        with self._gate:
+            mailbox = self._mailboxes.get(loop)
+            if mailbox is None:
+                self._mailboxes[loop] = mailbox = Mailbox(loop, _receive)
+        return mailbox
 
     def _prepare(
         self,
@@ -685,17 +695,17 @@ class Engine:
         return events
 
     def _deliver(self, scheduler: Scheduler, events: list[Event]) -> None:
-        """Hand events over, in one call for each loop. A loop that is gone loses its requests."""
-        parcels: dict[EventLoop, list[tuple[_Live, Event]]] = {}
+        """Hand events over, together for each loop. A loop that is gone loses its requests."""
+        parcels: dict[_Mailbox, list[tuple[_Live, Event]]] = {}
         for event in events:
             live = self._live[event.request_id]
-            parcels.setdefault(live.loop, []).append((live, event))
+            parcels.setdefault(live.mailbox, []).append((live, event))
             if event.last:
                 del self._live[event.request_id]
         self._stats = scheduler.stats  # before anyone can learn of the events and look
-        for loop, parcel in parcels.items():
-            if not loop.post(_receive, parcel):
-                orphans = [id_ for id_, live in self._requests() if live.loop == loop]
+        for mailbox, parcel in parcels.items():
+            if not mailbox.put(parcel):
+                orphans = [id_ for id_, live in self._requests() if live.mailbox is mailbox]
                 for event in self._abort(scheduler, orphans):
                     del self._live[event.request_id]
                 self._stats = scheduler.stats
@@ -705,7 +715,7 @@ class Engine:
         for request_id, live in self._requests():
             error = EngineDeadError(f"the engine died: {cause!r}")
             error.__cause__ = cause
-            live.loop.post(_receive, [(live, Event(request_id, error=error))])
+            live.mailbox.put([(live, Event(request_id, error=error))])
             del self._live[request_id]
 
     def _requests(self) -> list[tuple[str, _Live]]:
@@ -717,10 +727,13 @@ class _Live(NamedTuple):
     """A request that has not had its last event."""
 
     generation: Generation
-    loop: EventLoop
+    mailbox: _Mailbox
     streaming: bool
     build: Callable[[tuple[int, ...]], Sequence]
     """Makes its sequence once its prompt's tokens are known."""
+
+
+_Mailbox: TypeAlias = Mailbox[tuple[_Live, Event]]
 
 
 class _Add(NamedTuple):
