@@ -153,6 +153,8 @@ const std::vector<mtpbatch_step> & Executor::exchange(const mtpbatch_plan * plan
         step.report.words    = step.words.data();
         step.report.n_trials = static_cast<int32_t>(step.trials.size() / 3);
         step.report.trials   = step.trials.data();
+        step.report.n_scored = static_cast<int32_t>(step.scored.size());
+        step.report.scored   = step.scored.data();
         step.report.n_saved  = static_cast<int32_t>(step.saved.size());
         step.report.saved    = step.saved.data();
         step.report.n_lost   = static_cast<int32_t>(step.lost.size());

@@ -216,6 +216,20 @@ typedef struct mtpbatch_text {
     const char * bytes;
 } mtpbatch_text;
 
+#define MTPBATCH_MAX_LOGPROBS 20
+
+// How probable the model finds a token after a row, before anything that sampling does to it, as
+// natural logarithms. A logit that is not a number counts as -inf, and so does the logarithm of what
+// is impossible.
+typedef struct mtpbatch_token_logprobs {
+    int32_t token;
+    float   logprob;
+    int32_t rank;   // 1: no token is more probable
+    int32_t n_top;  // the most probable tokens follow, in descending order; of equal ones the lower first
+    int32_t top[MTPBATCH_MAX_LOGPROBS];
+    float   top_logprobs[MTPBATCH_MAX_LOGPROBS];
+} mtpbatch_token_logprobs;
+
 // How a request picks tokens.
 typedef struct mtpbatch_sampling {
     float    temperature;  // 0: greedy
@@ -243,6 +257,10 @@ typedef struct mtpbatch_admission {
     // drafted can start only what never does.
     int64_t snapshot;
     int32_t n_reused;
+    // How many of the most probable tokens are reported beside each that it generates, and beside each
+    // that an entry of it has scored: 0 to MTPBATCH_MAX_LOGPROBS; -1: nothing is reported.
+    int32_t n_logprobs;
+    int32_t n_prompt_logprobs;
 } mtpbatch_admission;
 
 // A sequence's state is copied to host memory, as a snapshot that a number, not 0, names until a plan
@@ -277,6 +295,10 @@ typedef struct mtpbatch_entry {
     int32_t         n_draft;    // most tokens to draft in each step that goes on from a sampled token
     bool            selective;  // false: it drafts to n_draft; true: while that pays, on the plan's terms
     float           expected;   // selective: the chance that its next draft is accepted, as far as is known beforehand
+    // How probable these are is reported, one after each of its first rows: a prompt's own tokens from
+    // the second on, and if more of it is to come the next one. For requests with n_prompt_logprobs.
+    int32_t         n_scored;
+    const int32_t * scored;
 } mtpbatch_entry;
 
 #define MTPBATCH_CONFIDENCES 16
@@ -335,6 +357,12 @@ typedef struct mtpbatch_saved {
     int64_t n_bytes;  // 0: it could not be taken, and there is none
 } mtpbatch_saved;
 
+typedef struct mtpbatch_scored {
+    int32_t                 entry;   // its index in the plan
+    bool                    prompt;  // one of the entry's `scored`; false: one that it generated
+    mtpbatch_token_logprobs logprobs;
+} mtpbatch_scored;
+
 typedef struct mtpbatch_step {
     int64_t         plan;     // its number
     mtpbatch_status status;   // not MTPBATCH_OK: its entries' sequences (recurrent layers: all) are lost; release them
@@ -353,8 +381,11 @@ typedef struct mtpbatch_step {
     // many, and of them how many were accepted.
     int32_t         n_trials;
     const int32_t * trials;
-    int64_t         gap_us;  // since the step before, if it left sequences to go on
-    int64_t         draft_us, target_us, sample_us;
+    // Of those of its entries that ask for it; each entry's in order, scored ones before generated ones.
+    int32_t                 n_scored;
+    const mtpbatch_scored * scored;
+    int64_t                 gap_us;  // since the step before, if it left sequences to go on
+    int64_t                 draft_us, target_us, sample_us;
     // What came of the plan's saves, parks and restores: reported with its first step. A plan that
     // saves or parks and has no entries is reported like a step, in which nothing else happened.
     int32_t                n_saved;
@@ -406,6 +437,13 @@ void            mtpbatch_sampler_free(mtpbatch_sampler * sampler);
 // One token for each row of logits[n_rows][n_vocab]; each advances the random state by one draw.
 mtpbatch_status mtpbatch_sampler_sample(mtpbatch_sampler * sampler, const float * logits, int32_t n_rows,
                                         int32_t n_vocab, int32_t * tokens, mtpbatch_error * error);
+
+// --- log probabilities ---------------------------------------------------------------------------
+
+// How probable tokens[i] is after row i of logits[n_rows][n_vocab], with the n_top most probable ones, 0
+// to MTPBATCH_MAX_LOGPROBS.
+mtpbatch_status mtpbatch_score(const float * logits, int32_t n_rows, int32_t n_vocab, const int32_t * tokens,
+                               int32_t n_top, mtpbatch_token_logprobs * logprobs, mtpbatch_error * error);
 
 /* cffi: end */
 

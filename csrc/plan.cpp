@@ -50,13 +50,22 @@ Plan::Plan(const mtpbatch_plan & given)
             a.ticket,
             a.snapshot,
             a.n_reused,
+            a.n_logprobs,
+            a.n_prompt_logprobs,
         });
     }
     entries.reserve(static_cast<size_t>(given.n_entries));
     for (int32_t i = 0; i < given.n_entries; ++i) {
         const auto & e = given.entries[i];
-        entries.push_back(
-            { e.seq_id, { e.tokens, e.tokens + e.n_tokens }, e.sample, e.n_draft, e.selective, e.expected });
+        entries.push_back({
+            e.seq_id,
+            { e.tokens, e.tokens + e.n_tokens },
+            e.sample,
+            e.n_draft,
+            e.selective,
+            e.expected,
+            { e.scored, e.scored + e.n_scored },
+        });
     }
 }
 
@@ -151,6 +160,10 @@ void PlanRules::put_in(const mtpbatch_plan & plan, std::vector<Known> & known, K
         for (int32_t j = 0; j < a.n_stop_texts; ++j) {
             require(a.stop_texts[j].n_bytes > 0, [&] { return who() + " has an empty stop text"; });
         }
+        for (const int32_t n : { a.n_logprobs, a.n_prompt_logprobs }) {
+            require(n >= -1 && n <= MTPBATCH_MAX_LOGPROBS,
+                    [&] { return who() + " asks for " + std::to_string(n) + " most probable tokens"; });
+        }
         if (a.snapshot == 0) {
             require(a.n_reused == 0, [&] { return who() + " reuses tokens of no snapshot"; });
         } else {
@@ -169,6 +182,7 @@ void PlanRules::put_in(const mtpbatch_plan & plan, std::vector<Known> & known, K
         s            = {};
         s.active     = true;
         s.drafts     = a.drafts;
+        s.scores     = a.n_prompt_logprobs >= 0;
         s.max_tokens = a.max_tokens;
         s.n_prompt   = a.n_reused;
         s.ticket     = a.ticket;
@@ -209,10 +223,17 @@ void PlanRules::check_entries(const mtpbatch_plan & plan, std::vector<Known> & k
         require(e.n_tokens >= 0 && decodes == (e.n_tokens == 0),
                 [&] { return who() + (decodes ? " has its whole prompt already" : " needs tokens of its prompt"); });
         require(e.sample || !decodes, [&] { return who() + " must sample"; });
-        for (int32_t j = 0; j < e.n_tokens; ++j) {
-            require(e.tokens[j] >= 0 && e.tokens[j] < n_vocab_,
-                    [&] { return "no such token: " + std::to_string(e.tokens[j]); });
-        }
+        const auto require_tokens = [&](const int32_t * tokens, int32_t n) {
+            for (int32_t j = 0; j < n; ++j) {
+                require(tokens[j] >= 0 && tokens[j] < n_vocab_,
+                        [&] { return "no such token: " + std::to_string(tokens[j]); });
+            }
+        };
+        require_tokens(e.tokens, e.n_tokens);
+        require(e.n_scored == 0 || s.scores, [&] { return who() + " scores tokens, but its request asks for none"; });
+        require(e.n_scored >= 0 && e.n_scored <= std::max(0, e.n_tokens - e.sample),
+                [&] { return who() + " has no rows to score " + std::to_string(e.n_scored) + " tokens after"; });
+        require_tokens(e.scored, e.n_scored);
         require(e.n_draft >= 0 && e.n_draft <= (s.drafts ? n_draft_max_ : 0),
                 [&] { return who() + " cannot draft " + std::to_string(e.n_draft) + " tokens"; });
         require(!e.selective || plan.terms, [&] { return who() + " is selective, but there are no terms"; });
@@ -231,7 +252,7 @@ void PlanRules::check_entries(const mtpbatch_plan & plan, std::vector<Known> & k
         s.n_prompt += e.n_tokens;
         s.complete = e.sample;
         n_rows += decodes ? 1 + e.n_draft : e.n_tokens;
-        n_outputs += decodes ? 1 + e.n_draft : e.sample;
+        n_outputs += decodes ? 1 + e.n_draft : e.n_scored + e.sample;
         n_repeated += e.sample && plan.run_ahead > 0 ? 1 + e.n_draft : 0;
     }
     // Else an entry of the plan before, not begun yet, would be taken for the new request's.

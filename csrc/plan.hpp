@@ -19,6 +19,8 @@ struct Admission {
     int64_t                  ticket;
     int64_t                  snapshot;
     int32_t                  n_reused;
+    int32_t                  n_logprobs;
+    int32_t                  n_prompt_logprobs;
     bool                     cancelled = false;
 };
 
@@ -29,6 +31,7 @@ struct Entry {
     int32_t                  n_draft;
     bool                     selective;
     float                    expected;
+    std::vector<llama_token> scored;
 };
 
 struct Plan {
@@ -63,6 +66,7 @@ class PlanRules {
     struct Known {
         bool    active     = false;
         bool    drafts     = false;
+        bool    scores     = false;  // it may have tokens of its prompt scored
         bool    complete   = false;  // its whole prompt has been planned
         int32_t n_prompt   = 0;      // tokens of it that have been planned
         int32_t max_tokens = 0;

@@ -1,6 +1,8 @@
 // Who holds which sequence id, and one step for all of them: draft, decode, verify, take back.
 #include "stepper.hpp"
 
+#include "logprobs.hpp"
+
 #include <algorithm>
 #include <cmath>
 #include <tuple>
@@ -63,6 +65,8 @@ void Stepper::admit(Admission & admission) {
         admission.max_tokens,
         admission.ticket,
         admission.drafts,
+        admission.n_logprobs,
+        admission.n_prompt_logprobs,
     });
     request.over      = admission.cancelled;
     if (admission.snapshot != 0 && !admission.cancelled) {
@@ -196,6 +200,7 @@ void Stepper::step(const Plan & plan, bool repeated, Step & out) try {
         }
         out.report.draft_us += watch.lap();
         sample(group);
+        score(group);
         for (const size_t p : group.parts) {
             count_trials(parts_[p]);
             take_back(parts_[p]);
@@ -231,6 +236,7 @@ bool Stepper::drafts_from(const Group & group) const {
 }
 
 void Stepper::begin(const Plan & plan, bool repeated) {
+    scored_.clear();
     tried_.fill(0);
     accepted_.fill(0);
     parts_.resize(plan.entries.size());
@@ -340,11 +346,12 @@ void Stepper::even_out(const Plan & plan) {
 void Stepper::append_rows(Part & part, std::vector<Row> & rows) const {
     llama_pos position = target_->length(part.seq_id);
     if (part.prompt) {
-        for (const llama_token token : part.prompt->tokens) {
-            rows.push_back({ token, position++, part.seq_id, false });
+        const auto & tokens = part.prompt->tokens;
+        for (size_t i = 0; i < tokens.size(); ++i) {
+            rows.push_back({ tokens[i], position++, part.seq_id, i < part.prompt->scored.size() });
         }
-        rows.back().output = part.sample;
-        part.first_row     = static_cast<int32_t>(rows.size()) - 1;
+        rows.back().output |= part.sample;
+        part.first_row = static_cast<int32_t>(rows.size()) - 1;
         return;
     }
     part.first_row = static_cast<int32_t>(rows.size());
@@ -447,6 +454,42 @@ void Stepper::sample(const Group & group) {
         n_left);
 }
 
+// How probable tokens are for those who asked, by the logits as the model gave them.
+void Stepper::score(const Group & group) {
+    std::vector<std::pair<const float *, int32_t>> rows;  // logits, and how many of the most probable are wanted
+    const size_t                                   first = scored_.size();
+    const auto add = [&](size_t p, bool prompt, int32_t row, llama_token token, int32_t n_top) {
+        rows.emplace_back(target_->logits(row), n_top);
+        scored_.push_back({ static_cast<int32_t>(p), prompt, {} });
+        scored_.back().logprobs.token = token;
+    };
+    for (const size_t p : group.parts) {
+        const Part & part = parts_[p];
+        if (part.prompt) {
+            int32_t row = part.first_row + 1 - static_cast<int32_t>(part.prompt->tokens.size());
+            for (const llama_token token : part.prompt->scored) {
+                add(p, true, row++, token, part.request->n_prompt_logprobs);
+            }
+        }
+        if (part.request->n_logprobs >= 0) {
+            int32_t row = part.first_row;
+            for (const llama_token token : part.tokens) {
+                add(p, false, row++, token, part.request->n_logprobs);
+            }
+        }
+    }
+    const int32_t n_vocab = target_->model().n_vocab();
+    const auto    n_rows  = static_cast<int64_t>(rows.size());
+    pool_.run(
+        static_cast<int32_t>(n_rows),
+        [&](int32_t i) {
+            const auto r    = static_cast<size_t>(i);
+            auto &     into = scored_[first + r].logprobs;
+            into            = token_logprobs(rows[r].first, n_vocab, into.token, rows[r].second);
+        },
+        n_rows * n_vocab);
+}
+
 bool Stepper::completes_stop_text(Request & request, llama_token token) const {
     if (request.stop_texts.empty()) {
         return false;
@@ -512,6 +555,7 @@ void Stepper::take_back(Part & part) {
 void Stepper::write(Step & out) const {
     out.words.clear();
     out.trials.clear();
+    out.scored = scored_;
     for (int32_t i = 0; i < static_cast<int32_t>(tried_.size()); ++i) {
         if (tried_[i] > 0) {
             out.trials.insert(out.trials.end(), { i, tried_[i], accepted_[i] });

@@ -20,6 +20,8 @@ struct Step {
 
     std::vector<mtpbatch_saved> saved;
     std::vector<llama_seq_id>   lost;
+
+    std::vector<mtpbatch_scored> scored;
 };
 
 // Carries out the steps of plans that PlanRules has accepted.
@@ -48,6 +50,8 @@ class Stepper {
         int32_t                  max_tokens;
         int64_t                  ticket;
         bool                     drafts;
+        int32_t                  n_logprobs;
+        int32_t                  n_prompt_logprobs;
         bool                     lost = false;  // its state is not to be relied on
         bool        over = false;  // finished, cancelled, lost or at a stop text: nothing goes on until it is released
         int32_t     n_generated = 0;
@@ -92,6 +96,7 @@ class Stepper {
     bool    drafts_from(const Group & group) const;
     void    append_rows(Part & part, std::vector<Row> & rows) const;
     void    sample(const Group & group);
+    void    score(const Group & group);
     bool    completes_stop_text(Request & request, llama_token token) const;
     void    verify(Part & part, size_t first_candidates);
     void    take_back(Part & part);
@@ -116,6 +121,7 @@ class Stepper {
     std::vector<Group>            groups_;
     size_t                        n_groups_ = 0;
     std::vector<Candidates>       candidates_;  // by sampled row
+    std::vector<mtpbatch_scored>  scored_;
     // Drafts that were verified, and those accepted, by index of mtpbatch_terms::acceptance.
     std::array<int32_t, 2 * MTPBATCH_CONFIDENCES> tried_, accepted_;
 };

@@ -46,6 +46,7 @@ from mtpbatch.types import (
     ModelFacts,
     SamplingParams,
     Timings,
+    TokenLogprobs,
     Usage,
 )
 
@@ -89,6 +90,7 @@ __all__ = [
     "SamplingParams",
     "TextPart",
     "Timings",
+    "TokenLogprobs",
     "ToolCall",
     "Usage",
     "WrongProcessError",

@@ -21,7 +21,7 @@ from msgspec import Struct
 
 from mtpbatch.exceptions import DecodeError, InternalError, MtpBatchError, NativeError
 from mtpbatch.memory import Cells, Snapshots
-from mtpbatch.prefix import NO_HIT, PrefixIndex
+from mtpbatch.prefix import NO_HIT, Hit, PrefixIndex
 from mtpbatch.sequence import Sequence
 from mtpbatch.speculation import Speculator, at_least
 from mtpbatch.types import (
@@ -205,29 +205,39 @@ class Scheduler:
         # There is a row for everyone: who runs was admitted when there was. What can be short are
         # drafts.
         budget = self._facts.n_batch - len(self._running)
+        # And a row to look at for every id; what can be short are those of drafts and of prompts that
+        # are scored.
+        n_outputs = self._facts.n_outputs
+        outputs = budget if n_outputs is None else n_outputs - self._facts.n_seq
         for sequence in self._running.values():
             if sequence.prompt_planned:
                 entries.append(self._entry(sequence, (), budget))
                 sequences.append(sequence)
                 budget -= entries[-1].n_draft
+                outputs -= entries[-1].n_draft
 
         chunks: list[tuple[Sequence, tuple[int, ...]]] = []
         spare = budget  # rows for the drafts of these when the plan is repeated
         if entries:
             budget = min(budget, self._chunk_beside(len(entries)))
         for sequence in self._prompting:
-            chunks.append((sequence, sequence.take_chunk(budget + 1)))
+            most = min(budget, outputs) if sequence.scores_prompt else budget
+            chunks.append((sequence, sequence.take_chunk(most + 1)))
             budget -= len(chunks[-1][1]) - 1
+            outputs -= (len(chunks[-1][1]) - 1) * sequence.scores_prompt
         while budget and (newcomer := self._next_to_begin()) is not None:
             self._begin(newcomer, now, admit, resume)
             if newcomer.prompt_planned:
-                entries.append(self._entry(newcomer, (), budget - 1))
+                entries.append(self._entry(newcomer, (), min(budget - 1, outputs)))
                 sequences.append(newcomer)
                 n_rows = 1 + entries[-1].n_draft
+                outputs -= entries[-1].n_draft
                 spare -= n_rows
             else:
-                chunks.append((newcomer, newcomer.take_chunk(budget)))
+                most = min(budget, outputs + 1) if newcomer.scores_prompt else budget
+                chunks.append((newcomer, newcomer.take_chunk(most)))
                 n_rows = len(chunks[-1][1])
+                outputs -= (n_rows - 1) * newcomer.scores_prompt
                 spare -= 1
             budget -= n_rows
         for sequence, chunk in chunks:
@@ -419,6 +429,13 @@ class Scheduler:
                 sum(1 + e.n_draft for e in entries if e.sample),
             ):
                 _hold(rows <= self._facts.n_batch, "each step of a plan fits into n_batch")
+            looked_at = sum(
+                len(e.scored) + e.sample if e.tokens else 1 + e.n_draft for e in entries
+            )
+            _hold(
+                looked_at <= (self._facts.n_outputs or self._facts.n_batch),
+                "the rows that a step looks at fit into n_outputs",
+            )
         _hold(self._n_ahead <= _MAX_AHEAD, "no plan is made too far ahead")
         parts: list[tuple[Sequence | None, int]] = []
         if self._in_flight:
@@ -517,11 +534,11 @@ class Scheduler:
             parked = self._parked.get(sequence.request_id)
             if parked is not None and parked.plan > self._n_reported:
                 return None  # there may be tokens of it that are not known yet
-            hit = self._prefix.longest(sequence.request_id) if parked is None else NO_HIT
+            hit = self._hit(sequence) if parked is None else NO_HIT
             running = self._running.values()
             if running and not self._cells.have_room(running, sequence, hit.n_held):
                 return None
-            if parked is None:
+            if parked is None and not sequence.scores_prompt:
                 key = self._prefix.awaited(sequence.request_id, hit.n_tokens)
                 if key is not None:
                     self._waiting.set_aside(key)
@@ -543,14 +560,14 @@ class Scheduler:
             sequence.resume(seq_id, from_snapshot=parked.snapshot > 0)
             resume.append(Resume(seq_id, sequence.ticket, parked.snapshot))
             return
-        hit = self._prefix.longest(request_id)
-        points = self._prefix.points(request_id, hit.n_tokens)
+        hit = self._hit(sequence)
+        points = self._prefix.points(request_id, self._prefix.longest(request_id).n_tokens)
         self._expect(request_id, points)
         habit = self._speculator.new_habit(len(sequence.prompt))
         sequence.admit(seq_id, habit, now, cached_tokens=hit.n_tokens, save_points=points)
         if hit.snapshot:
             self._snapshots.use(hit.snapshot)
-        if self._reuses(sequence):
+        if self._reuses(sequence) and not sequence.scores_prompt:
             self._prefix_queries += len(sequence.prompt)
             self._prefix_hits += hit.n_tokens
         admit.append(self._admission(sequence, hit.snapshot))
@@ -603,7 +620,7 @@ class Scheduler:
     def _start_again(self, sequence: Sequence) -> None:
         """Admit it another time: nothing is known to have come of it. What comes is void."""
         self._released.append(_id(sequence))
-        if self._reuses(sequence):
+        if self._reuses(sequence) and not sequence.scores_prompt:
             self._prefix_queries -= len(sequence.prompt)
             self._prefix_hits -= sequence.cached_tokens
         self._stop_running(sequence)
@@ -631,6 +648,10 @@ class Scheduler:
 
     def _reuses(self, sequence: Sequence) -> bool:
         return self._snapshots.enabled and sequence.params.reuse_prefix
+
+    def _hit(self, sequence: Sequence) -> Hit:
+        """What a request starts from: whose prompt is scored needs every row of it."""
+        return NO_HIT if sequence.scores_prompt else self._prefix.longest(sequence.request_id)
 
     def _save_at_points(self) -> None:
         """Save the prompts that have come to a point from which others begin.
@@ -716,12 +737,15 @@ class Scheduler:
 
     def _entry(self, sequence: Sequence, chunk: tuple[int, ...], most_drafts: int) -> PlanEntry:
         """A sequence's part in a plan. It drafts from the step on in which it generates."""
+        scored = sequence.scored_by(chunk)
         if not sequence.prompt_planned:
-            return PlanEntry(_id(sequence), chunk, False, 0)
+            return PlanEntry(_id(sequence), chunk, False, 0, scored=scored)
         wish = self._speculator.wish_for(sequence)
         n_draft = min(wish.limit, most_drafts)
         expected = round(10 * sequence.habit.acceptance) / 10  # half of what round(…, 1) takes
-        return PlanEntry(_id(sequence), chunk, True, n_draft, wish.adaptive, expected)
+        return PlanEntry(
+            _id(sequence), chunk, True, n_draft, wish.adaptive, expected, scored=scored
+        )
 
     def _admission(self, sequence: Sequence, snapshot: int) -> Admission:
         params = sequence.params

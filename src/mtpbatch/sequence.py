@@ -14,6 +14,7 @@ from mtpbatch.types import (
     PlanEntry,
     SamplingParams,
     Timings,
+    TokenLogprobs,
     Usage,
 )
 
@@ -31,8 +32,8 @@ class Sequence:
     Text is assembled as tokens come if somebody may need it before the end: who follows the
     request, or a stop text. Otherwise it is at the end, which is much cheaper.
 
-    Mutable state, all of it: ``seq_id``, ``n_planned``, ``save_points``, ``token_ids``, the text
-    assembler and its pieces, what is fed (``_feed``), ``state_token_ids``, its drafting ``habit``,
+    Mutable state, all of it: ``seq_id``, ``n_planned``, ``save_points``, ``token_ids``, the log
+    probabilities of these and of its prompt, if it asks for them, the text assembler and its pieces, what is fed (``_feed``), ``state_token_ids``, its drafting ``habit``,
     the counters ``_n_fed``, ``cached_tokens``, ``_n_accepting`` and ``drafted``, the times
     ``admitted``, ``first_token`` and ``ended``, and ``finish_reason``. It changes only in
     :meth:`admit`, :meth:`take_chunk`, :meth:`absorb`, :meth:`pause`, :meth:`start_again`,
@@ -44,9 +45,11 @@ class Sequence:
     __slots__ = (
         "_assembler",
         "_feed",
+        "_logprobs",
         "_n_accepting",
         "_n_fed",
         "_pieces",
+        "_prompt_logprobs",
         "_reads_along",
         "admitted",
         "cached_tokens",
@@ -103,6 +106,10 @@ class Sequence:
         self.cached_tokens = 0  # of the prompt, from a snapshot
         self.token_ids: list[int] = []
         self.state_token_ids: tuple[int, ...] = ()  # what the executor holds of it at its end
+        self._logprobs: list[TokenLogprobs] | None = None if params.logprobs is None else []
+        self._prompt_logprobs: list[TokenLogprobs] | None = (
+            None if params.prompt_logprobs is None else []
+        )
         self._feed = prompt
         self._assembler = assembler
         self._pieces: list[str] = []
@@ -153,6 +160,12 @@ class Sequence:
         return self.n_planned == len(self._feed)
 
     @property
+    def scores_prompt(self) -> bool:
+        """Whether what is fed tells it the log probabilities of its prompt, row by row."""
+        # What is fed again after a pause has told them before.
+        return self._prompt_logprobs is not None and len(self._feed) == len(self.prompt)
+
+    @property
     def steps(self) -> int:
         """Decodes that produced tokens of it."""
         return sum(self._n_accepting)
@@ -178,6 +191,12 @@ class Sequence:
         chunk = self._feed[self.n_planned : end]
         self.n_planned += len(chunk)
         return chunk
+
+    def scored_by(self, chunk: tuple[int, ...]) -> tuple[int, ...]:
+        """What of its prompt a chunk tells the probabilities of, if it was the last one taken."""
+        if not self.scores_prompt:
+            return ()
+        return self.prompt[self.n_planned - len(chunk) + 1 : self.n_planned + 1]
 
     def admit(
         self,
@@ -210,6 +229,8 @@ class Sequence:
         self.seq_id = None
         self.n_planned = self._n_fed = self.cached_tokens = 0
         self.save_points = ()
+        if self._prompt_logprobs:
+            self._prompt_logprobs.clear()
 
     def resume(self, seq_id: int, *, from_snapshot: bool) -> None:
         """Another sequence id was taken for it; without a snapshot, all is fed again."""
@@ -229,12 +250,16 @@ class Sequence:
         :class:`InternalError` for a result that the entry cannot have.
         """
         room = self.remaining
-        if not _fits(entry, result, room):
+        n_scored = 0 if repeated else len(entry.scored)
+        n_logprobs = 0 if self._logprobs is None else len(result.token_ids)
+        if not _fits(entry, result, room, n_scored, n_logprobs):
             raise InternalError(f"{self!r} was given {result} for {entry}")
         kept, accepted, reason = result.token_ids, result.n_accepted, result.finish_reason
         chunk = () if repeated else entry.tokens
         if kept or not entry.sample:
             self._n_fed += len(chunk)
+        if self._prompt_logprobs is not None:
+            self._prompt_logprobs += result.prompt_logprobs
         if not kept:
             return None
 
@@ -248,6 +273,10 @@ class Sequence:
                 accepted = min(accepted, n_taken)
         if not chunk:  # else it was prompt, of which nothing is drafted
             self.habit.note(min(entry.n_draft, room - 1), result.n_drafted, accepted)
+        logprobs = None
+        if self._logprobs is not None:
+            logprobs = result.logprobs[: len(kept)]
+            self._logprobs += logprobs
         self.token_ids += kept
         self._n_accepting[accepted] += 1
         self.drafted += result.n_drafted
@@ -261,7 +290,7 @@ class Sequence:
             text += self._finish(reason, now)
         if text:
             self._pieces.append(text)
-        return Delta(text, kept, accepted, reason)
+        return Delta(text, kept, accepted, reason, logprobs)
 
     def end(self, reason: FinishReason, now: float) -> Delta:
         """End it from outside; the delta holds the text that was still held back."""
@@ -269,7 +298,7 @@ class Sequence:
         text += self._finish(reason, now)
         if text:
             self._pieces.append(text)
-        return Delta(text, (), 0, reason)
+        return Delta(text, (), 0, reason, None if self._logprobs is None else ())
 
     def completion(self) -> Completion:
         """What came of the request. Only once it has finished."""
@@ -287,6 +316,8 @@ class Sequence:
             steps=self.steps,
             usage=Usage(len(self.prompt), len(self.token_ids), self.cached_tokens),
             timings=self._timings(self.ended),
+            logprobs=_frozen(self._logprobs),
+            prompt_logprobs=_frozen(self._prompt_logprobs),
         )
 
     def _finish(self, reason: FinishReason, now: float) -> str:
@@ -305,10 +336,24 @@ class Sequence:
         )
 
 
-def _fits(entry: PlanEntry, result: EntryResult, room: int) -> bool:
+def _frozen(logprobs: list[TokenLogprobs] | None) -> tuple[TokenLogprobs, ...] | None:
+    return None if logprobs is None else tuple(logprobs)
+
+
+def _fits(
+    entry: PlanEntry, result: EntryResult, room: int, n_scored: int, n_logprobs: int
+) -> bool:
     """Whether it is a result that the entry can have, with room for so many tokens."""
-    if not entry.sample or not result.token_ids:
-        return result == NO_RESULT
+    if len(result.logprobs) != n_logprobs:
+        return False
+    if result == NO_RESULT:
+        return True  # it took no part, or has more of its prompt to come
+    if len(result.prompt_logprobs) != n_scored:
+        return False
+    if not entry.sample:
+        return result == EntryResult((), 0, 0, None, prompt_logprobs=result.prompt_logprobs)
+    if not result.token_ids:
+        return False
     n_tokens, n_accepted = len(result.token_ids), result.n_accepted
     if not 0 <= n_accepted <= result.n_drafted <= entry.n_draft:
         return False

@@ -22,6 +22,7 @@ KvType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 Speculation = Literal["auto"] | Annotated[int, Meta(ge=0, le=32)]
 
 MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ: more aborts the process inside libllama
+MAX_LOGPROBS = 20
 MAX_PRIORITY = 100  # bounded, so that nobody waits forever: see mtpbatch.waiting
 
 _S = TypeVar("_S", bound=Struct)
@@ -114,6 +115,12 @@ class SamplingParams(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     reuse_prefix: bool = True
     """Start from what an earlier request has computed if its prompt begins alike, and let later
     ones do so. It changes how soon the first token comes, not which one."""
+    logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    """Tell how probable each generated token was, and the so many most probable ones in its place:
+    by the model's own distribution, before the temperature or anything else. None: neither."""
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
+    """The same for each token of the prompt but the first. The prompt is then computed as a whole,
+    a few dozen tokens a step, whatever reuse_prefix says. None: neither."""
 
     def __post_init__(self) -> None:
         for name in ("temperature", "top_p", "min_p", "deadline"):
@@ -163,6 +170,18 @@ _CHOICES = {  # where msgspec's own words do not say what would be right
 # ------------------------------------------------- between the scheduler and the executor
 
 
+class TokenLogprobs(Struct, frozen=True, gc=False):
+    """How probable the model finds a token, as natural logarithms; -inf: impossible."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    """1: no token is more probable."""
+    top: tuple[tuple[int, float], ...] = ()
+    """The most probable tokens, as many as were asked for, and their log probabilities. In
+    descending order; of equal ones the lowest id comes first."""
+
+
 class ModelFacts(Struct, frozen=True, kw_only=True):
     """What the scheduler and the text side need to know of a loaded model and its contexts."""
 
@@ -180,6 +199,9 @@ class ModelFacts(Struct, frozen=True, kw_only=True):
     n_ctx, so that each request fits alone."""
     n_ubatch: int
     """Most rows in one forward pass."""
+    n_outputs: int | None = None
+    """Most rows of a step that are looked at: sampled, or scored. At least n_seq times 1 +
+    n_draft_max. None: n_batch."""
     recurrent: bool = False
     """Whether layers keep recurrent state: drafts of different lengths are different passes, and
     a sequence cannot be cut back to an earlier token."""
@@ -273,6 +295,10 @@ class PlanEntry(Struct, frozen=True, gc=False):
     """Draft only while that pays on the plan's terms, instead of always ``n_draft`` tokens."""
     expected: float = 0.0
     """Selective: the chance that its next draft is accepted, as far as is known beforehand."""
+    scored: tuple[int, ...] = ()
+    """Tokens whose log probabilities are wanted, one after each of the first rows: the prompt's own
+    from the second on and, while more of it is to come, the next. For requests that ask for
+    prompt_logprobs."""
 
 
 N_CONFIDENCES = 16
@@ -349,6 +375,10 @@ class EntryResult(Struct, frozen=True, gc=False):
     n_drafted: int
     n_accepted: int
     finish_reason: Literal["stop", "length"] | None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """Parallel to token_ids, if the request asks for them."""
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    """Parallel to the entry's ``scored``, in the step that feeds its tokens."""
 
 
 NO_RESULT = EntryResult(token_ids=(), n_drafted=0, n_accepted=0, finish_reason=None)
@@ -429,6 +459,8 @@ class Delta(Struct, frozen=True, gc=False):
     token_ids: tuple[int, ...]
     n_accepted: int
     finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    """Parallel to token_ids; None: the request did not ask."""
 
 
 class Completion(Struct, frozen=True, kw_only=True):
@@ -450,6 +482,11 @@ class Completion(Struct, frozen=True, kw_only=True):
     """Decodes of the model that produced tokens."""
     usage: Usage
     timings: Timings
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    """Parallel to token_ids; None: the request did not ask."""
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    """Of each token of the prompt but the first, which nothing comes before; fewer if the request
+    ended before all of them were computed. None: it did not ask."""
 
     @property
     def tokens_per_step(self) -> float:

@@ -7,6 +7,7 @@ in the exceptions' messages.
 from mtpbatch.native.backend import NativeBackend
 from mtpbatch.native.context import Batch, Context
 from mtpbatch.native.executor import Executor
+from mtpbatch.native.logprobs import token_logprobs
 from mtpbatch.native.model import Model
 from mtpbatch.native.sampler import Sampler
 from mtpbatch.native.session import (
@@ -27,4 +28,5 @@ __all__ = [
     "MtpSessionStatistics",
     "NativeBackend",
     "Sampler",
+    "token_logprobs",
 ]

@@ -15,6 +15,8 @@ from mtpbatch.native.model import Model
 from mtpbatch.native.session import MtpSession
 from mtpbatch.types import EngineConfig, ModelFacts, Plan, StepResult, TemplateSource
 
+# Rows beside one for each sequence whose logits a step can have, at least: they take memory.
+_SPARE_OUTPUTS = 32
 _DEFAULT_N_CTX = 4096  # models allow far more, but cells for all sequences are taken at once
 
 
@@ -32,8 +34,9 @@ class NativeBackend:
         if config.draft_model is not None and config.n_draft_max:
             assistant = Model(config.draft_model, n_gpu_layers=config.n_gpu_layers)
         config = _resolve(config, model, assistant)
-        assert config.n_ctx is not None  # resolved
-        per_step = config.n_seq * (1 + config.n_draft_max)
+        assert config.n_ctx is not None and config.n_batch is not None  # resolved
+        n_outputs = config.n_seq + max(config.n_seq * config.n_draft_max, _SPARE_OUTPUTS)
+        n_outputs = min(n_outputs, config.n_batch)
         target = Context(
             model,
             n_ctx=config.n_ctx,
@@ -41,7 +44,7 @@ class NativeBackend:
             n_batch=config.n_batch,
             n_ubatch=config.n_ubatch,
             n_rs_seq=config.n_draft_max,
-            n_outputs_max=per_step,
+            n_outputs_max=n_outputs,
             n_threads=config.n_threads,
             kv_type=config.kv_type,
             kv_unified=config.kv_unified,
@@ -69,6 +72,7 @@ class NativeBackend:
             eog_token_ids=model.eog_tokens,
             n_cells=target.n_cells,
             n_ubatch=target.n_ubatch,
+            n_outputs=n_outputs,
             recurrent=model.keeps_recurrent_state,
             truncates=not (model.keeps_recurrent_state or model.n_swa),
             # As in Context::is_one_pass().

@@ -5,13 +5,23 @@ from __future__ import annotations
 import threading
 from typing import Any, Literal
 
+import msgspec
+
 from mtpbatch._process import close_at_exit
 from mtpbatch.exceptions import InternalError, NativeError
 from mtpbatch.native._library import Handle, call, error_of, ffi, lib
 from mtpbatch.native.context import Context
+from mtpbatch.native.logprobs import from_native
 from mtpbatch.native.sampler import INT32_MAX, sampling
 from mtpbatch.native.session import MtpSession
-from mtpbatch.types import N_CONFIDENCES, NO_RESULT, EntryResult, Plan, StepResult
+from mtpbatch.types import (
+    N_CONFIDENCES,
+    NO_RESULT,
+    EntryResult,
+    Plan,
+    StepResult,
+    TokenLogprobs,
+)
 
 _OUTCOME_WORDS: int = lib.MTPBATCH_OUTCOME_WORDS
 
@@ -97,9 +107,10 @@ def _result(step: Any) -> StepResult:
             raise error
         failure = error
     t = step.trials
+    outcomes = _outcomes(tuple(ffi.unpack(step.words, step.n_words)) if step.n_words else ())
     return StepResult(
         step.plan,
-        _outcomes(tuple(ffi.unpack(step.words, step.n_words)) if step.n_words else ()),
+        _with_logprobs(outcomes, step) if step.n_scored else outcomes,
         step.n_target_tokens,
         step.n_target_decodes,
         step.n_draft_tokens,
@@ -132,6 +143,24 @@ def _outcomes(words: tuple[int, ...]) -> tuple[EntryResult, ...]:
     return tuple(outcomes)
 
 
+def _with_logprobs(outcomes: tuple[EntryResult, ...], step: Any) -> tuple[EntryResult, ...]:
+    """The same with what the step tells of those that asked for log probabilities."""
+    told: dict[int, tuple[list[TokenLogprobs], list[TokenLogprobs]]] = {}
+    for i in range(step.n_scored):
+        scored = step.scored[i]
+        told.setdefault(scored.entry, ([], []))[scored.prompt].append(from_native(scored.logprobs))
+    completed = list(outcomes)
+    for entry, (generated, prompt) in told.items():
+        completed[entry] = msgspec.structs.replace(
+            outcomes[entry], logprobs=tuple(generated), prompt_logprobs=tuple(prompt)
+        )
+    return tuple(completed)
+
+
+def _n_logprobs(asked: int | None) -> int:
+    return -1 if asked is None else asked
+
+
 def _native_plan(plan: Plan) -> tuple[Any, list[Any]]:
     """The C struct, and what must stay referenced while it is used."""
     references: list[Any] = []
@@ -155,14 +184,27 @@ def _native_plan(plan: Plan) -> tuple[Any, list[Any]]:
                 a.ticket,
                 a.snapshot,
                 a.n_reused,
+                _n_logprobs(p.logprobs),
+                _n_logprobs(p.prompt_logprobs),
             ]
         )
     entries = []
     for e in plan.entries:
         tokens = ffi.new("int32_t[]", e.tokens) if e.tokens else ffi.NULL
-        references.append(tokens)
+        scored = ffi.new("int32_t[]", e.scored) if e.scored else ffi.NULL
+        references += [tokens, scored]
         entries.append(
-            [e.seq_id, len(e.tokens), tokens, e.sample, e.n_draft, e.selective, e.expected]
+            [
+                e.seq_id,
+                len(e.tokens),
+                tokens,
+                e.sample,
+                e.n_draft,
+                e.selective,
+                e.expected,
+                len(e.scored),
+                scored,
+            ]
         )
     arrays = {
         "release": ffi.new("int32_t[]", plan.release),

@@ -27,6 +27,7 @@ from mtpbatch.types import (
     Resume,
     StepResult,
     TemplateSource,
+    TokenLogprobs,
 )
 
 # A vocabulary of all bytes, of some runs of letters, and of one that ends inside a character.
@@ -47,6 +48,7 @@ _CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 
+_SPARE_OUTPUTS = 8  # rows for prompts that are scored
 _GATE_TIMEOUT = 30.0  # seconds; a test that forgets to release a step fails instead of hanging
 
 
@@ -96,7 +98,9 @@ class ScriptedBackend:
 
     ``script`` maps the prompt's text to the answer; the end-of-generation token follows, and
     then, for requests that ignore it, the same again. Without a script every prompt has an
-    answer of its own, some words long. Sampling parameters make no difference.
+    answer of its own, some words long. Sampling parameters make no difference. The model is certain of
+    each token, also of a prompt's: of those who ask for log probabilities each is 0.0, of rank 1, and
+    no other token is named beside it.
 
     ``acceptance`` is the chance that a draft is right, drawn for each position of each prompt,
     or a pattern of right and wrong drafts that is repeated over the positions. It changes how
@@ -161,6 +165,7 @@ class ScriptedBackend:
             eog_token_ids=frozenset({_EOS}),
             n_cells=self.config.n_cells,
             n_ubatch=n_batch,
+            n_outputs=n_seq + max(n_seq * self.config.n_draft_max, _SPARE_OUTPUTS),
             recurrent=not truncates,
             truncates=truncates,
         )
@@ -533,6 +538,11 @@ class ScriptedBackend:
         )
         for entry in plan.entries:
             _require(0 <= entry.n_draft <= self.facts.n_draft_max, "draft deeper than the heads")
+            own = (*entry.tokens[1:], *entry.scored[len(entry.tokens) - 1 :])
+            _require(
+                not entry.scored or entry.scored == own and len(own) <= len(entry.tokens),
+                "tokens are scored that do not follow the entry's",
+            )
             if entry.seq_id in self._left_early:
                 continue
             _require(entry.seq_id in self._sequences, f"entry for free sequence {entry.seq_id}")
@@ -559,8 +569,9 @@ class ScriptedBackend:
             len(sequence.token_ids) + n_draft <= self.facts.n_ctx,
             f"sequence {entry.seq_id} grows past n_ctx",
         )
+        told = _told(entry.scored if not repeated else (), sequence.params.prompt_logprobs)
         if not entry.sample:
-            return NO_RESULT
+            return EntryResult((), 0, 0, None, prompt_logprobs=told) if told else NO_RESULT
         if not sequence.answer:
             sequence.prompt = tuple(sequence.token_ids)
             sequence.answer = self._one_answer(sequence.prompt)
@@ -576,7 +587,14 @@ class ScriptedBackend:
             n_accepted += 1
         if not sequence.ended:
             token_ids.append(sequence.generate())
-        return EntryResult(tuple(token_ids), n_draft, n_accepted, sequence.ended)
+        return EntryResult(
+            tuple(token_ids),
+            n_draft,
+            n_accepted,
+            sequence.ended,
+            logprobs=_told(token_ids, sequence.params.logprobs),
+            prompt_logprobs=told,
+        )
 
     def _hit(self, sequence: _ScriptedSequence) -> bool:
         """Whether the draft of the sequence's next token is right."""
@@ -606,6 +624,7 @@ class _ScriptedSequence:
     def __init__(self, admission: Admission) -> None:
         self.ticket = admission.ticket
         self.drafts = admission.drafts
+        self.params = admission.params
         self._stop = frozenset(admission.stop_token_ids)
         self._stop_texts = [text.encode() for text in admission.params.stop]
         self._text = b""
@@ -656,6 +675,12 @@ async def open_scripted_engine(backend: ScriptedBackend) -> AsyncIterator[Engine
         yield engine
     finally:
         await engine.aclose()
+
+
+def _told(token_ids: Sequence[int], n_top: int | None) -> tuple[TokenLogprobs, ...]:
+    if n_top is None:
+        return ()
+    return tuple(TokenLogprobs(t, 0.0, 1, ((t, 0.0),) if n_top else ()) for t in token_ids)
 
 
 def _default_script(prompt: str) -> str:
