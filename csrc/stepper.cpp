@@ -454,7 +454,8 @@ void Stepper::sample(const Group & group) {
         n_left);
 }
 
-// How probable tokens are for those who asked, by the logits as the model gave them.
+// How probable tokens are, for those who asked. By the logits as the model gave them: what sampling
+// does to a row it does to a copy.
 void Stepper::score(const Group & group) {
     std::vector<std::pair<const float *, int32_t>> rows;  // logits, and how many of the most probable are wanted
     const size_t                                   first = scored_.size();

@@ -203,10 +203,8 @@ class Scheduler:
         entries: list[PlanEntry] = []
         sequences: list[Sequence | None] = []
         # There is a row for everyone: who runs was admitted when there was. What can be short are
-        # drafts.
+        # drafts. And every id has a row that is looked at; short can be those of scored prompts.
         budget = self._facts.n_batch - len(self._running)
-        # And a row to look at for every id; what can be short are those of drafts and of prompts that
-        # are scored.
         n_outputs = self._facts.n_outputs
         outputs = budget if n_outputs is None else n_outputs - self._facts.n_seq
         for sequence in self._running.values():

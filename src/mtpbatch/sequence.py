@@ -33,13 +33,13 @@ class Sequence:
     request, or a stop text. Otherwise it is at the end, which is much cheaper.
 
     Mutable state, all of it: ``seq_id``, ``n_planned``, ``save_points``, ``token_ids``, the log
-    probabilities of these and of its prompt, if it asks for them, the text assembler and its pieces, what is fed (``_feed``), ``state_token_ids``, its drafting ``habit``,
-    the counters ``_n_fed``, ``cached_tokens``, ``_n_accepting`` and ``drafted``, the times
-    ``admitted``, ``first_token`` and ``ended``, and ``finish_reason``. It changes only in
-    :meth:`admit`, :meth:`take_chunk`, :meth:`absorb`, :meth:`pause`, :meth:`start_again`,
-    :meth:`resume` and :meth:`end`, and only the scheduler that holds the sequence calls these; its
-    speculator settles the ``habit``. Times are seconds of the caller's clock; everything else is
-    fixed when the sequence is made.
+    probabilities ``_logprobs`` and ``_prompt_logprobs``, the text assembler and its pieces, what is
+    fed (``_feed``), ``state_token_ids``, its drafting ``habit``, the counters ``_n_fed``,
+    ``cached_tokens``, ``_n_accepting`` and ``drafted``, the times ``admitted``, ``first_token`` and
+    ``ended``, and ``finish_reason``. It changes only in :meth:`admit`, :meth:`take_chunk`,
+    :meth:`absorb`, :meth:`pause`, :meth:`start_again`, :meth:`resume` and :meth:`end`, and only the
+    scheduler that holds the sequence calls these; its speculator settles the ``habit``. Times are
+    seconds of the caller's clock; everything else is fixed when the sequence is made.
     """
 
     __slots__ = (
@@ -340,9 +340,7 @@ def _frozen(logprobs: list[TokenLogprobs] | None) -> tuple[TokenLogprobs, ...] |
     return None if logprobs is None else tuple(logprobs)
 
 
-def _fits(
-    entry: PlanEntry, result: EntryResult, room: int, n_scored: int, n_logprobs: int
-) -> bool:
+def _fits(entry: PlanEntry, result: EntryResult, room: int, n_scored: int, n_logprobs: int) -> bool:
     """Whether it is a result that the entry can have, with room for so many tokens."""
     if len(result.logprobs) != n_logprobs:
         return False

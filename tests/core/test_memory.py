@@ -571,6 +571,40 @@ def test_a_request_can_keep_out_of_it(sharing: Recorder) -> None:
     assert sharing.scheduler.stats.prefix_queries == 200
 
 
+def test_a_prompt_that_is_scored_is_computed_for_others_too(sharing: Recorder) -> None:
+    prompt = unlike(0, 200)
+    for _ in range(2):
+        sharing.run_one(prompt, max_tokens=5, prompt_logprobs=0)
+    assert [a.snapshot for a in sharing.all("admit")] == [0, 0], "it does not read"
+    sharing.run_one([*prompt, 65], max_tokens=5)
+    assert sharing.all("admit")[-1].n_reused >= 192, "but it is written"
+    assert sharing.scheduler.stats.prefix_queries == 201
+
+
+def test_a_prompt_that_is_scored_waits_for_nobody(sharing: Recorder) -> None:
+    common = unlike(0, 100)
+    for tail in (65, 66):
+        sharing.add([*common, tail], max_tokens=5, prompt_logprobs=0)
+    assert [a.snapshot for a in sharing.plan().admit] == [0, 0]
+    sharing.run()
+
+
+def test_a_prompt_that_starts_again_is_scored_once() -> None:
+    backend = ScriptedBackend(
+        lambda _: "x" * 200, n_seq=2, n_ctx=64, n_cells=64, n_batch=2, n_draft_max=0
+    )
+    record = Recorder(backend)
+    record.add([65], max_tokens=60, ignore_eos=True)
+    prompt = [66, *range(97, 127)]
+    name = record.add(prompt, max_tokens=3, ignore_eos=True, prompt_logprobs=1)
+    ends = completions(run_to_end(record.scheduler, backend))
+    assert record.scheduler.stats.preemptions > 0
+    assert record.scheduler.stats.prompt_tokens > 1 + len(prompt), "some of it came twice"
+    told = ends[name].prompt_logprobs
+    assert told is not None
+    assert [t.token_id for t in told] == prompt[1:]
+
+
 def test_who_never_drafts_has_a_cache_of_its_own(sharing: Recorder) -> None:
     prompt = [*unlike(0, 200)]
     sharing.run_one(prompt, max_tokens=5, depth=0)

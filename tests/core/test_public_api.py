@@ -55,6 +55,7 @@ def test_the_package_exports_exactly_these_names() -> None:
         "SamplingParams",
         "TextPart",
         "Timings",
+        "TokenLogprobs",
         "ToolCall",
         "Usage",
         "WrongProcessError",
@@ -108,12 +109,12 @@ def test_the_engines_surface() -> None:
         (
             mtpbatch.SamplingParams,
             "max_tokens temperature top_k top_p min_p seed stop stop_token_ids ignore_eos "
-            "speculation priority deadline reuse_prefix",
+            "speculation priority deadline reuse_prefix logprobs prompt_logprobs",
         ),
         (
             mtpbatch.Completion,
             "request_id text token_ids prompt_token_ids finish_reason drafted accepted "
-            "accepted_by_depth steps usage timings tokens_per_step",
+            "accepted_by_depth steps usage timings tokens_per_step logprobs prompt_logprobs",
         ),
         (
             mtpbatch.ChatMessage,
@@ -127,7 +128,8 @@ def test_the_engines_surface() -> None:
             "content reasoning_content tool_calls completion message finish_reason",
         ),
         (mtpbatch.ChatDelta, "content reasoning_content tool_calls finish_reason"),
-        (mtpbatch.Delta, "text token_ids n_accepted finish_reason"),
+        (mtpbatch.Delta, "text token_ids n_accepted finish_reason logprobs"),
+        (mtpbatch.TokenLogprobs, "token_id logprob rank top"),
         (mtpbatch.Usage, "prompt_tokens completion_tokens cached_tokens total_tokens"),
         (mtpbatch.Timings, "queued prefill first_token decode total"),
         (

@@ -23,7 +23,7 @@ from mtpbatch.exceptions import DecodeError, InternalError
 from mtpbatch.scheduler import Event, Scheduler
 from mtpbatch.sequence import Sequence
 from mtpbatch.testing import ScriptedBackend
-from mtpbatch.types import EntryResult, Plan, StepResult
+from mtpbatch.types import Completion, EntryResult, Plan, StepResult, TokenLogprobs
 from scheduling import (
     completions,
     hand_over,
@@ -88,6 +88,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         reuse_prefix=st.booleans(),
         priority=st.sampled_from([0, 0, 0, -100, 1, 2, 100]),
         deadline=st.sampled_from([None, None, 0.02, 5.0]),
+        logprobs=st.sampled_from([None, 0, 2]),
+        prompt_logprobs=st.sampled_from([None, None, 0, 2]),
     )
     def add(self, n_prompt: int, first: int, depth: int | None, **params: Any) -> None:
         request_id = f"r{len(self.sequences)}"
@@ -215,11 +217,25 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert completion.usage.completion_tokens == n_tokens
         assert completion.usage.prompt_tokens == len(sequence.prompt)
         assert completion.usage.cached_tokens < len(sequence.prompt)
+        self.check_logprobs(completion, sequence)
         assert completion.accepted == sum(completion.accepted_by_depth) <= completion.drafted
         assert completion.accepted <= n_tokens
         # Each step samples one token, but for the last, which may end with a draft.
         assert n_tokens - completion.accepted in (completion.steps, completion.steps - 1)
         assert len(sequence.prompt) + n_tokens <= self.backend.facts.n_ctx
+
+    def check_logprobs(self, completion: Completion, sequence: Sequence) -> None:
+        """Each token has its own, once; no prompt is answered before all of it has."""
+        told, of_prompt = completion.logprobs, completion.prompt_logprobs
+        assert (told is None) == (sequence.params.logprobs is None)
+        assert (of_prompt is None) == (sequence.params.prompt_logprobs is None)
+        if told is not None:
+            assert [t.token_id for t in told] == list(completion.token_ids)
+        if of_prompt is not None:
+            assert completion.usage.cached_tokens == 0
+            n_known = len(sequence.prompt) - 1 if completion.token_ids else len(of_prompt)
+            token_ids = [t.token_id for t in of_prompt]
+            assert token_ids == list(sequence.prompt[1 : 1 + n_known])
 
     @invariant()
     def integrity(self) -> None:
@@ -455,6 +471,9 @@ def test_a_request_id_cannot_be_used_twice_at_a_time() -> None:
         EntryResult((1, 2), 4, 1, None),
         EntryResult((1, 2), 1, 2, None),
         EntryResult((1, 2, 3, 4, 5), 3, 4, "length"),
+        EntryResult((), 0, 0, "stop"),
+        EntryResult((1,), 0, 0, None, logprobs=(TokenLogprobs(1, 0.0, 1),)),
+        EntryResult((1,), 0, 0, None, prompt_logprobs=(TokenLogprobs(1, 0.0, 1),)),
     ],
 )
 def test_a_result_that_the_plan_cannot_have_is_noticed(outcome: EntryResult) -> None:
@@ -464,6 +483,49 @@ def test_a_result_that_the_plan_cannot_have_is_noticed(outcome: EntryResult) -> 
     run_step(scheduler, backend)
     with pytest.raises(InternalError, match="was given"):
         scheduler.update(StepResult(1, (outcome,), 1, 1, 0, 0, 0.0, 0.0, 0.0, 0.0), 0.0)
+
+
+def told(*token_ids: int) -> tuple[TokenLogprobs, ...]:
+    return tuple(TokenLogprobs(token_id, 0.0, 1) for token_id in token_ids)
+
+
+@pytest.mark.parametrize(
+    "outcome",
+    [
+        EntryResult((1,), 0, 0, None, told(1)),
+        EntryResult((1,), 0, 0, None, told(1), told(66)),
+        EntryResult((1,), 0, 0, None, (), told(66, 67)),
+        EntryResult((1,), 0, 0, None, told(1, 2), told(66, 67)),
+        EntryResult((), 0, 0, None, (), told(66, 67)),
+    ],
+)
+def test_a_result_without_what_was_asked_is_noticed(outcome: EntryResult) -> None:
+    backend = ScriptedBackend()
+    scheduler = Scheduler(backend.facts)
+    scheduler.add(make_sequence(backend, "r", [65, 66, 67], logprobs=0, prompt_logprobs=0))
+    plan = hand_over(scheduler, backend)
+    assert plan.entries[0].scored == (66, 67)
+    with pytest.raises(InternalError, match="was given"):
+        scheduler.update(StepResult(1, (outcome,), 3, 1, 0, 0, 0.0, 0.0, 0.0, 0.0), 0.0)
+
+
+def test_a_prompt_that_is_scored_leaves_outputs_to_everyone_else() -> None:
+    backend = ScriptedBackend(n_seq=3, n_ctx=256, n_batch=64, n_draft_max=3)
+    assert backend.facts.n_outputs == 12
+    scheduler = Scheduler(backend.facts)
+    scheduler.add(make_sequence(backend, "a", [65], depth=3, max_tokens=40, ignore_eos=True))
+    run_step(scheduler, backend)
+    for name in ("b", "c"):
+        scheduler.add(make_sequence(backend, name, [66] * 100, prompt_logprobs=0, max_tokens=1))
+    plan = scheduler.schedule(backend.clock())
+    assert plan is not None
+    # Each id has one, the drafts of the first three, and of the rest the second takes all.
+    assert [len(entry.tokens) for entry in plan.entries] == [0, 7, 1]
+    assert [len(entry.scored) for entry in plan.entries] == [0, 7, 1]
+    assert backend.exchange(plan, wait=False) == []
+    done = completions(run_to_end(scheduler, backend))
+    for name in ("b", "c"):
+        assert [t.token_id for t in done[name].prompt_logprobs or ()] == [66] * 99
 
 
 def test_results_are_taken_in_the_order_of_the_plans() -> None:

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 
 from mtpbatch.testing import ScriptedBackend, VirtualClock, open_scripted_engine
-from mtpbatch.types import NO_RESULT, Admission, Plan, PlanEntry, SamplingParams
+from mtpbatch.types import (
+    NO_RESULT,
+    Admission,
+    Plan,
+    PlanEntry,
+    SamplingParams,
+    TokenLogprobs,
+)
 
 
 @pytest.mark.anyio
@@ -33,6 +40,20 @@ async def test_acceptance_decides_how_many_steps_an_answer_takes(
     async with open_scripted_engine(backend) as engine:
         completion = await engine.generate("q", max_tokens=13)
         assert (completion.text, completion.steps) == ("xyzwxyzwxyzwx", steps)
+
+
+@pytest.mark.anyio
+async def test_the_model_is_certain_of_each_token() -> None:
+    async with open_scripted_engine(ScriptedBackend(lambda _: "xyz")) as engine:
+        done = await engine.generate("abq", logprobs=2, prompt_logprobs=0)
+        x, y, z, end = done.token_ids
+        assert done.logprobs == tuple(TokenLogprobs(t, 0.0, 1, ((t, 0.0),)) for t in (x, y, z, end))
+        assert done.prompt_logprobs == tuple(
+            TokenLogprobs(t, 0.0, 1) for t in done.prompt_token_ids[1:]
+        )
+        async with engine.stream("abq", logprobs=2) as deltas:
+            seen = [delta async for delta in deltas]
+        assert tuple(t for d in seen for t in d.logprobs or ()) == done.logprobs
 
 
 def test_what_a_waiting_plan_releases_leaves_before_the_plans_ahead_of_it() -> None:

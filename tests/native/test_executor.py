@@ -128,6 +128,25 @@ WRONG = {
     "more outputs than n_outputs_max": Plan(
         (), (admit(2),), (step(0, DEPTH), step(3, DEPTH), prefill(2))
     ),
+    "tokens scored that nobody asked for": Plan(
+        (), (admit(1, logprobs=0),), (PlanEntry(1, PROMPT, True, 0, scored=(5,)),)
+    ),
+    "more tokens scored than there are rows": Plan(
+        (), (admit(1, prompt_logprobs=0),), (PlanEntry(1, PROMPT, False, 0, scored=(5,) * 6),)
+    ),
+    "a sampled row scored": Plan(
+        (), (admit(1, prompt_logprobs=0),), (PlanEntry(1, PROMPT, True, 0, scored=(5,) * 5),)
+    ),
+    "token scored that is not in the vocabulary": Plan(
+        (), (admit(1, prompt_logprobs=0),), (PlanEntry(1, PROMPT, True, 0, scored=(300,)),)
+    ),
+    "more rows scored than n_outputs_max": Plan(
+        (), (admit(1, prompt_logprobs=0),), (PlanEntry(1, (5,) * 9, False, 0, scored=(5,) * 9),)
+    ),
+    "more probable tokens than there is place for": Plan(
+        (), (admit(1, logprobs=21),), (prefill(1),)
+    ),
+    "less than no probable tokens": Plan((), (admit(1, prompt_logprobs=-2),), (prefill(1),)),
     "a right entry before a wrong one": Plan((3,), (admit(1),), (prefill(1), step(0, 9))),
 }
 

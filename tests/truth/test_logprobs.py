@@ -137,7 +137,8 @@ def generate(path: Path, prompts: Sequence[list[int]], config: Any, **params: An
     async def run() -> Any:
         given = {"n_seq": 4, "n_ctx": 256, "n_threads": 1, "kv_type": "f32"}
         async with mtpbatch.Engine.open(path, **(given | config)) as engine:
-            done = await engine.generate_many(prompts, max_tokens=COUNT, ignore_eos=True, **params)
+            asked = {"max_tokens": COUNT, "ignore_eos": True} | params
+            done = await engine.generate_many(prompts, **asked)
             return done, engine.stats()
 
     return anyio.run(run)
@@ -219,12 +220,14 @@ def test_a_stop_text_cuts_log_probabilities_with_the_tokens(
 def test_who_pauses_loses_and_doubles_nothing(
     demo_f32_path: Path, prompts: list[list[int]], truth: Truth
 ) -> None:
-    """Cells for one and a half: requests start again in the middle of their prompts, or go on."""
+    """Answers that outgrow the cells pause, with their state or without; a prompt starts again."""
+    asked = [prompts[3], prompts[4], prompts[5], prompts[6], prompts[3]]
     for memory in (0, 64):
         done, stats = generate(
             demo_f32_path,
-            [prompts[-1][i:] for i in range(8)],
-            {"n_batch": 64, "n_cells": 256, "snapshot_memory": memory},
+            asked,
+            {"n_batch": 16, "n_cells": 256, "snapshot_memory": memory},
+            max_tokens=100,
             logprobs=1,
             prompt_logprobs=1,
             speculation=3,

@@ -15,7 +15,8 @@ from mtpbatch.native.model import Model
 from mtpbatch.native.session import MtpSession
 from mtpbatch.types import EngineConfig, ModelFacts, Plan, StepResult, TemplateSource
 
-# Rows beside one for each sequence whose logits a step can have, at least: they take memory.
+# Rows whose logits a step can have beside one for each sequence, for prompts that are scored. More
+# would take more memory: with the largest vocabularies these are 30 MB.
 _SPARE_OUTPUTS = 32
 _DEFAULT_N_CTX = 4096  # models allow far more, but cells for all sequences are taken at once
 
@@ -34,7 +35,8 @@ class NativeBackend:
         if config.draft_model is not None and config.n_draft_max:
             assistant = Model(config.draft_model, n_gpu_layers=config.n_gpu_layers)
         config = _resolve(config, model, assistant)
-        assert config.n_ctx is not None and config.n_batch is not None  # resolved
+        assert config.n_ctx is not None  # resolved
+        assert config.n_batch is not None
         n_outputs = config.n_seq + max(config.n_seq * config.n_draft_max, _SPARE_OUTPUTS)
         n_outputs = min(n_outputs, config.n_batch)
         target = Context(

@@ -98,9 +98,9 @@ class ScriptedBackend:
 
     ``script`` maps the prompt's text to the answer; the end-of-generation token follows, and
     then, for requests that ignore it, the same again. Without a script every prompt has an
-    answer of its own, some words long. Sampling parameters make no difference. The model is certain of
-    each token, also of a prompt's: of those who ask for log probabilities each is 0.0, of rank 1, and
-    no other token is named beside it.
+    answer of its own, some words long. Sampling parameters make no difference. The model is certain
+    of each token, also of a prompt's: its log probability is 0.0, its rank 1, and ``logprobs`` and
+    ``prompt_logprobs`` name no other token beside it, however many are asked for.
 
     ``acceptance`` is the chance that a draft is right, drawn for each position of each prompt,
     or a pattern of right and wrong drafts that is repeated over the positions. It changes how
@@ -530,6 +530,11 @@ class ScriptedBackend:
             sum(1 + e.n_draft for e in plan.entries if e.sample),
         ):
             _require(n_rows <= n_batch, f"{n_rows} tokens in a batch of {n_batch}")
+        n_outputs = sum(
+            len(e.scored) + e.sample if e.tokens else 1 + e.n_draft for e in plan.entries
+        )
+        most = self.facts.n_outputs or n_batch
+        _require(n_outputs <= most, f"{n_outputs} rows are looked at, of {most}")
         seq_ids = {entry.seq_id for entry in plan.entries}
         _require(len(seq_ids) == len(plan.entries), "two entries for one sequence")
         _require(
@@ -540,7 +545,7 @@ class ScriptedBackend:
             _require(0 <= entry.n_draft <= self.facts.n_draft_max, "draft deeper than the heads")
             own = (*entry.tokens[1:], *entry.scored[len(entry.tokens) - 1 :])
             _require(
-                not entry.scored or entry.scored == own and len(own) <= len(entry.tokens),
+                not entry.scored or (entry.scored == own and len(own) <= len(entry.tokens)),
                 "tokens are scored that do not follow the entry's",
             )
             if entry.seq_id in self._left_early:
