@@ -203,7 +203,8 @@ class Scheduler:
         entries: list[PlanEntry] = []
         sequences: list[Sequence | None] = []
         # There is a row for everyone: who runs was admitted when there was. What can be short are
-        # drafts. And every id has a row that is looked at; short can be those of scored prompts.
+        # drafts. Of the rows that are looked at each id has one; the others go to drafts, and what
+        # these leave to prompts that are scored.
         budget = self._facts.n_batch - len(self._running)
         n_outputs = self._facts.n_outputs
         outputs = budget if n_outputs is None else n_outputs - self._facts.n_seq
@@ -221,8 +222,9 @@ class Scheduler:
         for sequence in self._prompting:
             most = min(budget, outputs) if sequence.scores_prompt else budget
             chunks.append((sequence, sequence.take_chunk(most + 1)))
-            budget -= len(chunks[-1][1]) - 1
-            outputs -= (len(chunks[-1][1]) - 1) * sequence.scores_prompt
+            n_more = len(chunks[-1][1]) - 1
+            budget -= n_more
+            outputs -= n_more if sequence.scores_prompt else 0
         while budget and (newcomer := self._next_to_begin()) is not None:
             self._begin(newcomer, now, admit, resume)
             if newcomer.prompt_planned:
@@ -235,7 +237,7 @@ class Scheduler:
                 most = min(budget, outputs + 1) if newcomer.scores_prompt else budget
                 chunks.append((newcomer, newcomer.take_chunk(most)))
                 n_rows = len(chunks[-1][1])
-                outputs -= (n_rows - 1) * newcomer.scores_prompt
+                outputs -= n_rows - 1 if newcomer.scores_prompt else 0
                 spare -= 1
             budget -= n_rows
         for sequence, chunk in chunks:
