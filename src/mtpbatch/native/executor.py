@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any, Literal
 
-from mtpbatch._process import close_at_exit
+from mtpbatch._process import close_at_exit, no_longer_open
 from mtpbatch.exceptions import InternalError, NativeError
 from mtpbatch.native._library import Handle, call, error_of, ffi, lib
 from mtpbatch.native.context import Context
@@ -83,6 +83,7 @@ class Executor(Handle):
     def close(self) -> None:
         """End the wait of an exchange, wait for the step under way, and free the contexts."""
         executor = self._owned
+        no_longer_open(self)  # whatever becomes of it: nobody is to wait for the same step at exit
         if executor is not None and self._home.here:
             # Not left to freeing it: the last reference may be gone in another thread's call.
             lib.mtpbatch_executor_stop(executor)
