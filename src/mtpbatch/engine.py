@@ -121,7 +121,9 @@ class Engine:
         """
         parsed = parse(EngineConfig, config)
         if progress is not None and not callable(progress):
-            raise InvalidParameterError("progress", f"must be callable, got {progress!r}")
+            raise InvalidParameterError(
+                "progress", f"must be a function of the loaded share, or None; got {progress!r}"
+            )
         with _model_path(model) as path:
 
             def load(report: Callable[[float], bool]) -> Backend:
@@ -270,7 +272,10 @@ class Engine:
         """
         if isinstance(prompts, str) or not isinstance(prompts, Iterable):
             kind = type(prompts).__name__
-            raise InvalidParameterError("prompts", f"must be a list of prompts, got one {kind}")
+            raise InvalidParameterError(
+                "prompts",
+                f"must be a list of prompts, got one {kind}; for one prompt there is generate()",
+            )
         parsed = parse(SamplingParams, params)
         generations: list[Generation] = []
         try:
@@ -848,7 +853,9 @@ def _model_path(model: str | os.PathLike[str] | None) -> AbstractContextManager[
         return nullcontext(Path(os.fsdecode(model)))
     except TypeError:
         kind = type(model).__name__
-        raise InvalidParameterError("model", f"must be a path, got {kind}") from None
+        raise InvalidParameterError(
+            "model", f"must be the path of a GGUF file, or None for the demo model; got {kind}"
+        ) from None
 
 
 def _chat_template(source: TemplateSource | None) -> ChatTemplate | None:

@@ -52,7 +52,8 @@ class Tokenizer:
     async def tokenize(self, text: str, *, add_special: bool) -> list[int]:
         """The tokens of a text."""
         if not isinstance(text, str):
-            raise InvalidParameterError("text", f"must be a str, got {type(text).__name__}")
+            kind = type(text).__name__
+            raise InvalidParameterError("text", f"must be a str, got {kind}; decode bytes first")
         work = partial(self._tokenize, "text", text, add_special=add_special)
         return work() if len(text) <= LONG else await self._on_thread(work)
 
@@ -163,7 +164,9 @@ def snapshot(parameter: str, token_ids: abc.Sequence[int]) -> tuple[int, ...]:
     if not isinstance(token_ids, abc.Sequence) or isinstance(token_ids, _NO_IDS):
         kind = type(token_ids).__name__
         what = "a text or a sequence" if parameter == "prompt" else "a sequence"
-        raise InvalidParameterError(parameter, f"must be {what} of token ids, got {kind}")
+        raise InvalidParameterError(
+            parameter, f"must be {what} of token ids, such as a list; got {kind}"
+        )
     return tuple(token_ids)
 
 
