@@ -31,9 +31,10 @@ from benchmarks.workload import N_CTX, PROMPTS
 from mtpbatch.testing import ClosedLoop, Drafts, Fixed, RequestKind, StepCost, simulate, steady
 
 
-def long_prompt(engine: mtpbatch.Engine, n_tokens: int) -> list[int]:
+async def long_prompt(engine: mtpbatch.Engine, n_tokens: int) -> list[int]:
     """Tokens of the usual prompts, over and over."""
-    tokens = itertools.chain.from_iterable(itertools.repeat(engine.tokenize("\n".join(PROMPTS))))
+    once = await engine.tokenize("\n".join(PROMPTS))
+    tokens = itertools.chain.from_iterable(itertools.repeat(once))
     return list(itertools.islice(tokens, n_tokens))
 
 
@@ -84,8 +85,9 @@ async def _one_smooth(engine: mtpbatch.Engine) -> tuple[float, float, float, flo
         for number in range(len(times)):
             group.start_soon(follow, number, group.cancel_scope)
         await begun.wait()
+        prompt = await long_prompt(engine, N_LONG)
         begin = time.perf_counter()
-        done = await engine.generate(long_prompt(engine, N_LONG), max_tokens=1, ignore_eos=True)
+        done = await engine.generate(prompt, max_tokens=1, ignore_eos=True)
         end = time.perf_counter()
         group.cancel_scope.cancel()
     waits = [(b, b - a) for of_one in times for a, b in itertools.pairwise(of_one)]
@@ -165,9 +167,9 @@ async def prefix(model: Path, rounds: int, threads: int) -> str:
             async with mtpbatch.Engine.open(
                 model, n_seq=16, n_ctx=N_SHARED + N_CTX, n_threads=threads
             ) as engine:
-                shared = long_prompt(engine, N_SHARED)
+                shared = await long_prompt(engine, N_SHARED)
                 prompts = [
-                    shared + engine.tokenize(f"\n{n}. {PROMPTS[n % len(PROMPTS)]}")
+                    shared + await engine.tokenize(f"\n{n}. {PROMPTS[n % len(PROMPTS)]}")
                     for n in range(N_SHARERS)
                 ]
                 done = await engine.generate_many(
@@ -276,7 +278,7 @@ def _turns(clients: int) -> int:
 async def _load(engine: mtpbatch.Engine, clients: int, depth: int, tokens: int) -> _Run:
     async def client(number: int) -> None:
         for turn in range(_turns(clients)):
-            prompt = long_prompt(engine, 45 + number + turn)[-45:]
+            prompt = (await long_prompt(engine, 45 + number + turn))[-45:]
             await engine.generate(prompt, max_tokens=tokens, ignore_eos=True, speculation=depth)
 
     before, begin = engine.stats(), time.perf_counter()

@@ -32,6 +32,15 @@ def test_generate_writes_the_text_and_nothing_else() -> None:
     assert again.stdout == one.stdout
 
 
+def test_verbose_logs_to_stderr() -> None:
+    result = run("-v", "generate", "--max-tokens", "2", "--ignore-eos", "In the")
+    assert result.returncode == 0
+    events = [line.split()[3] for line in result.stderr.splitlines()]
+    assert events == ["engine.opened", "request.submitted", "request.ended", "engine.closed"]
+    quiet = run("generate", "--max-tokens", "2", "--ignore-eos", "In the")
+    assert (quiet.stdout, quiet.stderr) == (result.stdout, "")
+
+
 def test_generate_keeps_the_order_of_several_prompts() -> None:
     result = run("generate", "--max-tokens", "8", "In the", "def main(", "And")
     heads = [line for line in result.stdout.splitlines() if line.startswith("==> ")]

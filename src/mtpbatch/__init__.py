@@ -7,6 +7,7 @@
 """
 
 from mtpbatch._llama_cpp import require_llama_cpp
+from mtpbatch._log import log_to_console
 from mtpbatch.chat import ChatCompletion, ChatDelta, ChatMessage, FunctionCall, TextPart, ToolCall
 from mtpbatch.chat.generation import ChatGeneration
 from mtpbatch.engine import Engine
@@ -17,6 +18,7 @@ from mtpbatch.exceptions import (
     EngineClosedError,
     EngineDeadError,
     EngineError,
+    EngineStalledError,
     InternalError,
     InvalidParameterError,
     InvalidRequestError,
@@ -65,6 +67,7 @@ __all__ = [
     "EngineConfig",
     "EngineDeadError",
     "EngineError",
+    "EngineStalledError",
     "EngineStats",
     "FinishReason",
     "FunctionCall",
@@ -94,6 +97,7 @@ __all__ = [
     "ToolCall",
     "Usage",
     "WrongProcessError",
+    "log_to_console",
 ]
 
 require_llama_cpp()

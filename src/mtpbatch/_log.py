@@ -1,15 +1,21 @@
 """The library's log: structured events on the standard logger ``mtpbatch``.
 
-Silent until the app configures logging, and independent of how it configures structlog.
+Silent until the app configures logging, and independent of how it configures structlog. Events
+carry the context variables of structlog that are bound where they happen; events about a request
+those of whoever submitted it, and its ``request_id``.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import Any
+from contextvars import Context, copy_context
+from typing import Any, NamedTuple
 
 import structlog
+from structlog.contextvars import bound_contextvars, merge_contextvars
 from structlog.typing import EventDict, WrappedLogger
+
+from mtpbatch.exceptions import InvalidParameterError
 
 
 def _render(
@@ -26,5 +32,51 @@ _standard.addHandler(logging.NullHandler())
 log: structlog.stdlib.BoundLogger = structlog.wrap_logger(
     _standard,
     wrapper_class=structlog.stdlib.BoundLogger,
-    processors=[structlog.stdlib.filter_by_level, _render],
+    processors=[structlog.stdlib.filter_by_level, merge_contextvars, _render],
 )
+
+
+class RequestLog(NamedTuple):
+    """Where events about one request go. They cost next to nothing while nobody listens."""
+
+    request_id: str
+    context: Context
+    """Of whoever submitted it."""
+
+    @classmethod
+    def of(cls, request_id: str) -> RequestLog:
+        """For a request that is being submitted here."""
+        return cls(request_id, copy_context())
+
+    def debug(self, event: str, **values: Any) -> None:
+        """Log an event. Calls must not overlap."""
+        if _standard.isEnabledFor(logging.DEBUG):
+            self.context.run(self._debug, event, values)
+
+    def _debug(self, event: str, values: dict[str, Any]) -> None:
+        with bound_contextvars(request_id=self.request_id):
+            log.debug(event, **values)
+
+
+class _Console(logging.StreamHandler[Any]):
+    """The one that :func:`log_to_console` adds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+
+
+def log_to_console(level: str = "INFO") -> None:
+    """Write the library's events of ``level`` and above to stderr, one per line.
+
+    For scripts, which have no logging set up. Levels are those of :mod:`logging`: "DEBUG" tells of
+    each request as well. Called again, it changes the level.
+
+    Raises :class:`~mtpbatch.InvalidParameterError` if there is no such level.
+    """
+    known = logging.getLevelNamesMapping()
+    if level not in known:
+        raise InvalidParameterError("level", f"must be one of {', '.join(known)}, got {level!r}")
+    _standard.setLevel(level)
+    if not any(isinstance(handler, _Console) for handler in _standard.handlers):
+        _standard.addHandler(_Console())

@@ -49,6 +49,11 @@ def close_at_exit(resource: _Closable) -> None:
     _left_open.add(resource)
 
 
+def no_longer_open(resource: _Closable) -> None:
+    """It is being closed, and not to be closed at exit any more."""
+    _left_open.discard(resource)
+
+
 @atexit.register
 def _close_what_is_left() -> None:
     for resource in list(_left_open):

@@ -12,12 +12,14 @@ Guarantees:
 - A step waits for neither: while one runs, the engine's thread takes in the results of the last
   and hands over the next plan; if it comes too late, the backend goes on without it.
 - Every request that was taken in gets exactly one last event. Who removes it from ``_live``
-  sends that event, and only the engine's thread removes; but for a request that could not be handed
+  sends that event, and only who has the turn removes; but for a request that could not be handed
   to the tokenizer's thread, of which its caller hears at once.
+- The turn, ``_turn``, is the engine's thread's whenever that is not in a native call. Scheduler and
+  sequences belong to who has it. So requests can be ended while a native call does not.
 - The backend is made, used and closed on the engine's thread; ``tokenize`` and ``detokenize``
-  alone run where they are called, and closing waits for them.
+  alone run elsewhere (see ``tokenizing``), and closing waits for them.
 
-What threads share, besides the inbox: ``_closing``, ``_failure`` and ``_n_users`` change only
+What threads share, besides the inbox: ``_draining``, ``_closing`` and ``_failure`` change only
 under ``_gate``, which is held for moments, and under which requests enter ``_live`` and loops get
 their ``_mailboxes``, which live as long as requests of theirs; ``_stats`` is an immutable snapshot,
 replaced as a whole.
@@ -31,11 +33,9 @@ import os
 import secrets
 import threading
 import time
-from array import array
 from collections import abc
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, asynccontextmanager, contextmanager, nullcontext
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from functools import partial
 from importlib import resources
 from pathlib import Path
@@ -47,7 +47,7 @@ import anyio
 import anyio.to_thread
 import msgspec
 
-from mtpbatch._log import log
+from mtpbatch._log import RequestLog, log
 from mtpbatch._loops import EventLoop, Mailbox, ThreadEvent
 from mtpbatch._process import HomeProcess
 from mtpbatch.backend import Backend, BackendFactory
@@ -58,32 +58,30 @@ from mtpbatch.exceptions import (
     EngineClosedError,
     EngineDeadError,
     EngineError,
+    EngineStalledError,
     InternalError,
     InvalidParameterError,
     InvalidRequestError,
     MtpBatchError,
-    PromptTooLongError,
 )
 from mtpbatch.generation import Generation
 from mtpbatch.scheduler import Event, Scheduler
 from mtpbatch.sequence import Sequence
 from mtpbatch.speculation import DraftWish, draft_wish
 from mtpbatch.text import TextAssembler
+from mtpbatch.tokenizing import LONG, Prompt, Tokenizer, snapshot
 from mtpbatch.types import (
     Completion,
     EngineConfig,
     EngineStats,
     ModelFacts,
     SamplingParams,
+    StepResult,
     TemplateSource,
     parse,
 )
 
-Prompt: TypeAlias = str | abc.Sequence[int]
-"""A text, or the ids of its tokens."""
-
-_NO_IDS: Final = (str, bytes, bytearray, memoryview)  # sequences, but not of token ids
-_INLINE_CHARS: Final = 1000  # a longer text is not tokenised on the event loop: that takes too long
+_CLOSING_TIME: Final = 10.0  # seconds that closing waits for a native call
 
 
 class Engine:
@@ -123,7 +121,9 @@ class Engine:
         """
         parsed = parse(EngineConfig, config)
         if progress is not None and not callable(progress):
-            raise InvalidParameterError("progress", f"must be callable, got {progress!r}")
+            raise InvalidParameterError(
+                "progress", f"must be a function of the loaded share, or None; got {progress!r}"
+            )
         with _model_path(model) as path:
 
             def load(report: Callable[[float], bool]) -> Backend:
@@ -145,14 +145,17 @@ class Engine:
         self._inbox: SimpleQueue[_Message] = SimpleQueue()
         self._live: dict[str, _Live] = {}
         self._mailboxes: WeakValueDictionary[EventLoop, _Mailbox] = WeakValueDictionary()
-        self._gate = threading.Condition()
+        self._gate = threading.Lock()
+        self._turn = threading.Lock()
+        self._draining = False
         self._closing = False
+        self._left_behind = False
         self._failure: BaseException | None = None
-        self._n_users = 0
+        self._busy_since = 0.0  # when a request came while there was none
+        self._last_step = 0.0  # when the results of one were taken in
         self._ready = ThreadEvent()
+        self._drained = ThreadEvent()
         self._ended = ThreadEvent()
-        # Starts its one thread when the first long prompt comes.
-        self._tokenizer = ThreadPoolExecutor(1, thread_name_prefix="mtpbatch-tokenizer")
         # At exit the interpreter waits for threads that are not daemons before it calls the exit
         # handlers, so that an engine somebody forgot would hang it; and it kills daemons after
         # that, in the middle of native code, which can crash. So: a daemon that an exit handler
@@ -186,22 +189,72 @@ class Engine:
             raise
         return engine
 
-    async def aclose(self) -> None:
+    # Where time runs out, nothing is raised: requests end.
+    async def drain(self, timeout: float | None = None) -> None:  # noqa: ASYNC109
+        """Take no more requests, and wait until those that wait and run have ended.
+
+        After ``timeout`` seconds what is left ends with the finish reason "abort", with what it has
+        by then. From the call on, new requests raise :class:`~mtpbatch.EngineClosedError`. All
+        else goes on as before, until the engine is closed. Called again, it waits for the same
+        end, with a deadline of its own. If the waiting task is cancelled, requests run on.
+        """
+        self._check_alive()
+        _check_seconds("timeout", timeout)
+        with self._gate:
+            first, self._draining = not self._draining, True
+        if first:
+            log.info("engine.draining", requests=len(self._live), timeout=timeout)
+        if not self._live:
+            self._drained.set()
+        with anyio.move_on_after(timeout):
+            await self._drained.wait()
+            return
+        self._abort_all()
+
+    async def aclose(self, timeout: float = _CLOSING_TIME) -> None:  # noqa: ASYNC109
         """Close the engine. Requests that have not ended end with the finish reason "abort".
 
-        It waits for the step under way, if there is one. Harmless when called again.
+        It waits for the step under way, if there is one, but no longer than ``timeout`` seconds.
+        A native call that has not come back by then is left to itself: the engine's thread frees
+        what the model holds when it does, and the event ``engine.left_behind`` is logged. Requests
+        end all the same. Harmless when called again, or by several tasks; goes on when the task is
+        cancelled.
         """
         self._home.check("engine")
+        _check_seconds("timeout", timeout)
         self._stop()
-        with anyio.CancelScope(shield=True):
+        if self._left_behind and not self._ended.is_set():
+            return
+        with anyio.move_on_after(timeout, shield=True):
             await self._ended.wait()
+        if not self._ended.is_set():
+            self._leave_behind(timeout)
+            return
         self._thread.join()
         atexit.unregister(self._stop_at_exit)
 
     @property
     def closed(self) -> bool:
-        """Whether it takes no requests any more: closed, or dead."""
+        """Whether it was closed, or has died."""
         return self._closing
+
+    def check_health(self, stall_timeout: float = 60.0) -> None:
+        """Raise if the engine does not work as it should; the error says why.
+
+        Cheap; from any thread. ``stall_timeout`` is how long a step may take, in seconds: choose it
+        longer than the model needs for ``n_batch`` tokens of a prompt.
+
+        Raises :class:`~mtpbatch.EngineDeadError` if the engine's thread ended because of an error,
+        :class:`~mtpbatch.EngineClosedError` if the engine was closed, or
+        :class:`~mtpbatch.EngineStalledError` if there are requests and no step has finished for
+        ``stall_timeout`` seconds.
+        """
+        _check_seconds("stall_timeout", stall_timeout)
+        self._check_open()
+        n_requests = len(self._live)
+        seconds = self._clock() - max(self._busy_since, self._last_step)
+        if n_requests and seconds > stall_timeout:
+            raise EngineStalledError(seconds, stall_timeout, n_requests)
 
     # ------------------------------------------------------------------------- requests
 
@@ -219,7 +272,10 @@ class Engine:
         """
         if isinstance(prompts, str) or not isinstance(prompts, Iterable):
             kind = type(prompts).__name__
-            raise InvalidParameterError("prompts", f"must be a list of prompts, got one {kind}")
+            raise InvalidParameterError(
+                "prompts",
+                f"must be a list of prompts, got one {kind}; for one prompt there is generate()",
+            )
         parsed = parse(SamplingParams, params)
         generations: list[Generation] = []
         try:
@@ -356,20 +412,20 @@ class Engine:
 
     # ----------------------------------------------------------------------------- text
 
-    def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
+    async def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
         """The tokens of ``text``, as a prompt of that text has them.
 
         ``add_special=False`` leaves out those that the model wants around a text, such as one at
-        its begin. Special tokens that the text names are always read as such.
+        its begin. Special tokens that the text names are always read as such. Long texts do not
+        hold up the event loop.
         """
-        if not isinstance(text, str):
-            raise InvalidParameterError("text", f"must be a str, got {type(text).__name__}")
-        return self._tokenize("text", text, add_special=add_special)
+        self._check_open()
+        return await self._tokenizer.tokenize(text, add_special=add_special)
 
-    def detokenize(self, token_ids: abc.Sequence[int]) -> str:
+    async def detokenize(self, token_ids: abc.Sequence[int]) -> str:
         """The text of ``token_ids``; bytes that are not UTF-8 become U+FFFD."""
-        with self._using_backend() as backend:
-            return backend.detokenize(self._check_ids("token_ids", token_ids))
+        self._check_open()
+        return await self._tokenizer.detokenize(token_ids)
 
     @property
     def token_bytes(self) -> abc.Sequence[bytes]:
@@ -403,6 +459,8 @@ class Engine:
         settings = ", ".join(f"{k}={v!r}" for k, v in msgspec.structs.asdict(self._config).items())
         running = self._stats.running
         state = "closed" if self._closing else f"{running} running, {self._n_waiting} waiting"
+        if self._draining and not self._closing:
+            state = f"draining, {state}"
         return f"<Engine {self._description}: {settings}; {state}>"
 
     @property
@@ -414,12 +472,19 @@ class Engine:
     def _check_alive(self) -> None:
         self._home.check("engine")
         if self._failure is not None:
-            raise EngineDeadError(f"the engine died: {self._failure!r}") from self._failure
+            raise EngineDeadError(_died_of(self._failure)) from self._failure
 
     def _check_open(self) -> None:
         self._check_alive()
         if self._closing:
-            raise EngineClosedError("the engine is closed")
+            raise EngineClosedError("the engine is closed; open another one")
+
+    def _check_accepting(self) -> None:
+        self._check_open()
+        if self._draining:
+            raise EngineClosedError(
+                "the engine is draining: it takes no new requests; send them to another one"
+            )
 
     def _submit(
         self,
@@ -429,14 +494,15 @@ class Engine:
         streaming: bool,
         add_special: bool = True,
     ) -> Generation:
-        self._check_open()
+        self._check_accepting()
         try:
             loop = EventLoop.current()
         except RuntimeError:
             raise InvalidRequestError(
-                "requests need a running event loop in their thread"
+                "requests need a running event loop in their thread; call this from a coroutine"
             ) from None
-        self._check_ids("stop_token_ids", params.stop_token_ids)
+        given = prompt if isinstance(prompt, str) else snapshot("prompt", prompt)
+        self._tokenizer.check_ids("stop_token_ids", params.stop_token_ids)
         wish = draft_wish(params.speculation, self._config, self._facts)
         ticket = next(self._tickets)
         request_id = f"req-{ticket}"
@@ -452,24 +518,25 @@ class Engine:
         )
         cancel = partial(self._cancel, request_id, ticket)
         generation = Generation(request_id, loop, self._home, cancel)
-        live = _Live(generation, self._mailbox(loop), streaming, build)
-        if isinstance(prompt, str) and len(prompt) > _INLINE_CHARS:
-            with self._gate:
-                self._check_open()
-                self._live[request_id] = live
+        live = _Live(generation, self._mailbox(loop), streaming, build, RequestLog.of(request_id))
+        message = None
+        if len(given) <= LONG:
+            message = _Add(build(self._tokenizer.prompt_ids(given, add_special=add_special)))
+        live.log.debug("request.submitted", followed=streaming, max_tokens=params.max_tokens)
+        with self._gate:
+            self._check_accepting()
+            if not self._live:
+                self._busy_since = self._clock()
+            self._live[request_id] = live
+            if message is not None:
+                self._post(message)
+            else:
+                prepare = partial(self._prepare, request_id, given, build, add_special=add_special)
                 try:
-                    self._tokenizer.submit(
-                        self._prepare, request_id, prompt, build, add_special=add_special
-                    )
+                    self._tokenizer.submit(prepare)
                 except BaseException:  # no thread to be had
                     del self._live[request_id]
                     raise
-        else:
-            sequence = build(self._prompt_ids(prompt, add_special=add_special))
-            with self._gate:
-                self._check_open()
-                self._live[request_id] = live
-                self._post(_Add(sequence))
         return generation
 
     def _mailbox(self, loop: EventLoop) -> _Mailbox:
@@ -482,14 +549,14 @@ class Engine:
     def _prepare(
         self,
         request_id: str,
-        prompt: str,
+        prompt: str | tuple[int, ...],
         build: Callable[[tuple[int, ...]], Sequence],
         *,
         add_special: bool,
     ) -> None:
         """Tokenise a long prompt, on the tokenizer's thread."""
         try:
-            self._post(_Add(build(self._prompt_ids(prompt, add_special=add_special))))
+            self._post(_Add(build(self._tokenizer.prompt_ids(prompt, add_special=add_special))))
         except EngineError:
             pass  # the engine ends its requests itself
         except MtpBatchError as error:
@@ -525,62 +592,6 @@ class Engine:
             submitted=submitted,
         )
 
-    def _prompt_ids(self, prompt: Prompt, *, add_special: bool) -> tuple[int, ...]:
-        if isinstance(prompt, str):
-            token_ids = tuple(self._tokenize("prompt", prompt, add_special=add_special))
-        else:
-            token_ids = self._check_ids("prompt", prompt)
-        if not token_ids:
-            raise InvalidParameterError("prompt", "is empty")
-        if len(token_ids) >= self._facts.n_ctx:
-            raise PromptTooLongError(len(token_ids), self._facts.n_ctx)
-        return token_ids
-
-    def _tokenize(self, parameter: str, text: str, *, add_special: bool) -> list[int]:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise InvalidParameterError(parameter, f"is not valid Unicode: {error}") from None
-        with self._using_backend() as backend:
-            return backend.tokenize(text, add_special=add_special)
-
-    def _check_ids(self, parameter: str, token_ids: abc.Sequence[int]) -> tuple[int, ...]:
-        if not isinstance(token_ids, abc.Sequence) or isinstance(token_ids, _NO_IDS):
-            kind = type(token_ids).__name__
-            what = "a text or a sequence" if parameter == "prompt" else "a sequence"
-            raise InvalidParameterError(parameter, f"must be {what} of token ids, got {kind}")
-        n_vocab = self._facts.n_vocab
-        try:
-            checked = tuple(array("q", token_ids))  # in C: prompts can be long
-            if not checked or (min(checked) >= 0 and max(checked) < n_vocab):
-                return checked
-        except (TypeError, OverflowError):
-            pass
-        for index, token_id in enumerate(token_ids):
-            if not hasattr(token_id, "__index__"):
-                raise InvalidParameterError(
-                    parameter, f"must hold token ids, got {token_id!r} at index {index}"
-                )
-            if not 0 <= token_id < n_vocab:
-                raise InvalidParameterError(
-                    parameter,
-                    f"token {token_id} at index {index} is out of range: n_vocab={n_vocab}",
-                )
-        raise InternalError(f"{parameter}: the checks of its tokens contradict each other")
-
-    @contextmanager
-    def _using_backend(self) -> Iterator[Backend]:
-        """The backend, which is not closed meanwhile."""
-        with self._gate:
-            self._check_open()
-            self._n_users += 1
-        try:
-            yield self._backend
-        finally:
-            with self._gate:
-                self._n_users -= 1
-                self._gate.notify_all()
-
     def _cancel(self, request_id: str, ticket: int) -> None:
         # No lock: this also runs where the garbage collector closes a waiting coroutine. The
         # backend is told as well, lest steps go on while the caller keeps the GIL.
@@ -600,7 +611,24 @@ class Engine:
     def _stop_at_exit(self) -> None:
         if self._home.here:
             self._stop()
-            self._thread.join()
+            self._thread.join(_CLOSING_TIME)
+            if self._thread.is_alive():
+                self._leave_behind(_CLOSING_TIME)
+
+    def _leave_behind(self, seconds: float) -> None:
+        """Go on without the engine's thread, which a native call holds up."""
+        self._left_behind = True
+        self._abort_all()
+        log.error("engine.left_behind", waited=seconds)
+
+    def _abort_all(self) -> None:
+        """End every request, in place of the engine's thread if need be."""
+        if not hasattr(self, "_scheduler"):
+            return  # still loading: there are none
+        with self._turn:
+            everyone = [request_id for request_id, _ in self._requests()]
+            self._deliver(self._scheduler, self._abort(self._scheduler, everyone))
+        self._backend.wake()  # for it to free what they hold
 
     # ------------------------------------------------------------- on the engine's thread
 
@@ -616,6 +644,8 @@ class Engine:
             self._template = _chat_template(backend.chat_template)
             self._description = backend.description
             self._stats = scheduler.stats
+            self._tokenizer = Tokenizer(backend, self._check_open)
+            self._scheduler = scheduler
             log.info("engine.opened", model=backend.description, config=backend.config)
             self._ready.set()
             self._serve(backend, scheduler)
@@ -629,12 +659,12 @@ class Engine:
                 self._failure = error
                 self._closing = True
             if self._ready.is_set():
-                self._bury(error)
+                with self._turn:
+                    self._bury(error)
         try:
-            self._tokenizer.shutdown(cancel_futures=True)
             if backend is not None:
-                with self._gate:
-                    self._gate.wait_for(lambda: not self._n_users)
+                if hasattr(self, "_tokenizer"):
+                    self._tokenizer.close()
                 backend.close()
                 log.info("engine.closed")
         finally:
@@ -642,24 +672,34 @@ class Engine:
             self._ready.set()
 
     def _serve(self, backend: Backend, scheduler: Scheduler) -> None:
-        while self._drain_inbox(scheduler):
-            plan = scheduler.schedule(self._clock())
-            if plan is not None:
-                self._stats = scheduler.stats
+        while True:
+            with self._turn:
+                if not self._drain_inbox(scheduler):
+                    break
+                plan = scheduler.schedule(self._clock())
+                if plan is not None:
+                    self._stats = scheduler.stats
             # With a plan on its way there may be another one to make; without, it is time to wait.
             results = backend.exchange(plan, wait=plan is None)
-            events: list[Event] = []
-            for result in results:
-                of_step = scheduler.update(result, self._clock())
-                if result.error is not None:
-                    log.warning("step.failed", requests=len(of_step), error=str(result.error))
-                events += of_step
             if results:
-                self._deliver(scheduler, events)
-        everyone = [request_id for request_id, _ in self._requests()]
-        self._deliver(scheduler, self._abort(scheduler, everyone))
+                with self._turn:
+                    self._take_in(scheduler, results)
+        self._abort_all()
         # Closing may have to wait for users; steps need not run on for nobody meanwhile.
-        backend.exchange(scheduler.schedule(self._clock()), wait=False)
+        with self._turn:
+            plan = scheduler.schedule(self._clock())
+        backend.exchange(plan, wait=False)
+
+    def _take_in(self, scheduler: Scheduler, results: list[StepResult]) -> None:
+        events: list[Event] = []
+        for result in results:
+            of_step = scheduler.update(result, self._clock())
+            if result.error is not None:
+                requests = [event.request_id for event in of_step]
+                log.warning("step.failed", requests=requests, error=str(result.error))
+            events += of_step
+        self._last_step = self._clock()
+        self._deliver(scheduler, events)
 
     def _drain_inbox(self, scheduler: Scheduler) -> bool:
         """Take in what has come; ``False`` once the engine is to stop."""
@@ -701,22 +741,39 @@ class Engine:
             live = self._live[event.request_id]
             parcels.setdefault(live.mailbox, []).append((live, event))
             if event.last:
-                del self._live[event.request_id]
+                self._forget(event)
         self._stats = scheduler.stats  # before anyone can learn of the events and look
         for mailbox, parcel in parcels.items():
             if not mailbox.put(parcel):
                 orphans = [id_ for id_, live in self._requests() if live.mailbox is mailbox]
                 for event in self._abort(scheduler, orphans):
-                    del self._live[event.request_id]
+                    self._forget(event)
                 self._stats = scheduler.stats
+        if self._draining and not self._live:
+            self._drained.set()
 
     def _bury(self, cause: BaseException) -> None:
         """End every request because the engine has died."""
         for request_id, live in self._requests():
-            error = EngineDeadError(f"the engine died: {cause!r}")
+            error = EngineDeadError(_died_of(cause))
             error.__cause__ = cause
-            live.mailbox.put([(live, Event(request_id, error=error))])
-            del self._live[request_id]
+            event = Event(request_id, error=error)
+            live.mailbox.put([(live, event)])
+            self._forget(event)
+        self._drained.set()
+
+    def _forget(self, event: Event) -> None:
+        """A request has had its last event."""
+        live = self._live.pop(event.request_id)
+        if event.completion is None:
+            live.log.debug("request.ended", error=str(event.error))
+        else:
+            live.log.debug(
+                "request.ended",
+                finish_reason=event.completion.finish_reason,
+                usage=event.completion.usage,
+                timings=event.completion.timings,
+            )
 
     def _requests(self) -> list[tuple[str, _Live]]:
         with self._gate:  # nobody enters while we look
@@ -731,6 +788,7 @@ class _Live(NamedTuple):
     streaming: bool
     build: Callable[[tuple[int, ...]], Sequence]
     """Makes its sequence once its prompt's tokens are known."""
+    log: RequestLog
 
 
 _Mailbox: TypeAlias = Mailbox[tuple[_Live, Event]]
@@ -795,7 +853,9 @@ def _model_path(model: str | os.PathLike[str] | None) -> AbstractContextManager[
         return nullcontext(Path(os.fsdecode(model)))
     except TypeError:
         kind = type(model).__name__
-        raise InvalidParameterError("model", f"must be a path, got {kind}") from None
+        raise InvalidParameterError(
+            "model", f"must be the path of a GGUF file, or None for the demo model; got {kind}"
+        ) from None
 
 
 def _chat_template(source: TemplateSource | None) -> ChatTemplate | None:
@@ -806,3 +866,16 @@ def _chat_template(source: TemplateSource | None) -> ChatTemplate | None:
 
 def _seed(params: SamplingParams) -> int:
     return secrets.randbits(32) if params.seed is None else params.seed
+
+
+def _check_seconds(parameter: str, seconds: float | None) -> None:
+    if seconds is None and parameter == "timeout":
+        return
+    if not isinstance(seconds, int | float) or not seconds >= 0:  # nor NaN
+        raise InvalidParameterError(
+            parameter, f"must be a number of seconds from 0 on, got {seconds!r}"
+        )
+
+
+def _died_of(cause: BaseException) -> str:
+    return f"the engine died: {cause!r}; open another one"

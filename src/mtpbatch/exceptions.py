@@ -8,8 +8,9 @@
     │   ├── PromptTooLongError              the prompt does not fit into a sequence's context
     │   └── ChatTemplateError               the model's template makes no prompt of these messages
     ├── EngineError                         this engine cannot serve the call
-    │   ├── EngineClosedError               it was closed
-    │   └── EngineDeadError                 its thread ended because of an error, which is the cause
+    │   ├── EngineClosedError               it was closed, or drains
+    │   ├── EngineDeadError                 its thread ended because of an error, which is the cause
+    │   └── EngineStalledError              it has requests, and no step ends
     ├── WrongProcessError                   a forked child used what its parent opened
     ├── NativeError                         llama.cpp refused or failed
     │   ├── ModelLoadError                  no such file, not a GGUF, truncated, unsupported
@@ -85,11 +86,27 @@ class EngineError(MtpBatchError):
 
 
 class EngineClosedError(EngineError):
-    """The engine was closed."""
+    """The engine was closed, or takes no new requests because it is being drained."""
 
 
 class EngineDeadError(EngineError):
     """The engine's thread ended because of an error (see ``__cause__``); open a new engine."""
+
+
+class EngineStalledError(EngineError):
+    """No step has ended for too long although there are requests.
+
+    ``seconds`` is how long, ``n_requests`` how many requests have not ended.
+    """
+
+    def __init__(self, seconds: float, stall_timeout: float, n_requests: int) -> None:
+        super().__init__(
+            f"no step has ended for {seconds:.1f} s, longer than stall_timeout={stall_timeout}, "
+            f"with {n_requests} requests under way; if a step of this model can take so long, "
+            f"allow more, otherwise restart the process"
+        )
+        self.seconds = seconds
+        self.n_requests = n_requests
 
 
 class WrongProcessError(MtpBatchError):

@@ -100,7 +100,9 @@ class Generation(AsyncIterator[Delta]):
     async def _change(self) -> None:
         self._home.check("generation")
         if EventLoop.current() != self._loop:
-            raise InvalidRequestError("a generation is awaited on the loop that submitted it")
+            raise InvalidRequestError(
+                "a generation is awaited on the loop that submitted it; submit it on this one"
+            )
         if self._changed is None:
             self._changed = self._loop.event()
         try:

@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Sequence
+from typing import Final
+
+_SLICE: Final = 4096  # tokens; in a call in C that takes longer no other thread gets the GIL
 
 
 class TextAssembler:
@@ -46,13 +49,11 @@ class TextAssembler:
         completed it.
         """
         if not self._matchers:
-            joined = b"".join(map(self._bytes_of, token_ids))
-            if self._between_characters and joined.isascii():
-                # the usual case, in a quarter of the time
-                return joined.decode("ascii"), len(token_ids)
-            text = self._decoder.decode(joined)
-            self._between_characters = not self._decoder.getstate()[0]
-            return text, len(token_ids)
+            n_tokens = len(token_ids)
+            if n_tokens <= _SLICE:
+                return self._decode(token_ids), n_tokens
+            parts = (token_ids[i : i + _SLICE] for i in range(0, n_tokens, _SLICE))
+            return "".join(map(self._decode, parts)), n_tokens
         shown = ""
         for n_taken, token_id in enumerate(token_ids, 1):
             shown += self._settle(self._decoder.decode(self._bytes_of(token_id)))
@@ -67,6 +68,14 @@ class TextAssembler:
         shown = self._settle(self._decoder.decode(b"", final=True)) + self._held
         self._held = ""
         return shown
+
+    def _decode(self, token_ids: Sequence[int]) -> str:
+        joined = b"".join(map(self._bytes_of, token_ids))
+        if self._between_characters and joined.isascii():
+            return joined.decode("ascii")  # the usual case, in a quarter of the time
+        text = self._decoder.decode(joined)
+        self._between_characters = not self._decoder.getstate()[0]
+        return text
 
     def _settle(self, text: str) -> str:
         """Append decoded text; return what can no longer be part of a stop text."""

@@ -10,12 +10,13 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
 
 from mtpbatch.exceptions import InvalidParameterError, NativeError
+from mtpbatch.in_words import allowed, shown
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 KvType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
@@ -77,7 +78,9 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
             )
         if self.n_cells is not None and self.n_ctx is not None and self.n_cells < self.n_ctx:
             raise InvalidParameterError(
-                "n_cells", f"must be at least n_ctx={self.n_ctx}, got {self.n_cells}"
+                "n_cells",
+                f"must be at least n_ctx={self.n_ctx}, so that each request fits; got "
+                f"{self.n_cells}: give more cells, or lower n_ctx",
             )
 
 
@@ -125,12 +128,16 @@ class SamplingParams(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     def __post_init__(self) -> None:
         for name in ("temperature", "top_p", "min_p", "deadline"):
             if not math.isfinite(getattr(self, name) or 0):
-                raise InvalidParameterError(name, "must be a finite number")
+                words = allowed(SamplingParams, name)
+                raise InvalidParameterError(name, f"must be {words}, got {getattr(self, name)}")
         for text in self.stop:
             try:
                 text.encode()
-            except UnicodeEncodeError as error:
-                raise InvalidParameterError("stop", f"is not valid Unicode: {error}") from None
+            except UnicodeEncodeError:
+                raise InvalidParameterError(
+                    "stop",
+                    f"is not valid Unicode: {shown(text)} has a lone surrogate; take it out",
+                ) from None
 
 
 def parse(kind: type[_S], values: Mapping[str, Any]) -> _S:
@@ -156,15 +163,10 @@ def parse(kind: type[_S], values: Mapping[str, Any]) -> _S:
         try:
             converted[name] = msgspec.convert(value, fields[name].type)
         except msgspec.ValidationError as error:
-            reason = _CHOICES.get(name) or str(error).split(", got ")[0].split(" - at `")[0]
-            raise InvalidParameterError(name, f"{reason}, got {value!r}") from None
+            words = allowed(kind, name)
+            reason = f"must be {words}" if words else str(error)
+            raise InvalidParameterError(name, f"{reason}, got {shown(value)}") from None
     return kind(**converted)
-
-
-_CHOICES = {  # where msgspec's own words do not say what would be right
-    "kv_type": f"must be one of {', '.join(get_args(KvType))}",
-    "speculation": 'must be "auto" or a whole number from 0 to 32',
-}
 
 
 # ------------------------------------------------- between the scheduler and the executor

@@ -112,10 +112,10 @@ async def test_a_prompt_holds_no_tokens_but_those_of_the_template() -> None:
         for content in ("short", "long " * 500):  # which is tokenised on a thread
             messages = [{"role": "user", "content": content}]
             text = engine.apply_chat_template(messages)
-            wanted = tuple(engine.tokenize(text, add_special=False))
+            wanted = tuple(await engine.tokenize(text, add_special=False))
             assert (await engine.chat(messages)).completion.prompt_token_ids == wanted
             assert (await engine.generate(text)).prompt_token_ids == (0, *wanted)
-            assert engine.tokenize(text) == [0, *wanted]
+            assert await engine.tokenize(text) == [0, *wanted]
 
 
 async def test_a_bad_chat_is_a_clear_error_and_starts_nothing() -> None:

@@ -72,8 +72,8 @@ async def test_generate_gives_the_models_answer() -> None:
         completion = await engine.generate("hello", max_tokens=50)
         assert completion.text == "hello 日本語 🙂"
         assert completion.finish_reason == "stop"
-        assert list(completion.prompt_token_ids) == engine.tokenize("hello")
-        assert engine.detokenize(completion.token_ids) == completion.text
+        assert list(completion.prompt_token_ids) == await engine.tokenize("hello")
+        assert await engine.detokenize(completion.token_ids) == completion.text
         assert 0 < completion.accepted < completion.drafted
         assert completion.steps < len(completion.token_ids)
     assert not backend.active
@@ -83,7 +83,7 @@ async def test_generate_gives_the_models_answer() -> None:
 async def test_a_prompt_of_token_ids_is_as_good_as_its_text() -> None:
     async with open_scripted_engine(ScriptedBackend()) as engine:
         by_text = await engine.generate("the old tower")
-        by_ids = await engine.generate(engine.tokenize("the old tower"))
+        by_ids = await engine.generate(await engine.tokenize("the old tower"))
         assert by_ids.text == by_text.text
 
 
@@ -338,7 +338,7 @@ async def test_cancel_ends_the_request_with_what_there_was(stage: str) -> None:
         gate.release()
         completion = await generation
         assert completion.finish_reason == "abort"
-        assert completion.prompt_token_ids == tuple(engine.tokenize(prompt))
+        assert completion.prompt_token_ids == tuple(await engine.tokenize(prompt))
         assert completion.text == "y" * len(completion.token_ids)
         deltas = [delta async for delta in generation]
         assert "".join(delta.text for delta in deltas) == completion.text
@@ -586,11 +586,12 @@ async def test_a_bug_ends_every_request_with_its_cause(caplog: pytest.LogCapture
                 await generation
             assert caught.value.__cause__ is bug
         assert engine.closed
-        for call in (engine.stats, lambda: engine.submit("x"), lambda: engine.tokenize("x")):
+        for call in (engine.stats, engine.check_health, lambda: engine.submit("x")):
             with pytest.raises(EngineDeadError, match="boom"):
                 call()
-        with pytest.raises(EngineDeadError):
-            await engine.generate("x")
+        for wait in (engine.generate("x"), engine.tokenize("x"), engine.drain()):
+            with pytest.raises(EngineDeadError, match="boom"):
+                await wait
         assert "closed" in repr(engine)
     assert any("engine.died" in r.message and r.levelno == logging.ERROR for r in caplog.records)
     assert backend.closed
@@ -621,18 +622,18 @@ async def test_closing_aborts_what_runs_and_what_waits() -> None:
 async def test_a_closed_engine_says_so() -> None:
     async with open_scripted_engine(ScriptedBackend()) as engine:
         pass
-    calls: list[Callable[[], object]] = [
-        lambda: engine.submit("x"),
-        lambda: engine.tokenize("x"),
-        lambda: engine.detokenize([65]),
-    ]
-    for call in calls:
+    for call in (engine.check_health, lambda: engine.submit("x")):
         with pytest.raises(EngineClosedError):
             call()
-    with pytest.raises(EngineClosedError):
-        await engine.generate("x")
-    with pytest.raises(EngineClosedError):
-        await engine.generate_many(["x"])
+    waits: list[Awaitable[object]] = [
+        engine.tokenize("x"),
+        engine.detokenize([65]),
+        engine.generate("x"),
+        engine.generate_many(["x"]),
+    ]
+    for wait in waits:
+        with pytest.raises(EngineClosedError):
+            await wait
     with pytest.raises(EngineClosedError):
         async with engine.stream("x"):
             pass
@@ -782,15 +783,15 @@ async def test_the_longest_prompt_that_fits_yields_one_token() -> None:
 
 async def test_text_and_tokens_are_checked() -> None:
     async with open_scripted_engine(ScriptedBackend()) as engine:
-        assert engine.detokenize(engine.tokenize("naïve 日本語")) == "naïve 日本語"
-        assert b"".join(engine.token_bytes[i] for i in engine.tokenize("é")) == "é".encode()
+        assert await engine.detokenize(await engine.tokenize("naïve 日本語")) == "naïve 日本語"
+        assert b"".join(engine.token_bytes[i] for i in await engine.tokenize("é")) == "é".encode()
         not_text: list[Any] = [b"x", "\ud800", None]
         for bad in not_text:
             with pytest.raises(InvalidParameterError, match=r"^text: "):
-                engine.tokenize(bad)
+                await engine.tokenize(bad)
         with pytest.raises(InvalidParameterError, match=r"^token_ids: token 999 at index 1"):
-            engine.detokenize([1, 999])
-        assert engine.detokenize([]) == ""
+            await engine.detokenize([1, 999])
+        assert await engine.detokenize([]) == ""
 
 
 class SlowTokenizer(ScriptedBackend):

@@ -15,7 +15,8 @@ PACKAGE = Path(mtpbatch.__file__).parent
 
 MAY_IMPORT: dict[str, set[str]] = {
     "exceptions": set(),
-    "types": {"exceptions"},
+    "in_words": set(),
+    "types": {"in_words", "exceptions"},
     "text": set(),
     "speculation": {"types", "exceptions"},
     "sequence": {"speculation", "text", "types", "exceptions"},
@@ -28,7 +29,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "backend": {"types"},
     "_loops": set(),
-    "_log": set(),
+    "_log": {"exceptions"},
+    "_slices": set(),
+    "tokenizing": {"backend", "_loops", "_slices", "exceptions"},
     "_process": {"exceptions"},
     "generation": {"scheduler", "_loops", "_process", "types", "exceptions"},
     "chat/messages": {"types", "exceptions"},
@@ -44,6 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "sequence",
         "speculation",
         "text",
+        "tokenizing",
         "backend",
         "_loops",
         "_log",
@@ -114,7 +118,7 @@ def test_nothing_the_scheduler_imports_knows_time_threads_loops_or_native_code()
             todo += own_imports(module)
     assert closure == {
         *("scheduler", "memory", "prefix", "waiting", "sequence", "speculation"),
-        *("text", "types", "exceptions"),
+        *("text", "types", "in_words", "exceptions"),
     }
     for module in closure:
         outside = {name.split(".")[0] for name in imports(module)}

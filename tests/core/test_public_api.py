@@ -30,6 +30,7 @@ def test_the_package_exports_exactly_these_names() -> None:
         "EngineConfig",
         "EngineDeadError",
         "EngineError",
+        "EngineStalledError",
         "EngineStats",
         "FinishReason",
         "FunctionCall",
@@ -59,6 +60,7 @@ def test_the_package_exports_exactly_these_names() -> None:
         "ToolCall",
         "Usage",
         "WrongProcessError",
+        "log_to_console",
     }
     assert all(hasattr(mtpbatch, name) for name in mtpbatch.__all__)
     assert sorted(mtpbatch.__all__) == mtpbatch.__all__
@@ -80,9 +82,11 @@ def test_the_engines_surface() -> None:
         "aclose",
         "apply_chat_template",
         "chat",
+        "check_health",
         "closed",
         "config",
         "detokenize",
+        "drain",
         "generate",
         "generate_many",
         "model",

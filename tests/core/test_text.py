@@ -133,3 +133,14 @@ def test_of_stop_texts_that_end_together_the_longest_is_left_out() -> None:
 
 def test_tokens_without_bytes_show_nothing() -> None:
     assert assembler([b"", b"a"], "zz").feed([0, 1, 0]) == ("a", 3)
+
+
+@pytest.mark.parametrize("n_tokens", [4096, 4097, 20_001])
+def test_a_long_answer_is_the_text_of_all_its_tokens(n_tokens: int) -> None:
+    """Characters are cut everywhere, also where slices end."""
+    data = ("日本語 and é🙂" * n_tokens).encode()
+    pieces = [data[i : i + 1] for i in range(n_tokens)]
+    texts = assembler(pieces)
+    shown, n_taken = texts.feed(range(n_tokens))
+    assert n_taken == n_tokens
+    assert shown + texts.flush() == data[:n_tokens].decode(errors="replace")

@@ -25,7 +25,9 @@ async def test_the_same_answer_as_to_the_prompt_written_by_hand(demo_f32_path: P
         demo_f32_path, n_seq=2, n_ctx=256, n_threads=1, kv_type="f32"
     ) as engine:
         assert engine.apply_chat_template(MESSAGES) == "".join(PIECES)
-        prompt = [token for piece in PIECES for token in engine.tokenize(piece, add_special=False)]
+        prompt: list[int] = []
+        for piece in PIECES:
+            prompt += await engine.tokenize(piece, add_special=False)
         for depth in (0, 3):
             wanted = await engine.generate(prompt, max_tokens=30, ignore_eos=True, speculation=0)
             answer = await engine.chat(MESSAGES, max_tokens=30, ignore_eos=True, speculation=depth)
@@ -55,9 +57,9 @@ async def test_a_template_that_begins_with_bos_gives_one_bos(
     messages = [{"role": "user", "content": "In the beginning"}]
     async with mtpbatch.Engine.open(path, n_seq=1, n_ctx=128, n_threads=1) as engine:
         assert engine.apply_chat_template(messages) == "<|endoftext|>In the beginning<|im_end|>"
-        [bos] = engine.tokenize("<|endoftext|>", add_special=False)
-        [eos] = engine.tokenize("<|im_end|>", add_special=False)
-        text = engine.tokenize("In the beginning", add_special=False)
+        [bos] = await engine.tokenize("<|endoftext|>", add_special=False)
+        [eos] = await engine.tokenize("<|im_end|>", add_special=False)
+        text = await engine.tokenize("In the beginning", add_special=False)
         answer = await engine.chat(messages, max_tokens=2, ignore_eos=True)
         assert answer.completion.prompt_token_ids == (bos, *text, eos)
         plain = await engine.generate("In the beginning", max_tokens=2, ignore_eos=True)

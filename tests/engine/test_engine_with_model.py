@@ -34,8 +34,8 @@ async def test_generate_many_drafts_for_all_sequences_at_once(engine: mtpbatch.E
     for prompt, done in zip(PROMPTS, completions, strict=True):
         assert done.finish_reason == "length"
         assert len(done.token_ids) == done.usage.completion_tokens == 40
-        assert done.prompt_token_ids == tuple(engine.tokenize(prompt))
-        assert done.text == engine.detokenize(done.token_ids)
+        assert done.prompt_token_ids == tuple(await engine.tokenize(prompt))
+        assert done.text == await engine.detokenize(done.token_ids)
         assert done.accepted > 0
         assert done.accepted + done.steps == 40
         assert done.timings.total >= done.timings.first_token > 0
@@ -75,11 +75,11 @@ async def test_a_stop_token_ends_the_request_inside_a_draft(engine: mtpbatch.Eng
     )
     assert done.finish_reason == "stop"
     assert done.token_ids == whole.token_ids[: first + 1]
-    assert done.text == engine.detokenize(whole.token_ids[:first])
+    assert done.text == await engine.detokenize(whole.token_ids[:first])
 
 
 async def test_the_context_ends_a_request_that_has_no_other_limit(engine: mtpbatch.Engine) -> None:
-    prompt = engine.tokenize("In the beginning ") * 100
+    prompt = await engine.tokenize("In the beginning ") * 100
     done = await engine.generate(prompt[:490], max_tokens=10_000, ignore_eos=True)
     assert done.finish_reason == "length"
     assert len(done.prompt_token_ids) + len(done.token_ids) == 512
@@ -121,11 +121,11 @@ async def test_a_queued_request_is_cancelled_before_it_is_prefilled(
     assert (done.finish_reason, done.token_ids, done.timings.prefill) == ("abort", (), 0.0)
     for generation in running:
         assert len((await generation).token_ids) == 100
-    assert engine.stats().prompt_tokens == 4 * len(engine.tokenize("In the"))
+    assert engine.stats().prompt_tokens == 4 * len(await engine.tokenize("In the"))
 
 
 async def test_a_request_is_cancelled_in_the_middle_of_its_prompt(engine: mtpbatch.Engine) -> None:
-    long_prompt = (engine.tokenize("In the beginning ") * 200)[:500]  # 16 chunks and more
+    long_prompt = (await engine.tokenize("In the beginning ") * 200)[:500]  # 16 chunks and more
     clock = engine.submit("In the", max_tokens=100, ignore_eos=True)
     victim = engine.submit(long_prompt, max_tokens=5)
     n_steps = 0

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mtpbatch._slices import SLICE
 from mtpbatch.exceptions import ContextError, InvalidParameterError, ModelLoadError
 from mtpbatch.native import Model
+from mtpbatch.native._library import ffi
 
 # Any character but the lone surrogates, which no UTF-8 can hold.
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
@@ -112,6 +116,33 @@ def test_long_texts_survive(demo: Model) -> None:
     tokens = demo.tokenize(text)
     assert len(tokens) > 100_000
     assert demo.detokenize(tokens) == text
+
+
+@pytest.mark.parametrize("n_tokens", [4096, 4097, 30_000])
+def test_the_bytes_of_many_tokens_joined_are_their_text(demo: Model, n_tokens: int) -> None:
+    """Characters are cut, and bytes that begin none, also where slices end."""
+    tokens = random.Random(n_tokens).choices(range(demo.n_vocab), k=n_tokens)
+    joined = b"".join(demo.vocabulary[token] for token in tokens)
+    assert demo.detokenize(tokens) == joined.decode("utf-8", "replace")
+
+
+def test_long_texts_are_converted_in_slices(demo: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+
+    class Ffi:
+        """What converts arrays to lists, watched."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(ffi, name)
+
+        def unpack(self, array: Any, length: int) -> Any:
+            sizes.append(length)
+            return ffi.unpack(array, length)
+
+    monkeypatch.setattr("mtpbatch.native.model.ffi", Ffi())
+    tokens = demo.tokenize("And it came to pass " * 5000)
+    assert sum(sizes) == len(tokens) > 20_000
+    assert max(sizes) <= SLICE
 
 
 def test_an_empty_text_has_no_tokens(demo: Model) -> None:

@@ -120,7 +120,10 @@ def plain_messages(messages: object) -> list[Plain]:
     """
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
         kind = type(messages).__name__
-        raise InvalidParameterError("messages", f"must be a list of messages, got {kind}")
+        raise InvalidParameterError(
+            "messages",
+            f"must be a list of messages, got {kind}; a message is a dict with role and content",
+        )
     if not messages:
         raise InvalidParameterError("messages", "is empty; a conversation has at least one message")
     return [_plain_message(f"message {index}", message) for index, message in enumerate(messages)]
@@ -132,7 +135,9 @@ def plain_tools(tools: object) -> list[Plain] | None:
         return None
     if not isinstance(tools, Sequence) or isinstance(tools, str | bytes):
         kind = type(tools).__name__
-        raise InvalidParameterError("tools", f"must be a list of tools, got {kind}")
+        raise InvalidParameterError(
+            "tools", f"must be a list of tools, got {kind}; for none leave it out"
+        )
     plain = []
     for index, tool in enumerate(tools):
         try:
@@ -173,10 +178,14 @@ def _plain_message(which: str, message: object) -> Plain:
         )
     which = f"{which} ({role})"
     if "content" not in plain and role != "assistant":
-        raise InvalidParameterError("messages", f"{which} has no content")
+        raise InvalidParameterError(
+            "messages", f"{which} has no content; give it a text, if an empty one"
+        )
     if "tool_calls" in plain:
         if role != "assistant":
-            raise InvalidParameterError("messages", f"{which}: only an assistant has tool_calls")
+            raise InvalidParameterError(
+                "messages", f"{which}: only an assistant has tool_calls; take them out"
+            )
         plain["tool_calls"] = _plain_calls(which, plain["tool_calls"])
     reasoning = [plain[key] for key in _REASONING_KEYS if key in plain]
     if reasoning:

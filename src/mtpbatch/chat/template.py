@@ -328,11 +328,15 @@ def _plain_args(template_args: Mapping[str, Any] | None) -> dict[str, Any]:
         return {}
     if not isinstance(template_args, Mapping):
         kind = type(template_args).__name__
-        raise InvalidParameterError("template_args", f"must be a dict, got {kind}")
+        raise InvalidParameterError(
+            "template_args", f"must be a dict, got {kind}; for none leave it out"
+        )
     plain = {}
     for name, value in template_args.items():
         if name in _RESERVED:
-            raise InvalidParameterError("template_args", f"{name} has a parameter of its own")
+            raise InvalidParameterError(
+                "template_args", f"{name} has a parameter of its own; use that"
+            )
         try:
             plain[name] = plain_value(value)
         except TypeError as error:

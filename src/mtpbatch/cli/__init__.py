@@ -11,6 +11,7 @@ from typing import Any
 
 import anyio
 
+from mtpbatch._log import log_to_console
 from mtpbatch.cli.demo import demo
 from mtpbatch.cli.generate import generate
 from mtpbatch.exceptions import InvalidParameterError, MtpBatchError
@@ -20,6 +21,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status."""
     parser = _parser()
     options = parser.parse_args(arguments)
+    if options.verbose:
+        log_to_console("DEBUG")
     try:
         if options.command == "demo":
             anyio.run(demo)
@@ -101,6 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     version = importlib.metadata.version("mtpbatch")
     parser.add_argument("--version", action="version", version=f"mtpbatch {version}")
+    parser.add_argument("-v", "--verbose", action="store_true", help="log events to stderr")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser(
         "demo",

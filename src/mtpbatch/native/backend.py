@@ -114,17 +114,22 @@ def _resolve(config: EngineConfig, model: Model, assistant: Model | None) -> Eng
     n_ctx = config.n_ctx or min(model.n_ctx_train, _DEFAULT_N_CTX, config.n_cells or _DEFAULT_N_CTX)
     if n_ctx < depth + 2:
         raise InvalidParameterError(
-            "n_ctx", f"must be at least n_draft_max + 2 = {depth + 2}, got {n_ctx}"
+            "n_ctx",
+            f"must be at least n_draft_max + 2 = {depth + 2}, got {n_ctx}: raise it, or lower "
+            f"n_draft_max",
         )
     if n_ctx * config.n_seq > 2**31 - 1:
-        raise InvalidParameterError("n_ctx", f"times n_seq must be below 2**31, got {n_ctx}")
+        raise InvalidParameterError(
+            "n_ctx",
+            f"times n_seq must be below 2**31, got {n_ctx} times {config.n_seq}: lower one of them",
+        )
     per_step = config.n_seq * (1 + depth)
     n_batch = config.n_batch or max(2048, per_step)
     if n_batch < per_step:
         raise InvalidParameterError(
             "n_batch",
             f"must be at least n_seq * (1 + n_draft_max) = {per_step}, so that every sequence "
-            f"takes part in every step; got {n_batch}",
+            f"takes part in every step; got {n_batch}: raise it, or leave it out",
         )
     # Drafting needs cells of each sequence's own there: see MtpSession.
     own_cells = depth > 0 and (model.n_swa > 0 or model.n_mtp_heads > 1)
@@ -134,7 +139,8 @@ def _resolve(config: EngineConfig, model: Model, assistant: Model | None) -> Eng
         raise InvalidParameterError(
             "n_cells",
             f"must be at least n_ctx={n_ctx} and n_seq * (1 + n_draft_max) = {per_step}, so that "
-            f"every request fits and every sequence takes part in a step; got {n_cells}",
+            f"every request fits and every sequence takes part in a step; got {n_cells}: raise it, "
+            f"or leave it out",
         )
     if n_cells < n_ctx * config.n_seq and not kv_unified:
         reason = (
@@ -149,7 +155,9 @@ def _resolve(config: EngineConfig, model: Model, assistant: Model | None) -> Eng
     n_ubatch = min(config.n_ubatch or 512, n_batch)
     if n_ubatch < depth + 2:
         raise InvalidParameterError(
-            "n_ubatch", f"must be at least n_draft_max + 2 = {depth + 2}, got {n_ubatch}"
+            "n_ubatch",
+            f"must be at least n_draft_max + 2 = {depth + 2}, got {n_ubatch}: raise it, or lower "
+            f"n_draft_max",
         )
     return msgspec.structs.replace(
         config,
@@ -192,7 +200,9 @@ def _as_deep_as_the_chain(config: EngineConfig, n_heads: int) -> EngineConfig:
         by_default = value == getattr(EngineConfig(), name)
         if isinstance(value, int) and value > n_heads and not by_default:
             raise InvalidParameterError(
-                name, f"must be at most {n_heads}, the MTP heads that the model chains; got {value}"
+                name,
+                f"must be at most {n_heads}, the MTP heads that the model chains; got {value}: "
+                f"lower it, or leave it out",
             )
     return msgspec.structs.replace(config, n_draft_max=min(config.n_draft_max, n_heads))
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import msgspec
 
-from mtpbatch._process import close_at_exit
+from mtpbatch._process import close_at_exit, no_longer_open
 from mtpbatch.exceptions import InternalError, NativeError
 from mtpbatch.native._library import Handle, call, error_of, ffi, lib
 from mtpbatch.native.context import Context
@@ -93,6 +93,7 @@ class Executor(Handle):
     def close(self) -> None:
         """End the wait of an exchange, wait for the step under way, and free the contexts."""
         executor = self._owned
+        no_longer_open(self)  # whatever becomes of it: nobody is to wait for the same step at exit
         if executor is not None and self._home.here:
             # Not left to freeing it: the last reference may be gone in another thread's call.
             lib.mtpbatch_executor_stop(executor)

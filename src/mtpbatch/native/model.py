@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -9,8 +10,11 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
+from mtpbatch._slices import slices
 from mtpbatch.exceptions import InvalidParameterError, ModelLoadError
 from mtpbatch.native._library import Handle, call, ffi, lib
+
+_new = ffi.new_allocator(should_clear_after_alloc=False)  # what is filled anyway
 
 
 class _Progress:
@@ -46,6 +50,17 @@ def _check_file(path: Path) -> None:
         raise ModelLoadError(f"{path}: cannot be read: {error.strerror}") from None
     if magic != b"GGUF":
         raise ModelLoadError(f"{path}: not a GGUF file (it starts with {magic!r})")
+
+
+def _encoded(text: str, part: slice) -> bytes:
+    try:
+        return text[part].encode()
+    except UnicodeEncodeError as error:
+        raise InvalidParameterError(
+            "text",
+            f"has a lone surrogate at index {part.start + error.start}, which is no character; "
+            f"take it out",
+        ) from None
 
 
 class Model(Handle):
@@ -186,16 +201,11 @@ class Model(Handle):
         ``add_special`` adds the tokens the model wants around a text; ``parse_special`` reads
         markup such as ``<|im_end|>`` as the control token it names.
         """
-        try:
-            data = text.encode()
-        except UnicodeEncodeError as error:
-            raise InvalidParameterError(
-                "text", f"has a lone surrogate at index {error.start}, which is no character"
-            ) from None
+        data = b"".join([_encoded(text, part) for part in slices(len(text))])
         size = len(data) + 2  # a byte-level token has at least one byte; two special ones
         n = ffi.new("int32_t *")
         while True:
-            tokens = ffi.new("int32_t[]", size)
+            tokens = _new("int32_t[]", size)
             call(
                 lib.mtpbatch_model_tokenize,
                 self._native,
@@ -209,20 +219,30 @@ class Model(Handle):
                 invalid=partial(InvalidParameterError, "text"),
             )
             if n[0] <= size:
-                return list(ffi.unpack(tokens, n[0])) if n[0] else []
+                token_ids: list[int] = []
+                for part in slices(n[0]):
+                    token_ids += ffi.unpack(tokens + part.start, part.stop - part.start)
+                return token_ids
             size = n[0]
 
     def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> str:
         """Text of token ids; bytes that are not UTF-8 become U+FFFD."""
-        size = 8 * len(tokens) + 8
+        n_tokens = len(tokens)
+        ids = _new("int32_t[]", n_tokens)
+        try:
+            for part in slices(n_tokens):
+                ids[part] = tokens[part]
+        except OverflowError as error:
+            raise InvalidParameterError("tokens", str(error)) from None
+        size = 8 * n_tokens + 8
         n = ffi.new("int32_t *")
         while True:
-            text = ffi.new("char[]", size)
+            text = _new("char[]", size)
             call(
                 lib.mtpbatch_model_detokenize,
                 self._native,
-                list(tokens),
-                len(tokens),
+                ids,
+                n_tokens,
                 special,
                 text,
                 size,
@@ -230,7 +250,10 @@ class Model(Handle):
                 invalid=partial(InvalidParameterError, "tokens"),
             )
             if n[0] <= size:
-                return bytes(ffi.buffer(text, n[0])).decode("utf-8", "replace")
+                data = ffi.buffer(text, n[0])
+                decoder = codecs.getincrementaldecoder("utf-8")("replace")
+                pieces = [decoder.decode(data[part]) for part in slices(n[0])]
+                return "".join(pieces) + decoder.decode(b"", final=True)
             size = n[0]
 
     def _text(self, read: Callable[..., int], *key: bytes) -> str | None:

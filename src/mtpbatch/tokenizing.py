@@ -1,0 +1,184 @@
+"""Texts to tokens and back for an engine, without holding up event loops.
+
+What is short is done where it is asked for. What is long goes to one thread, in order: llama.cpp
+works without the GIL there, and what Python has to do goes in slices.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import threading
+from array import array
+from collections import abc
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from typing import Final, TypeAlias, TypeVar
+
+from mtpbatch._loops import ThreadEvent
+from mtpbatch._slices import slices
+from mtpbatch.backend import Backend
+from mtpbatch.exceptions import InternalError, InvalidParameterError, PromptTooLongError
+
+Prompt: TypeAlias = str | abc.Sequence[int]
+"""A text, or the ids of its tokens."""
+
+LONG: Final = 1000  # characters or token ids: to convert more takes too long on an event loop
+_NO_IDS: Final = (str, bytes, bytearray, memoryview)  # sequences, but not of token ids
+
+_Result = TypeVar("_Result")
+
+
+class Tokenizer:
+    """A backend's vocabulary at work.
+
+    ``check_open`` raises if the engine serves nobody any more, as it must from before :meth:`close`
+    is called. From then on nobody new uses the backend.
+    """
+
+    def __init__(self, backend: Backend, check_open: Callable[[], None]) -> None:
+        self._backend = backend
+        self._check_open = check_open
+        self._n_vocab = backend.facts.n_vocab
+        self._n_ctx = backend.facts.n_ctx
+        self._gate = threading.Condition()
+        self._n_users = 0  # of the backend, under the gate
+        # Starts its one thread when the first long text comes.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="mtpbatch-tokenizer")
+
+    # --------------------------------------------------------------- from an event loop
+
+    async def tokenize(self, text: str, *, add_special: bool) -> list[int]:
+        """The tokens of a text."""
+        if not isinstance(text, str):
+            kind = type(text).__name__
+            raise InvalidParameterError("text", f"must be a str, got {kind}; decode bytes first")
+        work = partial(self._tokenize, "text", text, add_special=add_special)
+        return work() if len(text) <= LONG else await self._on_thread(work)
+
+    async def detokenize(self, token_ids: abc.Sequence[int]) -> str:
+        """The text of tokens."""
+        work = partial(self._detokenize, snapshot("token_ids", token_ids))
+        return work() if len(token_ids) <= LONG else await self._on_thread(work)
+
+    async def _on_thread(self, work: Callable[[], _Result]) -> _Result:
+        done = ThreadEvent()
+        future = self.submit(work)
+        future.add_done_callback(lambda _: done.set())
+        try:
+            await done.wait()
+            return future.result()
+        except concurrent.futures.CancelledError:  # closing emptied the thread's queue
+            self._check_open()
+            raise
+        finally:
+            future.cancel()
+
+    # --------------------------------------------------------------- from any thread
+
+    def submit(self, work: Callable[[], _Result]) -> Future[_Result]:
+        """Have it done on the thread for long texts. It is cancelled if the engine closes first."""
+        with self._gate:
+            self._check_open()
+            return self._thread.submit(work)
+
+    def prompt_ids(self, prompt: str | tuple[int, ...], *, add_special: bool) -> tuple[int, ...]:
+        """The tokens of a prompt, checked: at least one, and fewer than a sequence holds."""
+        if isinstance(prompt, str):
+            token_ids = tuple(self._tokenize("prompt", prompt, add_special=add_special))
+        else:
+            token_ids = self.check_ids("prompt", prompt)
+        if not token_ids:
+            raise InvalidParameterError("prompt", "is empty; it needs at least one token")
+        if len(token_ids) >= self._n_ctx:
+            raise PromptTooLongError(len(token_ids), self._n_ctx)
+        return token_ids
+
+    def check_ids(self, parameter: str, token_ids: tuple[int, ...]) -> tuple[int, ...]:
+        """The ids as ints, if all are in the vocabulary."""
+        checked: list[int] = []
+        for part in slices(len(token_ids)):
+            try:
+                ids = array("q", token_ids[part])
+                if min(ids) >= 0 and max(ids) < self._n_vocab:
+                    checked += ids
+                    continue
+            except (TypeError, OverflowError):
+                pass
+            self._refuse(parameter, token_ids[part], part.start)
+        return tuple(checked)
+
+    def close(self) -> None:
+        """Wait until nobody uses the backend. What waits for the thread is dropped."""
+        with self._gate:
+            self._thread.shutdown(wait=False, cancel_futures=True)
+            self._gate.wait_for(lambda: not self._n_users)
+        self._thread.shutdown()
+
+    # ------------------------------------------------------------------------ details
+
+    def _tokenize(self, parameter: str, text: str, *, add_special: bool) -> list[int]:
+        check_unicode(parameter, text)
+        with self._using_backend() as backend:
+            return backend.tokenize(text, add_special=add_special)
+
+    def _detokenize(self, token_ids: tuple[int, ...]) -> str:
+        token_ids = self.check_ids("token_ids", token_ids)
+        with self._using_backend() as backend:
+            return backend.detokenize(token_ids)
+
+    @contextmanager
+    def _using_backend(self) -> Iterator[Backend]:
+        """The backend, which is not closed meanwhile."""
+        with self._gate:
+            self._check_open()
+            self._n_users += 1
+        try:
+            yield self._backend
+        finally:
+            with self._gate:
+                self._n_users -= 1
+                self._gate.notify_all()
+
+    def _refuse(self, parameter: str, token_ids: tuple[int, ...], first: int) -> None:
+        """Say which of these is wrong."""
+        for index, token_id in enumerate(token_ids, first):
+            if not hasattr(token_id, "__index__"):
+                raise InvalidParameterError(
+                    parameter,
+                    f"must hold token ids, which are whole numbers; got {token_id!r} at index "
+                    f"{index}",
+                )
+            if not 0 <= token_id < self._n_vocab:
+                raise InvalidParameterError(
+                    parameter,
+                    f"token {token_id} at index {index} is out of range: n_vocab={self._n_vocab}, "
+                    f"so that ids go from 0 to {self._n_vocab - 1}; tokenise with this model",
+                )
+        raise InternalError(f"{parameter}: the checks of its tokens contradict each other")
+
+
+def snapshot(parameter: str, token_ids: abc.Sequence[int]) -> tuple[int, ...]:
+    """The ids as they are now; the caller's sequence may change later on."""
+    if not isinstance(token_ids, abc.Sequence) or isinstance(token_ids, _NO_IDS):
+        kind = type(token_ids).__name__
+        what = "a text or a sequence" if parameter == "prompt" else "a sequence"
+        raise InvalidParameterError(
+            parameter, f"must be {what} of token ids, such as a list; got {kind}"
+        )
+    return tuple(token_ids)
+
+
+def check_unicode(parameter: str, text: str) -> None:
+    """Refuse a text with a lone surrogate, which no UTF-8 has."""
+    for part in slices(len(text)):
+        try:
+            text[part].encode()
+        except UnicodeEncodeError as error:
+            index = part.start + error.start
+            raise InvalidParameterError(
+                parameter,
+                f"is not valid Unicode: {text[index]!r} at index {index} is a lone surrogate; "
+                f"take it out, or decode the text with errors='replace' where it comes from",
+            ) from None
