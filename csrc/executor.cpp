@@ -2,6 +2,7 @@
 #include "stepper.hpp"
 
 #include <algorithm>
+#include <chrono>
 #include <condition_variable>
 #include <deque>
 #include <mutex>
@@ -31,7 +32,7 @@ class Executor {
     Executor(const Executor &)             = delete;
     Executor & operator=(const Executor &) = delete;
 
-    const std::vector<mtpbatch_step> & exchange(const mtpbatch_plan * plan, bool wait);
+    const std::vector<mtpbatch_step> & exchange(const mtpbatch_plan * plan, int64_t wait_us);
     void                               wake();
     void                               cancel(int64_t ticket);
     void                               stop();
@@ -118,7 +119,7 @@ void Executor::stop() {
     }
 }
 
-const std::vector<mtpbatch_step> & Executor::exchange(const mtpbatch_plan * plan, bool wait) {
+const std::vector<mtpbatch_step> & Executor::exchange(const mtpbatch_plan * plan, int64_t wait_us) {
     std::optional<Plan> taken;
     if (plan) {
         rules_.accept(*plan);
@@ -140,8 +141,11 @@ const std::vector<mtpbatch_step> & Executor::exchange(const mtpbatch_plan * plan
     cancelled_before_.clear();
     n_unseen_ -= static_cast<int32_t>(shown_.size());
     changed_.notify_one();
-    if (wait) {
-        ended_.wait(lock, [&] { return worth_a_look_ || stopping_; });
+    const auto over = [&] { return worth_a_look_ || stopping_; };
+    if (wait_us < 0) {
+        ended_.wait(lock, over);
+    } else if (wait_us > 0) {
+        ended_.wait_for(lock, std::chrono::microseconds(wait_us), over);
     }
     worth_a_look_ = false;
     shown_.clear();
@@ -358,10 +362,10 @@ void mtpbatch_executor_free(mtpbatch_executor * executor) {
     delete executor;
 }
 
-mtpbatch_status mtpbatch_executor_exchange(mtpbatch_executor * executor, const mtpbatch_plan * plan, bool wait,
+mtpbatch_status mtpbatch_executor_exchange(mtpbatch_executor * executor, const mtpbatch_plan * plan, int64_t wait_us,
                                            int32_t * n_steps, const mtpbatch_step ** steps, mtpbatch_error * error) {
     return guard(error, [&] {
-        const auto & ended = executor->impl.exchange(plan, wait);
+        const auto & ended = executor->impl.exchange(plan, wait_us);
         *n_steps           = static_cast<int32_t>(ended.size());
         *steps             = ended.data();
     });

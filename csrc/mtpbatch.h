@@ -403,8 +403,9 @@ mtpbatch_status mtpbatch_executor_create(const mtpbatch_context * target, const 
 void mtpbatch_executor_stop(mtpbatch_executor * executor);
 void mtpbatch_executor_free(mtpbatch_executor * executor);
 // Takes in that the steps of the last call were seen, hands over a plan (or NULL), and gives the
-// steps that have ended since; with `wait`, waits for one that is worth a look (see `followed`), or for
-// mtpbatch_executor_wake. They stay valid until the next call.
+// steps that have ended since. It waits at most `wait_us` microseconds (-1: as long as it takes) for one
+// that is worth a look (see `followed`), or for mtpbatch_executor_wake. They stay valid until the next
+// call.
 //
 // A plan frees what it releases, takes in what it admits, and then each of its steps drafts,
 // decodes, samples and verifies, and takes back what was rejected. It begins when the step under
@@ -417,7 +418,7 @@ void mtpbatch_executor_free(mtpbatch_executor * executor);
 //
 // MTPBATCH_INVALID_ARGUMENT: the plan breaks a rule and was not taken. Any other status: the thread
 // has ended, and nothing can be executed any more.
-mtpbatch_status mtpbatch_executor_exchange(mtpbatch_executor * executor, const mtpbatch_plan * plan, bool wait,
+mtpbatch_status mtpbatch_executor_exchange(mtpbatch_executor * executor, const mtpbatch_plan * plan, int64_t wait_us,
                                            int32_t * n_steps, const mtpbatch_step ** steps, mtpbatch_error * error);
 // Any thread: ends the wait of the exchange under way, or of the next one.
 void mtpbatch_executor_wake(mtpbatch_executor * executor);

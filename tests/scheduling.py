@@ -22,6 +22,7 @@ def make_sequence(
     *,
     depth: int | None = None,
     followed: bool = True,
+    shares_prompt: bool = False,
     **params: Any,
 ) -> Sequence:
     parsed = SamplingParams(**params)
@@ -38,6 +39,7 @@ def make_sequence(
         followed=followed,
         assembler=TextAssembler(backend.token_bytes, parsed.stop),
         submitted=backend.clock(),
+        shares_prompt=shares_prompt,
     )
 
 

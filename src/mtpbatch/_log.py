@@ -8,6 +8,7 @@ those of whoever submitted it, and its ``request_id``.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from contextvars import Context, copy_context
 from typing import Any, NamedTuple
 
@@ -40,13 +41,15 @@ class RequestLog(NamedTuple):
     """Where events about one request go. They cost next to nothing while nobody listens."""
 
     request_id: str
+    metadata: Mapping[str, object]
+    """The request's own, which stands in its events."""
     context: Context
     """Of whoever submitted it."""
 
     @classmethod
-    def of(cls, request_id: str) -> RequestLog:
+    def of(cls, request_id: str, metadata: Mapping[str, object]) -> RequestLog:
         """For a request that is being submitted here."""
-        return cls(request_id, copy_context())
+        return cls(request_id, metadata, copy_context())
 
     def debug(self, event: str, **values: Any) -> None:
         """Log an event. Calls must not overlap."""
@@ -54,7 +57,8 @@ class RequestLog(NamedTuple):
             self.context.run(self._debug, event, values)
 
     def _debug(self, event: str, values: dict[str, Any]) -> None:
-        with bound_contextvars(request_id=self.request_id):
+        own = {"metadata": self.metadata} if self.metadata else {}
+        with bound_contextvars(request_id=self.request_id, **own):
             log.debug(event, **values)
 
 

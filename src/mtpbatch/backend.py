@@ -50,14 +50,17 @@ class Backend(Protocol):
         """The text of tokens that are in the vocabulary."""
         ...
 
-    def exchange(self, plan: Plan | None, *, wait: bool) -> list[StepResult]:
+    def exchange(
+        self, plan: Plan | None, *, wait: bool, timeout: float | None = None
+    ) -> list[StepResult]:
         """Hand over a plan; the results of the steps that have ended since the last call.
 
         The backend runs ahead: when a step ends, the next one begins with the plan handed over
         meanwhile, or repeats the last one. Plans are begun in order, each for one step at least;
         what one of them releases leaves at once, and is passed over by plans that come before it.
-        With ``wait``, waits until there are some or :meth:`wake` is called. Calling again says
-        that the results given last have been taken in.
+        With ``wait``, waits until there are some, :meth:`wake` is called, or ``timeout`` seconds
+        of the engine's clock have passed; None: as long as it takes. Calling again says that the
+        results given last have been taken in.
 
         A result with an error says that the step failed: its plan's sequences are lost until they
         are released. So may others be that the plan leaves out; a scheduler's leave nobody out. An

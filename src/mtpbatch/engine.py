@@ -20,15 +20,16 @@ Guarantees:
   alone run elsewhere (see ``tokenizing``), and closing waits for them.
 
 What threads share, besides the inbox: ``_draining``, ``_closing`` and ``_failure`` change only
-under ``_gate``, which is held for moments, and under which requests enter ``_live`` and loops get
-their ``_mailboxes``, which live as long as requests of theirs; ``_stats`` is an immutable snapshot,
-replaced as a whole.
+under ``_gate``, which is held for moments, and under which requests enter and leave ``_live``,
+``_backlog`` and ``_timeouts``, and loops get their ``_mailboxes``, which live as long as requests
+of theirs; ``_stats`` is an immutable snapshot, replaced as a whole.
 """
 
 from __future__ import annotations
 
 import atexit
 import itertools
+import math
 import os
 import secrets
 import threading
@@ -40,7 +41,7 @@ from functools import partial
 from importlib import resources
 from pathlib import Path
 from queue import SimpleQueue
-from typing import Any, Final, NamedTuple, TypeAlias
+from typing import Any, Final, Literal, NamedTuple, TypeAlias
 from weakref import WeakValueDictionary
 
 import anyio
@@ -51,13 +52,13 @@ from mtpbatch._log import RequestLog, log
 from mtpbatch._loops import EventLoop, Mailbox, ThreadEvent
 from mtpbatch._process import HomeProcess
 from mtpbatch.backend import Backend, BackendFactory
+from mtpbatch.backlog import Backlog
 from mtpbatch.chat import ChatCompletion, ChatPrompt, ChatTemplate
 from mtpbatch.chat.generation import ChatGeneration
 from mtpbatch.exceptions import (
     ChatTemplateError,
     EngineClosedError,
     EngineDeadError,
-    EngineError,
     EngineStalledError,
     InternalError,
     InvalidParameterError,
@@ -69,8 +70,10 @@ from mtpbatch.scheduler import Event, Scheduler
 from mtpbatch.sequence import Sequence
 from mtpbatch.speculation import DraftWish, draft_wish
 from mtpbatch.text import TextAssembler
+from mtpbatch.timeouts import Timeouts
 from mtpbatch.tokenizing import LONG, Prompt, Tokenizer, snapshot
 from mtpbatch.types import (
+    Admission,
     Completion,
     EngineConfig,
     EngineStats,
@@ -145,7 +148,8 @@ class Engine:
         self._inbox: SimpleQueue[_Message] = SimpleQueue()
         self._live: dict[str, _Live] = {}
         self._mailboxes: WeakValueDictionary[EventLoop, _Mailbox] = WeakValueDictionary()
-        self._gate = threading.Lock()
+        self._timeouts = Timeouts()
+        self._gate = threading.RLock()
         self._turn = threading.Lock()
         self._draining = False
         self._closing = False
@@ -261,14 +265,19 @@ class Engine:
     async def generate(self, prompt: Prompt, **params: Any) -> Completion:
         """Generate after one prompt. Cancelling the waiting task cancels the request.
 
-        Raises :class:`~mtpbatch.DecodeError` if a step it took part in failed.
+        If too many requests wait already (``max_waiting``), this one waits for room, first come,
+        first served, unless the engine was opened with ``on_full="reject"``.
+
+        Raises :class:`~mtpbatch.DecodeError` if a step it took part in failed, and
+        :class:`~mtpbatch.EngineOverloaded` if it was rejected.
         """
         return await self._submit(prompt, parse(SamplingParams, params), streaming=False)
 
     async def generate_many(self, prompts: Iterable[Prompt], **params: Any) -> list[Completion]:
         """Generate after many prompts at once; completions come in the order of the prompts.
 
-        If one of them fails, or the waiting task is cancelled, the rest are cancelled.
+        The next prompt is taken when there is room for it. If one of them fails, or the waiting
+        task is cancelled, the rest are cancelled.
         """
         if isinstance(prompts, str) or not isinstance(prompts, Iterable):
             kind = type(prompts).__name__
@@ -277,16 +286,44 @@ class Engine:
                 f"must be a list of prompts, got one {kind}; for one prompt there is generate()",
             )
         parsed = parse(SamplingParams, params)
+        return await self._all(self._submit(prompt, parsed, streaming=False) for prompt in prompts)
+
+    async def generate_n(self, prompt: Prompt, n: int, **params: Any) -> list[Completion]:
+        """Generate ``n`` answers to one prompt, at least 1, which is computed once.
+
+        Answer i is that of :meth:`generate` with the seed ``(seed + i) % 2**32``; without a seed
+        the first one is drawn. The first request computes the prompt and the others start from a
+        copy of its state, all but the last token, as their ``Usage.cached_tokens`` say; the prompt
+        is computed n times if that is not worth a copy (fewer than 65 tokens, or where copying
+        takes longer than a quarter of computing), or with ``reuse_prefix=False`` or
+        ``snapshot_memory=0``. If one request fails, or the waiting task is cancelled, the rest are
+        cancelled.
+        """
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise InvalidParameterError("n", f"must be a whole number, at least 1, got {n!r}")
+        parsed = parse(SamplingParams, params)
+        self._check_accepting()
+        token_ids = await self._tokenizer.prompt(prompt)
+        first = _seed(parsed)
+        each = (msgspec.structs.replace(parsed, seed=(first + i) % 2**32) for i in range(n))
+        return await self._all(
+            self._submit(token_ids, of_one, streaming=False, shares_prompt=n > 1) for of_one in each
+        )
+
+    async def _all(self, submitted: Iterable[Generation]) -> list[Completion]:
+        """The completions of requests. Each is submitted when it is taken, which has to be waited
+        for where there is no room."""
+        self._check_accepting()
         generations: list[Generation] = []
         try:
-            for prompt in prompts:
-                generations.append(self._submit(prompt, parsed, streaming=False))
             async with anyio.create_task_group() as group:
-                for generation in generations:
+                for generation in submitted:
+                    generations.append(generation)
                     group.start_soon(generation._result)
+                    await generation._entered()
             return [await generation for generation in generations]
         except BaseExceptionGroup as group_error:
-            failures, others = group_error.split(MtpBatchError)
+            failures, others = group_error.split(Exception)
             if failures is None or others is not None:
                 raise
             failure = failures.exceptions[0]
@@ -305,9 +342,12 @@ class Engine:
                 async for delta in deltas:
                     print(delta.text, end="")
             print(deltas.completion)
+
+        Entering the block waits for room, as :meth:`generate` does.
         """
-        generation = self.submit(prompt, **params)
+        generation = self._submit(prompt, parse(SamplingParams, params), streaming=True)
         try:
+            await generation._entered()
             yield generation
         finally:
             generation.cancel()
@@ -317,8 +357,11 @@ class Engine:
 
         Needs a running event loop in this thread. A long text is tokenised elsewhere; if the
         prompt is then found wanting, waiting for the generation raises the error.
+
+        Raises :class:`~mtpbatch.EngineOverloaded` if too many requests wait already. Where that
+        depends on the tokens of a long text, waiting for the generation raises it.
         """
-        return self._submit(prompt, parse(SamplingParams, params), streaming=True)
+        return self._submit(prompt, parse(SamplingParams, params), streaming=True, waits=False)
 
     # ----------------------------------------------------------------------------- chat
 
@@ -369,6 +412,7 @@ class Engine:
         prompt = await self._chat_prompt(messages, tools, template_args)
         generation = self._submit(prompt.text, parsed, streaming=True, add_special=False)
         try:
+            await generation._entered()
             yield ChatGeneration(generation, prompt.answer)
         finally:
             generation.cancel()
@@ -492,8 +536,11 @@ class Engine:
         params: SamplingParams,
         *,
         streaming: bool,
+        waits: bool = True,
         add_special: bool = True,
+        shares_prompt: bool = False,
     ) -> Generation:
+        """``waits``: it stands in line if there is no room, unless the config says otherwise."""
         self._check_accepting()
         try:
             loop = EventLoop.current()
@@ -504,8 +551,9 @@ class Engine:
         given = prompt if isinstance(prompt, str) else snapshot("prompt", prompt)
         self._tokenizer.check_ids("stop_token_ids", params.stop_token_ids)
         wish = draft_wish(params.speculation, self._config, self._facts)
+        submitted = self._clock()
         ticket = next(self._tickets)
-        request_id = f"req-{ticket}"
+        request_id = _name(ticket)
         build = partial(
             self._build,
             request_id,
@@ -514,30 +562,49 @@ class Engine:
             wish,
             _seed(params),
             followed=streaming,
-            submitted=self._clock(),
+            submitted=submitted,
+            shares_prompt=shares_prompt,
         )
         cancel = partial(self._cancel, request_id, ticket)
         generation = Generation(request_id, loop, self._home, cancel)
-        live = _Live(generation, self._mailbox(loop), streaming, build, RequestLog.of(request_id))
-        message = None
+        waits = waits and self._config.on_full == "wait"
+        own_log = RequestLog.of(request_id, params.metadata)
+        live = _Live(generation, self._mailbox(loop), streaming, waits, build, own_log)
+        start: Callable[[], object]
         if len(given) <= LONG:
-            message = _Add(build(self._tokenizer.prompt_ids(given, add_special=add_special)))
+            start = partial(
+                self._enter, build(self._tokenizer.prompt_ids(given, add_special=add_special))
+            )
+        else:
+            prepare = partial(self._prepare, request_id, given, build, add_special=add_special)
+            start = partial(self._tokenizer.submit, prepare)
         live.log.debug("request.submitted", followed=streaming, max_tokens=params.max_tokens)
+        try:
+            self._let_in(live, start, params, submitted)
+        except MtpBatchError as error:
+            live.log.debug("request.ended", error=str(error))
+            raise
+        return generation
+
+    def _let_in(
+        self, live: _Live, start: Callable[[], object], params: SamplingParams, submitted: float
+    ) -> None:
+        """From here on a request counts, if there is room for it."""
+        request_id = live.generation.request_id
         with self._gate:
             self._check_accepting()
+            if not (live.waits or self._backlog.has_room(len(self._live))):
+                raise self._backlog.overloaded(len(self._live))
             if not self._live:
                 self._busy_since = self._clock()
             self._live[request_id] = live
-            if message is not None:
-                self._post(message)
-            else:
-                prepare = partial(self._prepare, request_id, given, build, add_special=add_special)
-                try:
-                    self._tokenizer.submit(prepare)
-                except BaseException:  # no thread to be had
-                    del self._live[request_id]
-                    raise
-        return generation
+            self._timeouts.add(request_id, params, submitted)
+            try:
+                start()
+            except BaseException:  # no room for so many tokens, or no thread to be had
+                self._remove(request_id)
+                raise
+            self._backend.wake()  # it may be given up before anybody else is
 
     def _mailbox(self, loop: EventLoop) -> _Mailbox:
         with self._gate:
@@ -556,8 +623,8 @@ class Engine:
     ) -> None:
         """Tokenise a long prompt, on the tokenizer's thread."""
         try:
-            self._post(_Add(build(self._tokenizer.prompt_ids(prompt, add_special=add_special))))
-        except EngineError:
+            self._enter(build(self._tokenizer.prompt_ids(prompt, add_special=add_special)))
+        except (EngineClosedError, EngineDeadError):
             pass  # the engine ends its requests itself
         except MtpBatchError as error:
             self._post(_Refuse(request_id, error))
@@ -565,6 +632,28 @@ class Engine:
             failure = InternalError(f"tokenising the prompt failed: {error!r}")
             failure.__cause__ = error
             self._post(_Refuse(request_id, failure))
+
+    def _enter(self, sequence: Sequence) -> None:
+        """Give a request, now that it has its tokens, the room that it needs."""
+        with self._gate:
+            live = self._live.get(sequence.request_id)
+            if live is None:  # it ended while it was tokenised
+                return
+            if self._backlog.enter(sequence):
+                live.generation._entry.set()
+                self._inbox.put(_Add(sequence))
+                self._backend.wake()
+            elif live.waits:
+                self._backlog.stand_in_line(sequence)
+            else:
+                raise self._backlog.overloaded(len(self._live) - 1)
+
+    def _remove(self, request_id: str) -> _Live:
+        """A request counts no more."""
+        with self._gate:
+            self._timeouts.remove(request_id)
+            self._backlog.leave(request_id)
+            return self._live.pop(request_id)
 
     def _build(
         self,
@@ -577,6 +666,7 @@ class Engine:
         *,
         followed: bool,
         submitted: float,
+        shares_prompt: bool,
     ) -> Sequence:
         return Sequence(
             request_id,
@@ -590,6 +680,7 @@ class Engine:
             followed=followed,
             assembler=TextAssembler(self._token_bytes, params.stop),
             submitted=submitted,
+            shares_prompt=shares_prompt,
         )
 
     def _cancel(self, request_id: str, ticket: int) -> None:
@@ -627,7 +718,7 @@ class Engine:
             return  # still loading: there are none
         with self._turn:
             everyone = [request_id for request_id, _ in self._requests()]
-            self._deliver(self._scheduler, self._abort(self._scheduler, everyone))
+            self._deliver(self._scheduler, self._end(self._scheduler, everyone, "abort"))
         self._backend.wake()  # for it to free what they hold
 
     # ------------------------------------------------------------- on the engine's thread
@@ -643,6 +734,8 @@ class Engine:
             self._token_bytes = backend.token_bytes
             self._template = _chat_template(backend.chat_template)
             self._description = backend.description
+            config = backend.config
+            self._backlog = Backlog(config.n_seq, config.max_waiting, config.max_waiting_tokens)
             self._stats = scheduler.stats
             self._tokenizer = Tokenizer(backend, self._check_open)
             self._scheduler = scheduler
@@ -679,8 +772,9 @@ class Engine:
                 plan = scheduler.schedule(self._clock())
                 if plan is not None:
                     self._stats = scheduler.stats
+                    self._note_begun(plan.admit)
             # With a plan on its way there may be another one to make; without, it is time to wait.
-            results = backend.exchange(plan, wait=plan is None)
+            results = backend.exchange(plan, wait=plan is None, timeout=self._until_timeout())
             if results:
                 with self._turn:
                     self._take_in(scheduler, results)
@@ -717,19 +811,48 @@ class Engine:
                     cancelled.append(request_id)
         if refused or cancelled:
             self._deliver(scheduler, refused)  # first: who has ended cannot be aborted as well
-            self._deliver(scheduler, self._abort(scheduler, cancelled))
+            self._deliver(scheduler, self._end(scheduler, cancelled, "abort"))
+        with self._gate:
+            expired = self._timeouts.expired(self._clock())
+        if expired:
+            self._deliver(scheduler, self._end(scheduler, expired, "timeout"))
+        with self._gate:
+            entered = self._backlog.move_up()
+        for sequence in entered:
+            scheduler.add(sequence)
+            self._live[sequence.request_id].generation._entry.set()
         return not self._closing
 
-    def _abort(self, scheduler: Scheduler, request_ids: Iterable[str]) -> list[Event]:
+    def _note_begun(self, admissions: Iterable[Admission]) -> None:
+        with self._gate:
+            for admission in admissions:
+                request_id = _name(admission.ticket)
+                self._backlog.begin(request_id)
+                self._timeouts.begin(request_id)
+
+    def _until_timeout(self) -> float | None:
+        """Seconds until somebody is given up."""
+        with self._gate:
+            at = self._timeouts.next
+        return None if at == math.inf else max(0.0, at - self._clock())
+
+    def _end(
+        self,
+        scheduler: Scheduler,
+        request_ids: Iterable[str],
+        reason: Literal["abort", "timeout"],
+    ) -> list[Event]:
         events = []
         for request_id in dict.fromkeys(request_ids):
             live = self._live.get(request_id)
             if live is None:  # it ended before the cancellation came
                 continue
-            event = scheduler.abort(request_id, self._clock())
-            if event is None:  # its prompt is still being tokenised
-                scheduler.add(live.build(()))
-                event = scheduler.abort(request_id, self._clock())
+            event = scheduler.abort(request_id, self._clock(), reason)
+            if event is None:  # it stands in line, or its prompt is still being tokenised
+                with self._gate:
+                    sequence = self._backlog.leave(request_id)
+                scheduler.add(sequence or live.build(()))
+                event = scheduler.abort(request_id, self._clock(), reason)
             if event is not None:
                 events.append(event)
         return events
@@ -746,7 +869,7 @@ class Engine:
         for mailbox, parcel in parcels.items():
             if not mailbox.put(parcel):
                 orphans = [id_ for id_, live in self._requests() if live.mailbox is mailbox]
-                for event in self._abort(scheduler, orphans):
+                for event in self._end(scheduler, orphans, "abort"):
                     self._forget(event)
                 self._stats = scheduler.stats
         if self._draining and not self._live:
@@ -764,7 +887,7 @@ class Engine:
 
     def _forget(self, event: Event) -> None:
         """A request has had its last event."""
-        live = self._live.pop(event.request_id)
+        live = self._remove(event.request_id)
         if event.completion is None:
             live.log.debug("request.ended", error=str(event.error))
         else:
@@ -786,6 +909,8 @@ class _Live(NamedTuple):
     generation: Generation
     mailbox: _Mailbox
     streaming: bool
+    waits: bool
+    """Whether it stands in line if there is no room."""
     build: Callable[[tuple[int, ...]], Sequence]
     """Makes its sequence once its prompt's tokens are known."""
     log: RequestLog
@@ -862,6 +987,10 @@ def _chat_template(source: TemplateSource | None) -> ChatTemplate | None:
     if source is None:
         return None
     return ChatTemplate(source.text, source.special_tokens, tool_source=source.tool_text)
+
+
+def _name(ticket: int) -> str:
+    return f"req-{ticket}"
 
 
 def _seed(params: SamplingParams) -> int:

@@ -8,6 +8,7 @@
     │   ├── PromptTooLongError              the prompt does not fit into a sequence's context
     │   └── ChatTemplateError               the model's template makes no prompt of these messages
     ├── EngineError                         this engine cannot serve the call
+    │   ├── EngineOverloaded                too many requests wait already
     │   ├── EngineClosedError               it was closed, or drains
     │   ├── EngineDeadError                 its thread ended because of an error, which is the cause
     │   └── EngineStalledError              it has requests, and no step ends
@@ -83,6 +84,36 @@ class ChatTemplateError(InvalidRequestError):
 
 class EngineError(MtpBatchError):
     """The engine cannot take or finish the call."""
+
+
+class EngineOverloaded(EngineError):
+    """Too many requests wait already, and this call does not wait for room. Nothing was started.
+
+    Attributes, of that moment: ``running`` and ``waiting`` requests; ``waiting_tokens``, those of
+    the prompts that wait; and the limits ``max_waiting`` and ``max_waiting_tokens`` of
+    :class:`~mtpbatch.EngineConfig`, ``None`` for no limit.
+    """
+
+    def __init__(
+        self,
+        *,
+        running: int,
+        waiting: int,
+        waiting_tokens: int,
+        max_waiting: int | None,
+        max_waiting_tokens: int | None,
+    ) -> None:
+        super().__init__(
+            f"the engine is full: {running} requests run and {waiting} wait, with prompts of "
+            f"{waiting_tokens} tokens (max_waiting={max_waiting}, "
+            f"max_waiting_tokens={max_waiting_tokens}); try again later, raise the limits when "
+            f'opening the engine, or let generate() wait for room: on_full="wait"'
+        )
+        self.running = running
+        self.waiting = waiting
+        self.waiting_tokens = waiting_tokens
+        self.max_waiting = max_waiting
+        self.max_waiting_tokens = max_waiting_tokens
 
 
 class EngineClosedError(EngineError):

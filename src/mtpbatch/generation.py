@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator
 from typing import Any
 
-from mtpbatch._loops import EventLoop, LoopEvent
+from mtpbatch._loops import EventLoop, LoopEvent, ThreadEvent
 from mtpbatch._process import HomeProcess
 from mtpbatch.exceptions import InvalidRequestError, MtpBatchError
 from mtpbatch.scheduler import Event
@@ -31,7 +31,16 @@ class Generation(AsyncIterator[Delta]):
     """
 
     # All of this is touched on the loop that submitted, and only there.
-    __slots__ = ("_cancel", "_changed", "_deltas", "_home", "_loop", "_outcome", "_request_id")
+    __slots__ = (
+        "_cancel",
+        "_changed",
+        "_deltas",
+        "_entry",
+        "_home",
+        "_loop",
+        "_outcome",
+        "_request_id",
+    )
 
     def __init__(
         self, request_id: str, loop: EventLoop, home: HomeProcess, cancel: Callable[[], None]
@@ -43,6 +52,7 @@ class Generation(AsyncIterator[Delta]):
         self._deltas: deque[Delta] = deque()
         self._outcome: Completion | MtpBatchError | None = None
         self._changed: LoopEvent | None = None
+        self._entry = ThreadEvent()  # it has got room in the queue, or has ended
 
     @property
     def request_id(self) -> str:
@@ -77,6 +87,12 @@ class Generation(AsyncIterator[Delta]):
         if isinstance(self._outcome, MtpBatchError):
             raise self._outcome.with_traceback(None)
         return self._outcome
+
+    async def _entered(self) -> None:
+        """Wait for room in the queue. Raises the error that has ended the request meanwhile."""
+        await self._entry.wait()
+        if isinstance(self._outcome, MtpBatchError):
+            raise self._outcome.with_traceback(None)
 
     async def __anext__(self) -> Delta:
         while not self._deltas:
@@ -116,6 +132,8 @@ class Generation(AsyncIterator[Delta]):
         if keep_delta and event.delta is not None:
             self._deltas.append(event.delta)
         self._outcome = event.error or event.completion
+        if event.last:
+            self._entry.set()
         if self._changed is not None:
             self._changed.set()
             self._changed = None

@@ -41,6 +41,9 @@ def _words(kind: inspect.Type) -> str | None:
         case inspect.VarTupleType():
             item = _words(kind.item_type)
             return item and f"a list, each item {item}"
+        case inspect.DictType():
+            key, value = _words(kind.key_type), _words(kind.value_type)
+            return key and value and f"a dict, each key {key}, each value {value}"
         case inspect.UnionType():
             # None comes last, choices first.
             members = sorted(kind.types, key=lambda member: isinstance(member, inspect.NoneType))

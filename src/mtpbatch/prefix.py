@@ -3,8 +3,9 @@
 A prompt is cut into blocks of ``BLOCK`` tokens, and each block gets a key that stands for the
 prompt up to its end: the hash of the key before it and of its tokens. Two prompts that begin
 alike have the same keys as far as they do, so that looking for what is shared is looking keys up.
-Where different beginnings have one key, a snapshot's tokens still decide; of the rest it only
-depends whether a snapshot is taken or waited for.
+What is left at the end is a block as well, a shorter one, which only the same prompt has. Where
+different beginnings have one key, a snapshot's tokens still decide; of the rest it only depends
+whether a snapshot is taken or waited for.
 
 What never drafts keeps nothing for the MTP head, so that its snapshots can start only its like:
 its keys are others.
@@ -54,8 +55,14 @@ class _Snapshot(Struct, frozen=True, gc=False):
 class _Prompt(Struct, gc=False):
     token_ids: tuple[int, ...]
     keys: tuple[int, ...]
+    shared: bool
     awaited: tuple[int, ...] = ()
     """Those of its keys for which a snapshot is about to be taken."""
+
+    @property
+    def n_reusable(self) -> int:
+        """Its last token is always computed: something must be sampled from."""
+        return len(self.token_ids) - 1
 
 
 class PrefixIndex:
@@ -82,11 +89,15 @@ class PrefixIndex:
 
     # ----------------------------------------------------------------------- prompts
 
-    def enter(self, request_id: str, prompt: tuple[int, ...], *, drafts: bool) -> None:
-        """Take note of a prompt that waits from now on."""
-        # Its last token is always computed: something must be sampled from.
+    def enter(
+        self, request_id: str, prompt: tuple[int, ...], *, drafts: bool, shared: bool = False
+    ) -> None:
+        """Take note of a prompt that waits from now on.
+
+        ``shared``: others of the very same tokens come with it, if they are not there already.
+        """
         keys = _keys(prompt, len(prompt) - 1, drafts=drafts)
-        self._prompts[request_id] = _Prompt(prompt, keys)
+        self._prompts[request_id] = _Prompt(prompt, keys, shared)
         self._n_prompts.update(keys)
 
     @property
@@ -107,19 +118,23 @@ class PrefixIndex:
     def points(self, request_id: str, n_stored: int) -> tuple[int, ...]:
         """Lengths at which a prompt's state should be saved: others part from it there.
 
-        Multiples of ``BLOCK``, ascending, and each at least ``LEAST`` tokens more than what is
-        stored already. If a restored sequence can be cut, the longest serves all others.
+        Ends of blocks, ascending, and each at least ``LEAST`` tokens more than what is stored
+        already; a shared prompt has its end in any case. If a restored sequence can be cut, the
+        longest serves all others.
         """
         prompt = self._prompts.get(request_id)
         if prompt is None:
             return ()
-        shared = [self._n_prompts[key] for key in prompt.keys]
+        counts = [self._n_prompts[key] for key in prompt.keys]
         least = n_stored + LEAST
         ends = [
-            BLOCK * (i + 1)
-            for i, (here, next_) in enumerate(pairwise((*shared, 1)))
-            if here > max(1, next_) and BLOCK * (i + 1) >= least
+            end
+            for i, (here, next_) in enumerate(pairwise((*counts, 1)))
+            if here > max(1, next_) and (end := min(BLOCK * (i + 1), prompt.n_reusable)) >= least
         ]
+        if self._is_shared_beyond(prompt, n_stored):
+            others = [] if self._truncates else [end for end in ends[:1] if end < prompt.n_reusable]
+            return (*others, prompt.n_reusable)
         if self._truncates or not ends:
             return tuple(ends[-1:])
         # Where most part, and the longest.
@@ -135,9 +150,9 @@ class PrefixIndex:
             return ()
         before = prompt.awaited
         _subtract(self._n_awaited, before)
-        prompt.awaited = tuple(prompt.keys[point // BLOCK - 1] for point in points)
+        prompt.awaited = tuple(prompt.keys[_block_of(point)] for point in points)
         if self._truncates and points:
-            prompt.awaited = prompt.keys[: points[-1] // BLOCK]
+            prompt.awaited = prompt.keys[: _block_of(points[-1]) + 1]
         self._n_awaited.update(prompt.awaited)
         return tuple(key for key in before if key not in self._n_awaited)
 
@@ -146,7 +161,11 @@ class PrefixIndex:
         prompt = self._prompts.get(request_id)
         if prompt is None or not self._n_awaited:
             return None
-        first = -(-(n_stored + LEAST) // BLOCK) - 1
+        if self._is_shared_beyond(prompt, n_stored) and prompt.keys[-1] in self._n_awaited:
+            return prompt.keys[-1]
+        if prompt.n_reusable < n_stored + LEAST:
+            return None
+        first = _block_of(n_stored + LEAST)
         return next((key for key in prompt.keys[first:] if key in self._n_awaited), None)
 
     def is_awaited(self, key: int) -> bool:
@@ -158,8 +177,8 @@ class PrefixIndex:
     def add(self, number: int, token_ids: tuple[int, ...], *, drafts: bool) -> None:
         """Take note of a snapshot that holds these tokens, at least ``BLOCK`` of them."""
         keys = _keys(token_ids, len(token_ids), drafts=drafts)
-        if not self._truncates:
-            keys = keys[-1:]
+        if not self._truncates:  # by those that go on after its last whole block, and by its like
+            keys = keys[max(0, len(token_ids) // BLOCK - 1) :]
         self._snapshots[number] = _Snapshot(token_ids, keys)
         for key in keys:
             self._holders.setdefault(key, {})[number] = None
@@ -178,7 +197,7 @@ class PrefixIndex:
         prompt = self._prompts.get(request_id)
         if prompt is None:
             return NO_HIT
-        return self._longest(prompt.token_ids, prompt.keys, len(prompt.token_ids) - 1)
+        return self._longest(prompt.token_ids, prompt.keys, prompt.n_reusable)
 
     def is_new(self, token_ids: tuple[int, ...], *, drafts: bool) -> bool:
         """Whether a snapshot of these tokens would spare those that begin with it enough."""
@@ -194,7 +213,7 @@ class PrefixIndex:
             n_candidates = 1 if self._truncates else _LOOKED_AT
             for number in islice(reversed(self._holders.get(keys[i], {})), n_candidates):
                 held = self._snapshots[number].token_ids
-                n_tokens = self._n_spared(held, token_ids, BLOCK * (i + 1), most)
+                n_tokens = self._n_spared(held, token_ids, min(BLOCK * (i + 1), most), most)
                 if n_tokens > best.n_tokens:
                     best = Hit(number, n_tokens, len(held))
             if best.n_tokens >= LEAST:
@@ -213,6 +232,11 @@ class PrefixIndex:
         while n_alike < most and held[n_alike] == token_ids[n_alike]:
             n_alike += 1
         return n_alike
+
+    @staticmethod
+    def _is_shared_beyond(prompt: _Prompt, n_stored: int) -> bool:
+        """Whether others come that have use for all of a prompt, and more than what is stored."""
+        return prompt.shared and prompt.n_reusable >= max(LEAST, n_stored + 1)
 
     def check_integrity(self) -> None:
         """Raise :class:`InternalError` if the state breaks its rules. Looks at everything."""
@@ -234,13 +258,18 @@ class PrefixIndex:
 
 
 def _keys(token_ids: tuple[int, ...], n_tokens: int, *, drafts: bool) -> tuple[int, ...]:
-    """The key of each whole block of the first ``n_tokens``."""
+    """The key of each block of the first ``n_tokens``, the last one being what is left."""
     keys = []
     key = hash(drafts)
-    for end in range(BLOCK, n_tokens + 1, BLOCK):
-        key = hash((key, token_ids[end - BLOCK : end]))
+    for begin in range(0, n_tokens, BLOCK):
+        key = hash((key, token_ids[begin : min(begin + BLOCK, n_tokens)]))
         keys.append(key)
     return tuple(keys)
+
+
+def _block_of(n_tokens: int) -> int:
+    """The block in which so many tokens end."""
+    return -(-n_tokens // BLOCK) - 1
 
 
 def _subtract(counts: Counter[int], keys: tuple[int, ...]) -> None:

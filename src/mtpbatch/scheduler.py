@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import heapq
 from collections import deque
-from typing import Final
+from typing import Final, Literal, get_args
 
 from msgspec import Struct
 
@@ -136,7 +136,7 @@ class Scheduler:
         self._n_settled = 0
         self._settled_time = 0.0
 
-        self._finished: dict[FinishReason, int] = {"stop": 0, "length": 0, "abort": 0, "error": 0}
+        self._finished: dict[FinishReason, int] = dict.fromkeys(get_args(FinishReason), 0)
         self._prompt_tokens = 0
         self._generated_tokens = 0
         self._prefix_queries = 0
@@ -160,14 +160,18 @@ class Scheduler:
         self._waiting.push(sequence)
         if self._reuses(sequence):
             drafts = sequence.wish.limit > 0
-            self._prefix.enter(sequence.request_id, sequence.prompt, drafts=drafts)
+            self._prefix.enter(
+                sequence.request_id, sequence.prompt, drafts=drafts, shared=sequence.shares_prompt
+            )
 
-    def abort(self, request_id: str, now: float) -> Event | None:
+    def abort(
+        self, request_id: str, now: float, reason: Literal["abort", "timeout"] = "abort"
+    ) -> Event | None:
         """End a request, waiting or running; ``None`` if there is none of that id (any more)."""
         sequence = self._waiting.remove(request_id) or self._running.get(request_id)
         if sequence is None:
             return None
-        delta = sequence.end("abort", now)
+        delta = sequence.end(reason, now)
         return Event(request_id, delta, self._retire(sequence))
 
     # ---------------------------------------------------------------------- the step

@@ -67,6 +67,7 @@ class Sequence:
         "save_points",
         "seed",
         "seq_id",
+        "shares_prompt",
         "state_token_ids",
         "submitted",
         "ticket",
@@ -88,7 +89,9 @@ class Sequence:
         followed: bool,
         assembler: TextAssembler,
         submitted: float,
+        shares_prompt: bool = False,
     ) -> None:
+        """``shares_prompt``: requests of the same prompt come with it."""
         self.request_id = request_id
         self.ticket = ticket
         self.prompt = prompt
@@ -98,6 +101,7 @@ class Sequence:
         self.wish = wish
         self.followed = followed
         self.submitted = submitted
+        self.shares_prompt = shares_prompt
         self._reads_along = followed or bool(params.stop)
 
         self.seq_id: int | None = None
@@ -318,6 +322,7 @@ class Sequence:
             timings=self._timings(self.ended),
             logprobs=_frozen(self._logprobs),
             prompt_logprobs=_frozen(self._prompt_logprobs),
+            metadata=self.params.metadata.copy(),
         )
 
     def _finish(self, reason: FinishReason, now: float) -> str:

@@ -62,6 +62,12 @@ class Tokenizer:
         work = partial(self._detokenize, snapshot("token_ids", token_ids))
         return work() if len(token_ids) <= LONG else await self._on_thread(work)
 
+    async def prompt(self, prompt: Prompt) -> tuple[int, ...]:
+        """The tokens of a prompt, checked."""
+        given = prompt if isinstance(prompt, str) else snapshot("prompt", prompt)
+        work = partial(self.prompt_ids, given, add_special=True)
+        return work() if len(given) <= LONG else await self._on_thread(work)
+
     async def _on_thread(self, work: Callable[[], _Result]) -> _Result:
         done = ThreadEvent()
         future = self.submit(work)

@@ -156,10 +156,10 @@ async def test_requests_without_a_seed_get_one_each_and_a_given_one_is_passed_on
     seeds: list[int] = []
 
     class Recording(ScriptedBackend):
-        def exchange(self, plan: Plan | None, *, wait: bool) -> list[StepResult]:
+        def exchange(self, plan: Plan | None, **waiting: Any) -> list[StepResult]:
             if plan is not None:
                 seeds.extend(admission.seed for admission in plan.admit)
-            return super().exchange(plan, wait=wait)
+            return super().exchange(plan, **waiting)
 
     async with open_scripted_engine(Recording()) as engine:
         await engine.generate_many(["x"] * 8)
@@ -194,7 +194,7 @@ async def test_stats_and_repr_show_what_is_going_on() -> None:
             await generation
         stats = engine.stats()
         assert (stats.running, stats.waiting, stats.free_sequences) == (0, 0, 2)
-        assert stats.finished == {"stop": 5, "length": 0, "abort": 0, "error": 0}
+        assert stats.finished == {"stop": 5, "length": 0, "abort": 0, "timeout": 0, "error": 0}
         assert stats.generated_tokens == 20
     assert engine.closed
     assert "closed" in repr(engine)
@@ -405,7 +405,7 @@ async def test_a_storm_of_cancellations_leaves_every_sequence_free() -> None:
             await anyio.lowlevel.checkpoint()
         ends = Counter([(await generation).finish_reason for generation in generations])
         stats = engine.stats()
-        assert stats.finished == {"stop": 0, "length": 0, "abort": 0, "error": 0} | dict(ends)
+        assert {reason: n for reason, n in stats.finished.items() if n} == ends
         assert (stats.running, stats.waiting, stats.free_sequences) == (0, 0, 8)
         await engine.generate("x")
     assert not backend.active
@@ -475,7 +475,7 @@ async def test_a_loop_that_is_gone_loses_its_requests_and_nobody_elses(kind: str
         completion = await mine
         assert completion.text == "y" * 50
         stats = engine.stats()
-        assert stats.finished == {"stop": 1, "length": 0, "abort": 2, "error": 0}
+        assert stats.finished == {"stop": 1, "length": 0, "abort": 2, "timeout": 0, "error": 0}
         assert (stats.running, stats.waiting) == (0, 0)
 
 

@@ -22,6 +22,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sequence": {"speculation", "text", "types", "exceptions"},
     "waiting": {"sequence", "types", "exceptions"},
     "prefix": {"exceptions"},
+    "timeouts": {"types", "exceptions"},
+    "backlog": {"sequence", "types", "exceptions"},
     "memory": {"sequence", "types", "exceptions"},
     "scheduler": {
         *("memory", "prefix", "speculation", "waiting"),
@@ -41,6 +43,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "machine": set(),
     "_llama_cpp": {"exceptions", "_built_with"},  # the latter is written by the build
     "engine": {
+        "backlog",
+        "timeouts",
         "chat",
         "generation",
         "scheduler",

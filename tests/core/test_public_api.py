@@ -30,6 +30,7 @@ def test_the_package_exports_exactly_these_names() -> None:
         "EngineConfig",
         "EngineDeadError",
         "EngineError",
+        "EngineOverloaded",
         "EngineStalledError",
         "EngineStats",
         "FinishReason",
@@ -89,6 +90,7 @@ def test_the_engines_surface() -> None:
         "drain",
         "generate",
         "generate_many",
+        "generate_n",
         "model",
         "open",
         "stats",
@@ -108,17 +110,19 @@ def test_the_engines_surface() -> None:
         (
             mtpbatch.EngineConfig,
             "n_seq n_ctx n_draft_max draft_model n_batch n_ubatch n_threads n_gpu_layers kv_type "
-            "kv_unified speculation n_cells snapshot_memory",
+            "kv_unified speculation n_cells snapshot_memory max_waiting max_waiting_tokens on_full",
         ),
         (
             mtpbatch.SamplingParams,
             "max_tokens temperature top_k top_p min_p seed stop stop_token_ids ignore_eos "
-            "speculation priority deadline reuse_prefix logprobs prompt_logprobs",
+            "speculation timeout queue_timeout priority deadline reuse_prefix logprobs "
+            "prompt_logprobs metadata",
         ),
         (
             mtpbatch.Completion,
             "request_id text token_ids prompt_token_ids finish_reason drafted accepted "
-            "accepted_by_depth steps usage timings tokens_per_step logprobs prompt_logprobs",
+            "accepted_by_depth steps usage timings tokens_per_step logprobs prompt_logprobs "
+            "metadata",
         ),
         (
             mtpbatch.ChatMessage,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,8 +25,8 @@ def exchanged(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Steps with a part in them that each exchange of an engine gave."""
     exchange, n_steps = NativeBackend.exchange, list[int]()
 
-    def watched(self: NativeBackend, plan: Plan | None, *, wait: bool) -> list[StepResult]:
-        results = exchange(self, plan, wait=wait)
+    def watched(self: NativeBackend, plan: Plan | None, **waiting: Any) -> list[StepResult]:
+        results = exchange(self, plan, **waiting)
         n_steps.append(sum(set(result.entries) != {NO_RESULT} for result in results))
         return results
 

@@ -90,8 +90,10 @@ class NativeBackend:
     def detokenize(self, token_ids: Sequence[int]) -> str:
         return self._model.detokenize(token_ids)
 
-    def exchange(self, plan: Plan | None, *, wait: bool) -> list[StepResult]:
-        return self._executor.exchange(plan, wait=wait)
+    def exchange(
+        self, plan: Plan | None, *, wait: bool, timeout: float | None = None
+    ) -> list[StepResult]:
+        return self._executor.exchange(plan, wait=wait, timeout=timeout)
 
     def wake(self) -> None:
         self._executor.wake()

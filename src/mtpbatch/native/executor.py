@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import threading
-from typing import Any, Literal
+from typing import Any, Final, Literal
 
 import msgspec
 
@@ -24,6 +25,7 @@ from mtpbatch.types import (
 )
 
 _OUTCOME_WORDS: int = lib.MTPBATCH_OUTCOME_WORDS
+_LONGEST_WAIT: Final = 3600.0  # seconds: a clock that is asked for more can overflow
 
 # By mtpbatch_finish.
 _FINISH: tuple[Literal["stop", "length"] | None, ...] = (None, "stop", "length")
@@ -49,12 +51,14 @@ class Executor(Handle):
         self._error = ffi.new("mtpbatch_error *")
         close_at_exit(self)  # steps must not run on while the process takes itself apart
 
-    def exchange(self, plan: Plan | None, *, wait: bool) -> list[StepResult]:
+    def exchange(
+        self, plan: Plan | None, *, wait: bool, timeout: float | None = None
+    ) -> list[StepResult]:
         """Hand over a plan, and get the results of the steps that have ended since the last call.
 
-        With ``wait``, waits until there are some, or :meth:`wake` is called. The steps that
-        the last call gave count as taken in: see :attr:`Plan.run_ahead`. One native call, without
-        the GIL.
+        With ``wait``, waits until there are some, :meth:`wake` is called, or ``timeout`` seconds
+        have passed. The steps that the last call gave count as taken in: see
+        :attr:`Plan.run_ahead`. One native call, without the GIL.
 
         Raises:
             InternalError: the plan breaks a rule, and was not taken; or a step went wrong in a
@@ -66,9 +70,14 @@ class Executor(Handle):
             native, references = _native_plan(plan) if plan else (ffi.NULL, [])
         except OverflowError as error:
             raise InternalError(f"plan: {error}") from None
+        wait_us = 0
+        if wait:
+            wait_us = -1 if timeout is None else math.ceil(min(timeout, _LONGEST_WAIT) * 1e6)
         n_steps, steps, failure = self._n_steps, self._steps, self._error
         with self._lock:
-            status = lib.mtpbatch_executor_exchange(executor, native, wait, n_steps, steps, failure)
+            status = lib.mtpbatch_executor_exchange(
+                executor, native, wait_us, n_steps, steps, failure
+            )
             del references
             if status != lib.MTPBATCH_OK:
                 raise error_of(status, failure.message, InternalError)

@@ -21,6 +21,7 @@ from mtpbatch.types import (
     EngineConfig,
     EntryResult,
     ModelFacts,
+    OnFull,
     Park,
     Plan,
     PlanEntry,
@@ -57,6 +58,7 @@ class VirtualClock:
 
     def __init__(self, start: float = 0.0) -> None:
         self._now = start
+        self._on_advance: Callable[[], object] | None = None
 
     def __call__(self) -> float:
         return self._now
@@ -66,6 +68,8 @@ class VirtualClock:
         if seconds < 0:
             raise ValueError("time does not run backwards")
         self._now += seconds
+        if self._on_advance is not None:
+            self._on_advance()
 
 
 class StepGate:
@@ -106,14 +110,16 @@ class ScriptedBackend:
     or a pattern of right and wrong drafts that is repeated over the positions. It changes how
     many steps an answer takes, never the answer. ``mtp=False`` plays a model without MTP heads.
 
-    Each step takes ``step_time`` seconds of ``clock``, which the engine uses as well. Steps run
-    when their results are asked for, one at a time. ``lag=1`` lets each run before the result of
+    Each step takes ``step_time`` seconds of ``clock``, which the engine uses as well; where no step
+    runs, time passes when the app advances it. Steps run when their results are asked for, one at
+    a time. ``lag=1`` lets each run before the result of
     the one before it is given out, as a real model does that is quicker than Python; larger
     numbers play an app that keeps Python busy.
 
-    ``n_cells``, ``snapshot_memory`` (in MiB) and ``truncates`` are those of
-    :class:`~mtpbatch.EngineConfig` and :class:`~mtpbatch.ModelFacts`; a model that does not
-    truncate keeps recurrent state. A token of a saved sequence has 1,000 bytes, copied in no time.
+    ``n_cells``, ``snapshot_memory`` (in MiB), ``max_waiting``, ``max_waiting_tokens``, ``on_full``
+    and ``truncates`` are those of :class:`~mtpbatch.EngineConfig` and
+    :class:`~mtpbatch.ModelFacts`; a model that does not truncate keeps recurrent state. A token of
+    a saved sequence has 1,000 bytes, copied in no time.
 
     ``chat_template`` is the model's, in Jinja; by default each message is a line that begins with
     its role. One that names ``<think>`` and ``<tool_call>`` lets answers have these.
@@ -136,6 +142,9 @@ class ScriptedBackend:
         lag: int = 0,
         n_cells: int | None = None,
         snapshot_memory: int = 16,
+        max_waiting: int | None = 1024,
+        max_waiting_tokens: int | None = None,
+        on_full: OnFull = "wait",
         truncates: bool = True,
         chat_template: str | None = _CHAT_TEMPLATE,
     ) -> None:
@@ -144,6 +153,7 @@ class ScriptedBackend:
         self._step_time = step_time
         self._lag = lag
         self.clock = VirtualClock()
+        self.clock._on_advance = self.wake
         self.config = EngineConfig(
             n_seq=n_seq,
             n_ctx=n_ctx,
@@ -154,6 +164,9 @@ class ScriptedBackend:
             n_gpu_layers=0,
             n_cells=n_seq * n_ctx if n_cells is None else n_cells,
             snapshot_memory=snapshot_memory,
+            max_waiting=max_waiting,
+            max_waiting_tokens=max_waiting_tokens,
+            on_full=on_full,
         )
         assert self.config.n_cells is not None
         self.facts = ModelFacts(
@@ -256,8 +269,13 @@ class ScriptedBackend:
         """Bytes that are not UTF-8 become U+FFFD."""
         return b"".join(_TOKEN_BYTES[i] for i in token_ids).decode(errors="replace")
 
-    def exchange(self, plan: Plan | None, *, wait: bool) -> list[StepResult]:
-        """Take a plan; with ``wait``, play steps until there is a result to give, or wait."""
+    def exchange(
+        self, plan: Plan | None, *, wait: bool, timeout: float | None = None
+    ) -> list[StepResult]:
+        """Take a plan; with ``wait``, play steps until there is a result to give, or wait.
+
+        A ``timeout`` ends no wait by itself: whoever advances the clock does.
+        """
         _require(not self.closed, "the backend is closed")
         self._n_unseen -= self._n_shown
         self._n_shown = 0
