@@ -491,7 +491,7 @@ def test_without_it_everybody_computes_everything(sharing: Recorder) -> None:
 def test_who_would_compute_the_same_waits_for_it_and_nobody_else_does(sharing: Recorder) -> None:
     common = unlike(0, 100)
     for tail in (65, 66):
-        sharing.add([*common, tail], max_tokens=5)
+        sharing.add([*common, tail, tail], max_tokens=5)
     sharing.add(unlike(1, 30), max_tokens=5)
     first = sharing.plan()
     assert first.admit[1].ticket == first.admit[0].ticket + 2, "the last goes before the second"
@@ -501,8 +501,38 @@ def test_who_would_compute_the_same_waits_for_it_and_nobody_else_does(sharing: R
     assert [save.seq_id for save in second.save] == [0]
     assert [a.n_reused for a in second.admit] == [96]
     assert second.admit[0].snapshot == second.save[0].snapshot
-    assert sorted(len(entry.tokens) for entry in second.entries) == [0, 5, 5]
+    assert sorted(len(entry.tokens) for entry in second.entries) == [0, 6, 6]
     sharing.run()
+
+
+@pytest.mark.parametrize("n_shared", [0, 64, 90], ids=["alone", "a start", "nearly all"])
+@pytest.mark.parametrize("together", [True, False], ids=["together", "one by one"])
+def test_a_prompt_of_n_requests_is_computed_once(
+    sharing: Recorder, n_shared: int, together: bool
+) -> None:
+    """Also where another request shares some of it, and when the first has begun alone."""
+    prompt = unlike(0, 100)
+    other = [*prompt[:n_shared], *unlike(1, 100 - n_shared)]
+    sharing.add(other, max_tokens=5)
+    answer = tuple(sharing.backend.answer(prompt, 5))
+    expected = {}
+    for _ in range(6):
+        expected[sharing.add(prompt, shares_prompt=True, max_tokens=5)] = answer
+        if not together and (plan := sharing.scheduler.schedule(0.0)):
+            sharing.backend.exchange(plan, wait=False)
+    done = sharing.run()
+    assert {name: done[name] for name in expected} == expected
+    stats = sharing.scheduler.stats
+    assert stats.prefix_queries == 700
+    assert stats.prompt_tokens == stats.prefix_queries - stats.prefix_hits
+    assert stats.prompt_tokens <= 100 + 100 + 5, "the last token is computed by each"
+
+
+def test_a_short_prompt_of_n_requests_is_not_worth_a_snapshot(sharing: Recorder) -> None:
+    for _ in range(4):
+        sharing.add(unlike(0, 64), shares_prompt=True, max_tokens=1, ignore_eos=True)
+    sharing.run()
+    assert sharing.scheduler.stats.prompt_tokens == 4 * 64
 
 
 def test_who_waits_for_a_shared_prompt_can_be_cancelled(sharing: Recorder) -> None:

@@ -100,9 +100,15 @@ def test_a_prompt_is_saved_where_others_part_from_it(
             index.leave(f"r{number}")  # it counts on, for a while
     index.check_integrity()
 
-    lengths = range(BLOCK, len(prompt), BLOCK)
+    n_reusable = len(prompt) - 1
+    lengths = sorted({*range(BLOCK, len(prompt), BLOCK), n_reusable} - {0})
     sharing = [
-        sum(len(other) > length <= shared(other, prompt) for other in others) for length in lengths
+        sum(
+            len(other) > length <= shared(other, prompt)
+            and (length % BLOCK == 0 or len(other) == len(prompt))
+            for other in others
+        )
+        for length in lengths
     ]
     parting = [
         length
@@ -117,6 +123,29 @@ def test_a_prompt_is_saved_where_others_part_from_it(
     elif parting:
         assert points[0] == parting[0], "where most of them part"
         assert points[-1] == parting[-1] or parting[-1] < parting[0] + LEAST
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("truncates", [True, False])
+def test_a_shared_prompt_is_saved_to_its_last_token_but_one(truncates: bool) -> None:
+    index = PrefixIndex(truncates=truncates)
+    prompt = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10)
+    index.enter("first", prompt, drafts=True, shared=True)
+    assert index.points("first", 0) == (9,), "nobody else is there yet"
+    index.enter("part", (*prompt[:7], 0), drafts=True)
+    assert index.points("first", 0) == ((9,) if truncates else (6, 9))
+    assert index.points("first", 8) == (9,)
+    assert index.points("first", 9) == ()
+    index.expect("first", (9,))
+    index.enter("second", prompt, drafts=True, shared=True)
+    assert index.awaited("second", 8), "however little it is"
+    assert not index.awaited("second", 9)
+    assert bool(index.awaited("part", 0)) == truncates, "only a cut one has a part of it"
+    index.add(1, prompt[:9], drafts=True)
+    assert index.longest("second").n_tokens == 9
+    index.enter("short", (1, 1, 1, 1, 1), drafts=True, shared=True)
+    assert index.points("short", 0) == (), "less than LEAST"
+    index.check_integrity()
 
 
 @pytest.mark.usefixtures("small_blocks")

@@ -23,6 +23,7 @@ from mtpbatch.exceptions import DecodeError, InternalError
 from mtpbatch.scheduler import Event, Scheduler
 from mtpbatch.sequence import Sequence
 from mtpbatch.testing import ScriptedBackend
+from mtpbatch.timeouts import Timeouts
 from mtpbatch.types import Completion, EntryResult, Plan, StepResult, TokenLogprobs
 from scheduling import (
     completions,
@@ -37,7 +38,7 @@ from scheduling import (
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Requests come, are aborted at any time, and steps succeed or fail."""
+    """Requests come, are aborted or time out at any time, and steps succeed or fail."""
 
     @initialize(
         n_seq=st.integers(1, 5),
@@ -75,6 +76,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.last_events: dict[str, Event] = {}
         self.texts: dict[str, str] = {}
         self.cancelled: list[str] = []
+        self.timeouts = Timeouts()
 
     @rule(
         n_prompt=st.integers(1, 23),
@@ -86,6 +88,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         ignore_eos=st.booleans(),
         followed=st.booleans(),
         reuse_prefix=st.booleans(),
+        shares_prompt=st.booleans(),
+        timeout=st.sampled_from([None, None, None, 0.015, 0.055, 0.2]),
+        queue_timeout=st.sampled_from([None, None, None, 0.005, 0.035]),
         priority=st.sampled_from([0, 0, 0, -100, 1, 2, 100]),
         deadline=st.sampled_from([None, None, 0.02, 5.0]),
         logprobs=st.sampled_from([None, 0, 2]),
@@ -104,6 +109,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
         self.sequences[request_id] = sequence
         self.scheduler.add(sequence)
+        self.timeouts.add(request_id, sequence.params, sequence.submitted)
 
     @rule(n_steps=st.integers(2, 6))
     def crowd_and_leave_a_gap(self, n_steps: int) -> None:
@@ -130,6 +136,27 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert event.completion.finish_reason == "abort"
             self.take([event])
 
+    @rule()
+    def expire(self) -> None:
+        now = self.backend.clock()
+        overdue = {request_id for request_id in self.live() if self.is_overdue(request_id, now)}
+        for request_id in self.timeouts.expired(now):
+            overdue.remove(request_id)
+            event = self.scheduler.abort(request_id, now, "timeout")
+            assert event is not None
+            assert event.completion is not None
+            assert event.completion.finish_reason == "timeout"
+            self.take([event])
+        assert not overdue
+
+    def is_overdue(self, request_id: str, now: float) -> bool:
+        sequence = self.sequences[request_id]
+        params = sequence.params
+        waited = now - sequence.submitted
+        if sequence.admitted is None and params.queue_timeout and waited >= params.queue_timeout:
+            return True
+        return params.timeout is not None and waited >= params.timeout
+
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
         """The backend hears of it first, and the scheduler at some time after that."""
@@ -152,6 +179,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             parked = [request_id for request_id in self.waiting() if request_id not in waiting]
             order = sorted([*waiting, *parked], key=self.due)
             assert order[n_begun:] == self.waiting(), "who is due first begins"
+            names = {sequence.ticket: name for name, sequence in self.sequences.items()}
+            for admission in plan.admit:
+                self.timeouts.begin(names[admission.ticket])
             assert self.backend.exchange(plan, wait=False) == []
 
     @rule()
@@ -164,6 +194,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def go_on(self, n_steps: int) -> None:
         """As the engine does it."""
         for _ in range(n_steps):
+            self.expire()
             self.schedule()
             self.step()
 
@@ -199,6 +230,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert event.error.completion.finish_reason == "error"
             if event.last:
                 self.last_events[event.request_id] = event
+                self.timeouts.remove(event.request_id)
                 self.check_end(event)
 
     def check_end(self, event: Event) -> None:
@@ -241,6 +273,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def integrity(self) -> None:
         if hasattr(self, "scheduler"):
             self.scheduler.check_integrity()
+            self.timeouts.check_integrity()
             stats = self.scheduler.stats
             n_live = len(self.sequences) - len(self.last_events)
             assert stats.running + stats.waiting == n_live
