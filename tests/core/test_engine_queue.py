@@ -38,6 +38,10 @@ async def until(condition: Callable[[], bool]) -> None:
         await anyio.lowlevel.checkpoint()
 
 
+async def until_there_are(n_requests: int, engine: Engine) -> None:
+    await until(lambda: engine.stats().waiting + engine.stats().running == n_requests)
+
+
 class Model(ScriptedBackend):
     """Tokenises long texts when told to, and is held soon after it has parked somebody."""
 
@@ -122,7 +126,7 @@ class Scene:
             await until(self.backend.tokenising.is_set)
             return
         if self.blocker is not None:
-            await until(lambda: engine.stats().running + engine.stats().waiting == 2)
+            await until_there_are(2, engine)
             self.gates.pop(0).release()
         if self.stage == "parked":
             await until(lambda: self.backend.parked_gate is not None)
@@ -155,7 +159,7 @@ class Scene:
         assert not self.backend.parked
         assert engine._live == {}
         assert len(engine._timeouts) == 0
-        assert engine._backlog._entered == engine._backlog._line == {}
+        assert not (engine._backlog._entered or engine._backlog._line)
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -296,27 +300,25 @@ async def test_any_call_is_rejected_at_once_if_the_engine_is_opened_so() -> None
 async def test_tasks_wait_for_room_and_come_in_the_order_of_their_calls() -> None:
     backend = Model(n_seq=1, max_waiting=0)
     gate = backend.hold_step(0)
-    order: list[int] = []
     async with open_scripted_engine(backend) as engine:
 
         async def ask(number: int) -> None:
             # The most urgent ones come last: in line that counts for nothing.
-            params = {"max_tokens": 2, "priority": -number}
+            params = {"max_tokens": 2, "priority": -number, "seed": number}
             if number % 2:
                 await engine.generate(f"{number}", **params)
             else:
                 async with engine.stream(f"{number}", **params) as stream:
                     await stream
-            order.append(number)
 
         async with anyio.create_task_group() as group:
             for number in range(12):
                 group.start_soon(ask, number)
-                await until(lambda: engine.stats().waiting + engine.stats().running > number)  # noqa: B023
+                await until_there_are(number + 1, engine)
             with pytest.raises(EngineOverloaded):
                 engine.submit("x")
             gate.release()
-    assert order == list(range(12))
+    assert backend.seeds == list(range(12))
 
 
 async def test_prompts_are_taken_as_there_is_room_for_them() -> None:
@@ -338,7 +340,7 @@ async def test_prompts_are_taken_as_there_is_room_for_them() -> None:
 
         group.start_soon(ask)
         await gate.reached()
-        await until(lambda: engine.stats().waiting + engine.stats().running == 6)
+        await until_there_are(6, engine)
         assert taken == 6, "five have room, and one waits for it"
         gate.release()
     assert taken == 40
@@ -403,7 +405,7 @@ async def test_the_room_that_one_loop_frees_is_anothers() -> None:
         async with anyio.create_task_group() as group:
             for kind in ("asyncio", "trio"):
                 group.start_soon(anyio.to_thread.run_sync, elsewhere, kind)
-            await until(lambda: engine.stats().waiting + engine.stats().running == 3)
+            await until_there_are(3, engine)
             gate.release()
         assert (await mine).text == "mm"
     assert sorted(texts) == ["aa", "tt"]
@@ -427,7 +429,7 @@ async def test_a_storm_of_tasks_that_come_and_go_loses_no_room() -> None:
         finished = engine.stats().finished
         assert finished["length"] + finished["abort"] == 121
         assert 1 <= finished["abort"] <= 40, "some may have ended by then"
-        assert engine._backlog._entered == engine._backlog._line == {}
+        assert not (engine._backlog._entered or engine._backlog._line)
 
 
 @pytest.mark.parametrize("end", ["closed", "died"])
