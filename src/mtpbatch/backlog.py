@@ -40,6 +40,9 @@ class Backlog:
         self._n_tokens = 0
         self._n_begun = 0
 
+    def __len__(self) -> int:
+        return len(self._entered) + len(self._line)
+
     def has_room(self, n_requests: int) -> bool:
         """Whether there is room beside so many requests, as far as their number goes."""
         return self._max_waiting is None or n_requests < self._n_seq + self._max_waiting

@@ -106,6 +106,7 @@ class BacklogMachine(RuleBasedStateMachine):
     def agrees(self) -> None:
         if hasattr(self, "backlog"):
             self.backlog.check_integrity()
+            assert len(self.backlog) == len(self.known)
             n_entered = sum(known.entered for known in self.known.values())
             assert self.max_waiting is None or n_entered <= self.n_seq + self.max_waiting
 

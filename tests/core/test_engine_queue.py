@@ -159,7 +159,7 @@ class Scene:
         assert not self.backend.parked
         assert engine._live == {}
         assert len(engine._timeouts) == 0
-        assert not (engine._backlog._entered or engine._backlog._line)
+        assert len(engine._backlog) == 0
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -429,7 +429,7 @@ async def test_a_storm_of_tasks_that_come_and_go_loses_no_room() -> None:
         finished = engine.stats().finished
         assert finished["length"] + finished["abort"] == 121
         assert 1 <= finished["abort"] <= 40, "some may have ended by then"
-        assert not (engine._backlog._entered or engine._backlog._line)
+        assert len(engine._backlog) == 0
 
 
 @pytest.mark.parametrize("end", ["closed", "died"])

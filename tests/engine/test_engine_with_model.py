@@ -138,6 +138,28 @@ async def test_a_request_is_cancelled_in_the_middle_of_its_prompt(engine: mtpbat
     assert 0 < engine.stats().prompt_tokens < 500
 
 
+async def test_a_request_times_out_and_keeps_its_text(engine: mtpbatch.Engine) -> None:
+    whole = await engine.generate("In the", max_tokens=500, ignore_eos=True)
+    done = await engine.generate("In the", max_tokens=500, ignore_eos=True, timeout=0.02)
+    assert done.finish_reason == "timeout"
+    assert done.timings.total >= 0.02
+    assert len(done.token_ids) < 500
+    assert done.token_ids == whole.token_ids[: len(done.token_ids)]
+    assert engine.stats().finished["timeout"] == 1
+
+
+async def test_a_timeout_does_not_wait_for_the_step_under_way(demo_path: Path) -> None:
+    async with mtpbatch.Engine.open(
+        demo_path, n_seq=1, n_ctx=4096, n_batch=4096, n_ubatch=4096, n_threads=1
+    ) as engine:
+        running = engine.submit([5] * 4000, max_tokens=5, timeout=0.02)  # a step of a second or so
+        for waiting in (engine.submit("In the", queue_timeout=0.01), running):
+            done = await waiting
+            assert (done.finish_reason, done.token_ids) == ("timeout", ())
+            assert engine.stats().steps == 0, "the step is not over"
+        assert len((await engine.generate("In the", max_tokens=5, ignore_eos=True)).token_ids) == 5
+
+
 async def test_sampling_with_a_seed_is_repeatable_whoever_shares_the_batch(
     demo_f32_path: Path,
 ) -> None:

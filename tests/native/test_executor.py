@@ -179,6 +179,21 @@ def test_a_wrong_plan_changes_nothing(tiny: Model, plan: Plan) -> None:
     assert run(plan) == run(None)
 
 
+def test_a_wait_ends_when_its_time_is_over(tiny: Model) -> None:
+    """On the clock of the machine: the wait is a native one."""
+    _, executor = make(tiny)
+    with executor:
+        begin = time.monotonic()
+        assert executor.exchange(None, wait=True, timeout=0.03) == []
+        assert time.monotonic() - begin >= 0.03
+        assert executor.exchange(None, wait=True, timeout=0.0) == []
+        executor.wake()
+        assert executor.exchange(None, wait=True, timeout=1e300) == [], "woken, not overflown"
+        plan = Plan((), (admit(0),), (prefill(0),), number=1)
+        [result] = executor.exchange(plan, wait=True, timeout=3600.0)
+        assert len(result.entries[0].token_ids) == 1, "a result ends it sooner"
+
+
 def test_a_finished_sequence_does_not_go_on(tiny: Model) -> None:
     _, executor = make(tiny)
     [result] = loops.execute(executor, Plan((), (admit(0, 1),), (prefill(0),))).entries
