@@ -239,11 +239,11 @@ mtpbatch.log_to_console("ERROR")
 stuck = threading.Event()
 
 class Stuck(ScriptedBackend):
-    def exchange(self, plan, *, wait):
+    def exchange(self, plan, **waiting):
         if plan is not None:
             stuck.set()
             threading.Event().wait()
-        return super().exchange(plan, wait=wait)
+        return super().exchange(plan, **waiting)
 
 async def main():
     engine = await mtpbatch.Engine._start(lambda report: Stuck())

@@ -18,7 +18,7 @@ STRUCTS: list[type[Struct]] = [EngineConfig, SamplingParams]
 # What tells of the values that would be right.
 RANGE = re.compile(
     r"(?:whole|finite) number (>=?|<=?) -?\d|one of bf16, f16, f32|\"auto\" or|True or False"
-    r"|be a text|a list, each item"
+    r"|be a text|a list, each item|one of reject, wait|a dict, each key"
 )
 
 

@@ -13,7 +13,7 @@ import pytest
 from structlog.contextvars import bound_contextvars
 
 import mtpbatch
-from mtpbatch import DecodeError, InvalidParameterError
+from mtpbatch import DecodeError, EngineOverloaded, InvalidParameterError
 from mtpbatch.testing import ScriptedBackend, open_scripted_engine
 
 pytestmark = pytest.mark.anyio
@@ -58,6 +58,30 @@ async def test_a_requests_events_carry_its_id_and_its_callers_context(
     assert [r.levelname for r in failed] == ["WARNING"]
     assert "requests=['req-3']" in failed[0].getMessage()
     assert any("request.ended" in li and "no memory" in li and "req-3" in li for li in lines)
+
+
+async def test_a_requests_events_carry_its_metadata(everything: pytest.LogCaptureFixture) -> None:
+    async with open_scripted_engine(ScriptedBackend()) as engine:
+        await engine.generate("x", metadata={"trace": "t-1"})
+        await engine.generate("x")
+    lines = [r.getMessage() for r in everything.records if "request_id" in r.getMessage()]
+    assert ["metadata={'trace': 't-1'}" in line for line in lines] == [True, True, False, False]
+
+
+async def test_a_request_that_is_rejected_has_its_last_event(
+    everything: pytest.LogCaptureFixture,
+) -> None:
+    backend = ScriptedBackend(n_seq=1, max_waiting=0)
+    gate = backend.hold_step(0)
+    async with open_scripted_engine(backend) as engine:
+        running = engine.submit("x")
+        with pytest.raises(EngineOverloaded):
+            engine.submit("y")
+        gate.release()
+        await running
+    lines = [r.getMessage() for r in everything.records if "req-2" in r.getMessage()]
+    assert [line.split()[0] for line in lines] == ["request.submitted", "request.ended"]
+    assert "the engine is full" in lines[1]
 
 
 async def test_while_nobody_listens_nothing_is_logged_of_requests(
