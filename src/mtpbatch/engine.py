@@ -880,10 +880,20 @@ class Engine:
         for request_id, live in self._requests():
             error = EngineDeadError(_died_of(cause))
             error.__cause__ = cause
+            error.completion = self._last_words(request_id, live)
             event = Event(request_id, error=error)
             live.mailbox.put([(live, event)])
             self._forget(event)
         self._drained.set()
+
+    def _last_words(self, request_id: str, live: _Live) -> Completion:
+        """What came of a request before the engine died."""
+        with self._gate:
+            sequence = self._backlog.leave(request_id)
+        sequence = sequence or self._scheduler.let_go(request_id) or live.build(())
+        if not sequence.finished:
+            sequence.end("error", self._clock())
+        return sequence.completion()
 
     def _forget(self, event: Event) -> None:
         """A request has had its last event."""

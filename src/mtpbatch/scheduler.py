@@ -174,6 +174,10 @@ class Scheduler:
         delta = sequence.end(reason, now)
         return Event(request_id, delta, self._retire(sequence))
 
+    def let_go(self, request_id: str) -> Sequence | None:
+        """A request's sequence, if there is one of that id. Nothing can go on after that."""
+        return self._waiting.remove(request_id) or self._running.get(request_id)
+
     # ---------------------------------------------------------------------- the step
 
     def schedule(self, now: float) -> Plan | None:

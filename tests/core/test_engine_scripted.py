@@ -578,6 +578,7 @@ async def test_a_bug_ends_every_request_with_its_cause(caplog: pytest.LogCapture
     bug = RuntimeError("boom")
     gate = backend.hold_step(0)
     backend.fail_step(2, bug)
+    n_tokens: list[int] = []
     async with open_scripted_engine(backend) as engine:
         generations = [engine.submit("x", ignore_eos=True, max_tokens=99) for _ in range(5)]
         gate.release()
@@ -585,6 +586,14 @@ async def test_a_bug_ends_every_request_with_its_cause(caplog: pytest.LogCapture
             with pytest.raises(EngineDeadError, match="boom") as caught:
                 await generation
             assert caught.value.__cause__ is bug
+            completion = generation.completion
+            assert completion is not None
+            assert completion is caught.value.completion
+            assert completion.finish_reason == "error"
+            assert completion.prompt_token_ids == (120,)
+            assert completion.timings.total == pytest.approx(0.03)
+            n_tokens.append(len(completion.token_ids))
+        assert max(n_tokens) > 0, "what there was is kept"
         assert engine.closed
         for call in (engine.stats, engine.check_health, lambda: engine.submit("x")):
             with pytest.raises(EngineDeadError, match="boom"):
