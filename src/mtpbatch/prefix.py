@@ -114,6 +114,8 @@ class PrefixIndex:
         if prompt is None:
             return ()
         shared = [self._n_prompts[key] for key in prompt.keys]
+        if max(shared, default=0) <= 1:  # often, and then long prompts cost less
+            return ()
         least = n_stored + LEAST
         ends = [
             BLOCK * (i + 1)
@@ -188,11 +190,12 @@ class PrefixIndex:
         return len(token_ids) - self._longest(token_ids, keys, len(token_ids)).n_tokens >= LEAST
 
     def _longest(self, token_ids: tuple[int, ...], keys: tuple[int, ...], most: int) -> Hit:
-        for i in range(len(keys) - 1, -1, -1):
+        found = [i for i, key in enumerate(keys) if key in self._holders]
+        for i in reversed(found):
             best = NO_HIT
             # Where they can be cut, all that have the key are as good, but for less than a block.
             n_candidates = 1 if self._truncates else _LOOKED_AT
-            for number in islice(reversed(self._holders.get(keys[i], {})), n_candidates):
+            for number in islice(reversed(self._holders[keys[i]]), n_candidates):
                 held = self._snapshots[number].token_ids
                 n_tokens = self._n_spared(held, token_ids, BLOCK * (i + 1), most)
                 if n_tokens > best.n_tokens:
