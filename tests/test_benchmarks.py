@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import time
 from functools import partial
 from pathlib import Path
 
@@ -127,3 +128,25 @@ def test_the_scheduler_is_measured_with_and_without_a_queue() -> None:
     alone, crowded = measure(n_sequences=4, n_waiting=20, n_steps=5, followed=True)
     assert len(alone) == len(crowded) == 5
     assert min(*alone, *crowded) > 0
+
+
+def test_the_loops_pauses_are_measured_for_every_kind_of_call() -> None:
+    from benchmarks.loop_pauses import measure
+
+    run = partial(measure, DEMO, n_chars=5000, rounds=2, threads=1, whole=True)
+    pauses = anyio.run(run)
+    assert len(pauses) == 7
+    for of_one in pauses.values():
+        assert len(of_one) == 2
+        assert all(pause.longest > 0 and pause.total > 0 for pause in of_one)
+
+
+def test_a_loop_that_is_held_up_is_noticed() -> None:
+    from benchmarks.loop_pauses import watch
+
+    async def hold_up() -> None:
+        end = time.perf_counter() + 0.03
+        while time.perf_counter() < end:
+            pass
+
+    assert anyio.run(watch, hold_up).longest >= 0.03

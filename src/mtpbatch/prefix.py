@@ -126,6 +126,8 @@ class PrefixIndex:
         if prompt is None:
             return ()
         counts = [self._n_prompts[key] for key in prompt.keys]
+        if max(counts, default=0) <= 1 and not prompt.shared:
+            return ()  # often, and then long prompts cost less
         least = n_stored + LEAST
         ends = [
             end
@@ -207,11 +209,12 @@ class PrefixIndex:
         return len(token_ids) - self._longest(token_ids, keys, len(token_ids)).n_tokens >= LEAST
 
     def _longest(self, token_ids: tuple[int, ...], keys: tuple[int, ...], most: int) -> Hit:
-        for i in range(len(keys) - 1, -1, -1):
+        found = [i for i, key in enumerate(keys) if key in self._holders]
+        for i in reversed(found):
             best = NO_HIT
             # Where they can be cut, all that have the key are as good, but for less than a block.
             n_candidates = 1 if self._truncates else _LOOKED_AT
-            for number in islice(reversed(self._holders.get(keys[i], {})), n_candidates):
+            for number in islice(reversed(self._holders[keys[i]]), n_candidates):
                 held = self._snapshots[number].token_ids
                 n_tokens = self._n_spared(held, token_ids, min(BLOCK * (i + 1), most), most)
                 if n_tokens > best.n_tokens:

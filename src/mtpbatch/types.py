@@ -88,8 +88,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
         if self.n_cells is not None and self.n_ctx is not None and self.n_cells < self.n_ctx:
             raise InvalidParameterError(
                 "n_cells",
-                f"must be at least n_ctx={self.n_ctx}, so that each request fits; got "
-                f"{self.n_cells}: give more cells, or lower n_ctx",
+                f"must be at least n_ctx={self.n_ctx}, got {self.n_cells}: give more cells, or "
+                f"lower n_ctx",
             )
 
 

@@ -123,8 +123,7 @@ def test_an_error_names_parameter_value_and_range(
         (
             EngineConfig,
             {"n_ctx": 100, "n_cells": 50},
-            "n_cells: must be at least n_ctx=100, so that each request fits; got 50: give more "
-            "cells, or lower n_ctx",
+            "n_cells: must be at least n_ctx=100, got 50: give more cells, or lower n_ctx",
         ),
     ],
 )
