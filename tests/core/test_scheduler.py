@@ -176,8 +176,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert not (moved and waiting), "who waits comes between"
             assert all(new < len(plan.entries) <= old for old, new in moved.items())
             n_begun = len(plan.admit) + len(plan.resume) - len(moved)
-            parked = [request_id for request_id in self.waiting() if request_id not in waiting]
+            # Who waits for a prompt that others compute lets those behind go first.
             aside = self.scheduler._waiting._aside
+            parked = [request_id for request_id in self.waiting() if request_id not in waiting]
             order = sorted({*waiting, *parked} - aside.keys(), key=self.due)
             left = [request_id for request_id in self.waiting() if request_id not in aside]
             assert order[n_begun:] == left, "who is due first begins"
