@@ -194,6 +194,14 @@ void Context::create() {
     if (!raw_) {
         throw Error(MTPBATCH_CONTEXT_FAILED, with_reason("llama.cpp could not create the context"));
     }
+    if (!model_->adapters.empty()) {
+        auto adapters = model_->adapters;
+        auto scales   = model_->adapter_scales;
+        if (llama_set_adapters_lora(raw_, adapters.data(), adapters.size(), scales.data()) != 0) {
+            llama_free(raw_);
+            throw Error(MTPBATCH_CONTEXT_FAILED, with_reason("llama.cpp could not apply the model's adapters"));
+        }
+    }
     // A model whose architecture cannot take states back says so by clamping n_rs_seq.
     params_.n_rs_seq = static_cast<int32_t>(llama_n_rs_seq(raw_));
     params_.n_batch  = static_cast<int32_t>(llama_n_batch(raw_));

@@ -75,6 +75,10 @@ void mtpbatch_capture_logs(bool forward);
 mtpbatch_status mtpbatch_model_load(const char * path, int32_t n_gpu_layers, mtpbatch_progress progress, void * user,
                                     mtpbatch_model ** model, mtpbatch_error * error);
 void            mtpbatch_model_free(mtpbatch_model * model);
+// Adds a LoRA adapter, times `scale`, to all contexts of the model, which must have none yet: heads that
+// draft are adapted like the rest of it. llama.cpp applies adapters to whole contexts, not to single sequences.
+mtpbatch_status mtpbatch_model_add_adapter(mtpbatch_model * model, const char * path, float scale,
+                                           mtpbatch_error * error);
 void            mtpbatch_model_get_facts(const mtpbatch_model * model, mtpbatch_model_facts * facts);
 // NULL: the model file carries no chat template. The text lives as long as the model.
 const char * mtpbatch_model_chat_template(const mtpbatch_model * model);

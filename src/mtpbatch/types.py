@@ -45,6 +45,9 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     draft_model: str | None = None
     """GGUF file of an assistant, which drafts for the model and reads its memory (gemma4).
     None: the model's own MTP heads draft."""
+    lora: dict[str, float] = {}
+    """LoRA adapters: GGUF files, and by how much each is added to the model's weights: 1 as it was
+    trained. They hold for all requests, as llama.cpp has them for a whole context."""
     n_batch: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
     """Most tokens in one step, over all sequences. None: 2048, or what n_seq needs if more."""
     n_ubatch: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
@@ -91,6 +94,11 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
                 f"must be at least n_ctx={self.n_ctx}, so that each request fits; got "
                 f"{self.n_cells}: give more cells, or lower n_ctx",
             )
+        for path, scale in self.lora.items():
+            if not math.isfinite(scale):
+                raise InvalidParameterError(
+                    "lora", f"the scale of {path} must be a finite number, got {scale}"
+                )
 
 
 class SamplingParams(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -30,7 +30,9 @@ class NativeBackend:
         config: EngineConfig,
         progress: Callable[[float], bool | None] | None = None,
     ) -> None:
-        self._model = model = Model(path, n_gpu_layers=config.n_gpu_layers, progress=progress)
+        self._model = model = Model(
+            path, n_gpu_layers=config.n_gpu_layers, lora=config.lora, progress=progress
+        )
         assistant = None
         if config.draft_model is not None and config.n_draft_max:
             assistant = Model(config.draft_model, n_gpu_layers=config.n_gpu_layers)
