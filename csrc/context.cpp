@@ -55,7 +55,10 @@ void check_params(const Model & model, const mtpbatch_context_params & p) {
         refuse("n_threads must be from 1 to " + std::to_string(MAX_THREADS) + ", got " + std::to_string(p.n_threads));
     }
     if (p.n_outputs_max < p.n_seq) {
-        refuse("n_outputs_max must be at least n_seq");
+        refuse(p.embeddings ? "n_batch must be at least n_seq" : "n_outputs_max must be at least n_seq");
+    }
+    if (p.embeddings && p.n_rs_seq > 0) {
+        refuse("a context for embeddings takes no tokens back: n_rs_seq must be 0");
     }
     if (p.kv_type < 0 || p.kv_type >= GGML_TYPE_COUNT) {
         refuse("kv_type is not a ggml type");
@@ -111,6 +114,9 @@ Context::Context(std::shared_ptr<const Model> model, const mtpbatch_context_para
     if (params_.n_cells == 0) {
         params_.n_cells = static_cast<int32_t>(std::min<int64_t>(int64_t{ params_.n_ctx } * params_.n_seq, INT32_MAX));
     }
+    if (params_.embeddings) {
+        params_.n_outputs_max = params_.n_batch;
+    }
     check_params(*model_, params_);
     create();
 }
@@ -120,8 +126,8 @@ Context::Context(std::shared_ptr<Context> target, std::shared_ptr<const Model> m
       target_(std::move(target)),
       params_(target_->params_),
       shares_memory_(model_ != target_->model_) {
-    if (target_->is_mtp()) {
-        refuse("the target must be a default context, not an MTP one");
+    if (target_->is_mtp() || target_->params_.embeddings) {
+        refuse("the target must be a default context, not one for drafts or embeddings");
     }
     if (shares_memory_) {
         check_assistant(*target_);
@@ -181,6 +187,10 @@ void Context::create() {
     p.type_k          = static_cast<ggml_type>(params_.kv_type);
     p.type_v          = static_cast<ggml_type>(params_.kv_type);
     p.kv_unified      = params_.kv_unified;
+    if (params_.embeddings) {
+        p.embeddings   = true;
+        p.pooling_type = LLAMA_POOLING_TYPE_NONE;  // llama.cpp's own pooling forgets all passes but the last
+    }
     if (params_.kv_type == GGML_TYPE_F32) {
         // Who asks for f32 wants the same text in any company. Flash attention's error is a hundred
         // times larger, and depends on how many rows share the pass.
@@ -258,6 +268,9 @@ void Context::check(const std::vector<Row> & rows) const {
         }
         if (row.position >= params_.n_ctx) {
             refuse(row_text(i, "sequence", row.seq_id) + " is full: n_ctx=" + std::to_string(params_.n_ctx));
+        }
+        if (params_.embeddings && !row.output) {
+            refuse("row " + std::to_string(i) + ": every row of a context for embeddings is an output");
         }
         next[row.seq_id] = row.position + 1;
         n_outputs += row.output;
@@ -369,6 +382,10 @@ const float * Context::logits(int32_t row) const {
         return nullptr;
     }
     return llama_get_logits_ith(raw_, row);
+}
+
+const float * Context::embeddings() const {
+    return params_.embeddings && !last_batch_.empty() ? llama_get_embeddings(raw_) : nullptr;
 }
 
 const float * Context::hidden() const {
@@ -494,6 +511,10 @@ mtpbatch_status mtpbatch_context_decode(mtpbatch_context * context, const mtpbat
 
 const float * mtpbatch_context_logits(mtpbatch_context * context, int32_t row) {
     return context->impl->driven() ? nullptr : context->impl->logits(row);
+}
+
+const float * mtpbatch_context_embeddings(mtpbatch_context * context) {
+    return context->impl->embeddings();
 }
 
 int32_t mtpbatch_context_length(const mtpbatch_context * context, int32_t seq_id) {

@@ -154,6 +154,7 @@ class Context {
 
     void          decode(const std::vector<Row> & rows);
     const float * logits(int32_t row) const;  // nullptr: the row has none
+    const float * embeddings() const;         // of all rows in turn; nullptr: there are none
     // Hidden rows of the last decode, if they were kept: of a default context those of all rows in
     // turn, of an MTP context that of an output.
     const float * hidden() const;

@@ -10,13 +10,17 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
 
 from mtpbatch.exceptions import InvalidParameterError, NativeError
 from mtpbatch.in_words import allowed, shown
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
 OnFull = Literal["wait", "reject"]
@@ -521,6 +525,15 @@ class Completion(Struct, frozen=True, kw_only=True):
     def tokens_per_step(self) -> float:
         """What drafting gained; 1 without. 0 if there are no tokens."""
         return len(self.token_ids) / self.steps if self.steps else 0.0
+
+
+class Embeddings(Struct, frozen=True, kw_only=True, eq=False):
+    """What texts mean to the model, as vectors."""
+
+    vectors: npt.NDArray[np.float32]
+    """One row for each text: shape [texts, n_embd], float32."""
+    prompt_tokens: int
+    """Tokens of all texts together."""
 
 
 class EngineStats(Struct, frozen=True, kw_only=True):
