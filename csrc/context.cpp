@@ -88,6 +88,14 @@ bool drops_hidden_rows(const Model & model) {
     return std::find(std::begin(dropping), std::end(dropping), model.metadata(ARCHITECTURE)) != std::end(dropping);
 }
 
+// Whether the hidden rows kept for a head are the very rows that llama.cpp gives as embeddings. It
+// embeds with recurrent layers one sequence in each pass, and computes the logits of all rows as
+// well; hidden rows come without either.
+bool embeds_by_hidden_rows(const Model & model) {
+    const std::string architecture = model.metadata(ARCHITECTURE);
+    return architecture == "qwen35" || architecture == "qwen35moe";
+}
+
 // How many heads the model chains: 1 if it reuses a single one. llama.cpp aborts where an
 // architecture's graph knows no second head.
 int32_t checked_heads(const Model & model) {
@@ -116,6 +124,7 @@ Context::Context(std::shared_ptr<const Model> model, const mtpbatch_context_para
     }
     if (params_.embeddings) {
         params_.n_outputs_max = params_.n_batch;
+        by_hidden_rows_       = embeds_by_hidden_rows(*model_);
     }
     check_params(*model_, params_);
     create();
@@ -181,13 +190,13 @@ void Context::create() {
     p.n_ubatch        = params_.n_ubatch;
     p.n_seq_max       = params_.n_seq;
     p.n_rs_seq        = params_.n_rs_seq;
-    p.n_outputs_max   = params_.n_outputs_max;
+    p.n_outputs_max   = by_hidden_rows_ ? params_.n_seq : params_.n_outputs_max;
     p.n_threads       = params_.n_threads;
     p.n_threads_batch = params_.n_threads;
     p.type_k          = static_cast<ggml_type>(params_.kv_type);
     p.type_v          = static_cast<ggml_type>(params_.kv_type);
     p.kv_unified      = params_.kv_unified;
-    if (params_.embeddings) {
+    if (params_.embeddings && !by_hidden_rows_) {
         p.embeddings   = true;
         p.pooling_type = LLAMA_POOLING_TYPE_NONE;  // llama.cpp's own pooling forgets all passes but the last
     }
@@ -221,7 +230,7 @@ void Context::create() {
     if (target_) {
         llama_set_embeddings_nextn(raw_, true, drops_hidden_rows(*model_));
     } else {
-        keep_hidden(false);
+        keep_hidden(by_hidden_rows_);
     }
 }
 
@@ -305,7 +314,7 @@ void Context::decode(const std::vector<Row> & rows) {
     for (const Row & row : rows) {
         const int32_t i  = llama_batch_ext_add_token(batch_, row.seq_id, row.token);
         bool          ok = i >= 0 && llama_batch_ext_set_pos(batch_, i, &row.position) &&
-                           llama_batch_ext_set_output_logits(batch_, i, row.output);
+                           llama_batch_ext_set_output_logits(batch_, i, row.output && !by_hidden_rows_);
         if (ok && row.hidden) {
             ok = llama_batch_ext_set_embd_token(
                 batch_, i, { row.hidden, 1, static_cast<size_t>(llama_model_n_embd_out(model_->raw)) });
@@ -385,7 +394,10 @@ const float * Context::logits(int32_t row) const {
 }
 
 const float * Context::embeddings() const {
-    return params_.embeddings && !last_batch_.empty() ? llama_get_embeddings(raw_) : nullptr;
+    if (!params_.embeddings || last_batch_.empty()) {
+        return nullptr;
+    }
+    return by_hidden_rows_ ? hidden() : llama_get_embeddings(raw_);
 }
 
 const float * Context::hidden() const {

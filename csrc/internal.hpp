@@ -218,10 +218,11 @@ class Context {
     const std::shared_ptr<const Model> model_;
     const std::shared_ptr<Context>     target_;
     mtpbatch_context_params            params_;
-    bool                               shares_memory_ = false;
-    int32_t                            n_heads_       = 1;
-    llama_context *                    raw_           = nullptr;
-    llama_batch_ext *                  batch_         = nullptr;
+    bool                               shares_memory_  = false;
+    int32_t                            n_heads_        = 1;
+    bool                               by_hidden_rows_ = false;  // embeddings are
+    llama_context *                    raw_            = nullptr;
+    llama_batch_ext *                  batch_          = nullptr;
     std::vector<SequenceState>         sequences_;
     std::vector<Row>                   last_batch_;
     bool                               keeps_hidden_ = false;

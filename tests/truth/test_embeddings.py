@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 
 import mtpbatch
 import random_adapter
+import random_model
 from mtpbatch import ContextError
 from mtpbatch.native import Batch, Context, Embedder, Executor, Model
 from reference.qwen35_numpy import Reference
@@ -130,6 +132,13 @@ def test_hybrid_models_are_llama_cpps_alone(demo_f32_path: Path) -> None:
     np.testing.assert_allclose(embed(demo_f32_path).vectors, truth, atol=1e-4)
 
 
+def test_a_hybrid_model_without_heads(tmp_path: Path) -> None:
+    path = tmp_path / "headless.gguf"
+    random_model.write_random(path, dataclasses.replace(random_model.RANDOM_SHAPE, mtp=False))
+    truth = llama_cpp(path, MEAN, tokens_of(path))
+    np.testing.assert_allclose(embed(path, n_ubatch=16).vectors, truth, atol=1e-4)
+
+
 def test_embeddings_are_those_of_the_adapted_model(demo_f32_path: Path, tmp_path: Path) -> None:
     adapter, merged = tmp_path / "adapter.gguf", tmp_path / "merged.gguf"
     random_adapter.write_random_adapter(adapter, demo_f32_path, size=0.3)
@@ -179,10 +188,11 @@ def test_a_dropped_text_leaves_no_trace(kind: str, request: pytest.FixtureReques
         alone.close()
 
 
-def test_texts_share_a_decode(dense_path: Path) -> None:
-    with Model(dense_path) as model:
+@pytest.mark.parametrize(("kind", "n_texts"), [("dense_path", 32), ("demo_path", 8)])
+def test_texts_share_a_decode(kind: str, n_texts: int, request: pytest.FixtureRequest) -> None:
+    with Model(request.getfixturevalue(kind)) as model:
         embedder = Embedder(model, n_ctx=64, n_threads=1)
-        tickets = [embedder.add([1 + i, 2, 3]) for i in range(20)]
+        tickets = [embedder.add([1 + i, 2, 3]) for i in range(n_texts)]
         assert [ticket for ticket, _ in embedder.step()] == tickets
         for n_tokens in (0, 65):
             with pytest.raises(ContextError, match=f"1 to n_ctx=64 tokens, got {n_tokens}"):

@@ -18,6 +18,7 @@ from mtpbatch.types import KvType
 Pooling: TypeAlias = Literal["mean", "first", "last"]
 
 _MAX_SEQUENCES: Final = 32  # in one decode; more of them are so short that it hardly matters
+_MAX_RECURRENT: Final = 8  # where each has a state, of megabytes
 _LOGITS_BYTES: Final = 256 << 20  # llama.cpp keeps those of a decode's rows, wanted or not
 
 # What a model file names, by llama.cpp's numbers, and what is done where it names nothing.
@@ -30,8 +31,8 @@ class Embedder:
 
     Which way, the model file says: the mean of all rows, the first or the last one; where it does
     not say, the mean. A decode takes rows of many texts, and of a long one as many as find room.
-    Models with recurrent layers take one text in each pass, as llama.cpp embeds no more at once
-    there. One thread at a time.
+    With recurrent layers it is a pass for each length of text, on qwen35 and qwen35moe, and for
+    each text on others. One thread at a time.
 
     Args:
         model: stays loaded for as long as the embedder lives.
@@ -55,7 +56,7 @@ class Embedder:
     ) -> None:
         self.pooling: Pooling = _pooling(model)
         n_batch = max(1, min(n_ubatch, _LOGITS_BYTES // (4 * model.n_vocab)))
-        n_seq = 1 if model.keeps_recurrent_state else min(_MAX_SEQUENCES, n_batch)
+        n_seq = min(_MAX_RECURRENT if model.keeps_recurrent_state else _MAX_SEQUENCES, n_batch)
         self._context = Context(
             model,
             n_ctx=n_ctx,
