@@ -213,12 +213,20 @@ void Context::create() {
     if (!raw_) {
         throw Error(MTPBATCH_CONTEXT_FAILED, with_reason("llama.cpp could not create the context"));
     }
+    const auto fail = [&](const std::string & message) {
+        llama_free(raw_);
+        throw Error(MTPBATCH_CONTEXT_FAILED, message);
+    };
+    if (!target_ && !llama_get_memory(raw_)) {
+        fail(
+            "the model is an encoder, which keeps nothing of what it has read; only models that generate are "
+            "supported");
+    }
     if (!model_->adapters.empty()) {
         auto adapters = model_->adapters;
         auto scales   = model_->adapter_scales;
         if (llama_set_adapters_lora(raw_, adapters.data(), adapters.size(), scales.data()) != 0) {
-            llama_free(raw_);
-            throw Error(MTPBATCH_CONTEXT_FAILED, with_reason("llama.cpp could not apply the model's adapters"));
+            fail(with_reason("llama.cpp could not apply the model's adapters"));
         }
     }
     // A model whose architecture cannot take states back says so by clamping n_rs_seq.

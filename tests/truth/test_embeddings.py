@@ -156,7 +156,7 @@ def test_embeddings_are_those_of_the_adapted_model(demo_f32_path: Path, tmp_path
     [
         ("llama.pooling_type", RANK, "a reranker"),
         ("llama.pooling_type", 9, "not known: 9"),
-        ("llama.attention.causal", False, "an encoder"),
+        ("llama.attention.causal", False, "tokens see those after them"),
     ],
 )
 def test_models_that_embed_nothing(
@@ -165,6 +165,14 @@ def test_models_that_embed_nothing(
     odd = Model(with_key(dense_path, tmp_path / "odd.gguf", key, value))
     with pytest.raises(ContextError, match=reason):
         Embedder(odd, n_ctx=64)
+
+
+def test_an_encoder_is_refused(tmp_path: Path) -> None:
+    random_model.write_random_neobert(tmp_path / "encoder.gguf")
+    with Model(tmp_path / "encoder.gguf") as model:
+        for make in (Embedder, Context):
+            with pytest.raises(ContextError, match="is an encoder"):
+                make(model, n_ctx=64)
 
 
 @pytest.mark.parametrize("kind", ["dense_path", "demo_f32_path"])

@@ -165,8 +165,8 @@ def _pooling(model: Model) -> Pooling:
         raise ContextError(f"{model.path.name} is a reranker: it scores texts and embeds none")
     if model.metadata(f"{model.architecture}.attention.causal") == "false":
         raise ContextError(
-            f"{model.path.name} is an encoder, whose tokens see those after them: it needs "
-            f"a server of its own"
+            f"{model.path.name} lets tokens see those after them, which whole texts in one pass "
+            f"would need; only models that generate are supported"
         )
     pooling = _POOLING.get(named)
     if pooling is None:
