@@ -118,6 +118,28 @@ def test_matrices_of_experts_that_llama_cpp_would_run_past(tmp_path: Path) -> No
     assert "does not fit" in refused(model, one)
 
 
+def test_weights_that_llama_cpp_cannot_adapt(dense_path: Path, tmp_path: Path) -> None:
+    name = "blk.0.ffn_up.weight"
+    reader = gguf.GGUFReader(dense_path)
+    with closing(gguf.GGUFWriter(tmp_path / "nvfp4.gguf", "llama")) as writer:
+        for key, found in reader.fields.items():
+            if not key.startswith("GGUF.") and key != "general.architecture":
+                sub_type = found.types[-1] if found.types[0] == gguf.GGUFValueType.ARRAY else None
+                writer.add_key_value(key, found.contents(), found.types[0], sub_type=sub_type)
+        kind = gguf.GGMLQuantizationType.NVFP4
+        n_bytes = gguf.quants.quant_shape_to_byte_shape((128, WIDTH), kind)
+        for tensor in reader.tensors:
+            if tensor.name == name:
+                writer.add_tensor(name, np.zeros(n_bytes, np.uint8), raw_dtype=kind)
+            else:
+                writer.add_tensor(tensor.name, tensor.data)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+    adapter = write(tmp_path / "adapter.gguf", pair(name, rows=128))
+    assert "weights of type nvfp4" in refused(tmp_path / "nvfp4.gguf", adapter)
+
+
 def test_embeddings_that_are_the_output_matrix_too(
     demo_path: Path, dense_path: Path, tmp_path: Path
 ) -> None:
