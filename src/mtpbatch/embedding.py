@@ -27,7 +27,7 @@ Text: TypeAlias = str | tuple[int, ...]
 class EmbeddingThread:
     """Runs an embedder. ``embed`` may be called on any event loop.
 
-    ``open_embedder`` and ``tokenize``, which checks, are called on the thread. What either raises ends the
+    ``open_embedder`` and ``tokenize`` are called on the thread. What either raises ends the
     request that needed it; a decode that fails ends all that are under way, and the embedder,
     which the next request opens again.
     """
@@ -38,11 +38,13 @@ class EmbeddingThread:
         self._open = open_embedder
         self._tokenize = tokenize
         self._changed = threading.Condition()  # guards what follows, down to the thread
+        self._waiting: set[_Request] = set()  # somebody waits for these
         self._incoming: list[_Request] = []
-        self._end: MtpBatchError | None = None  # of all requests that are not done by then
+        self._end: MtpBatchError | None = None  # of all requests since
         self._thread: threading.Thread | None = None
         self._embedder: Embedder | None = None  # from here on the thread's own
-        self._under_way: dict[int, tuple[_Request, int]] = {}
+        self._requests: list[_Request] = []  # begun and not ended
+        self._owners: dict[int, _Request] = {}  # of the texts they wait for
 
     async def embed(self, texts: abc.Sequence[Text], *, normalize: bool) -> Embeddings:
         """Wait for the embeddings of texts. Who is cancelled costs no decode that has not begun."""
@@ -55,19 +57,27 @@ class EmbeddingThread:
                 thread = threading.Thread(target=self._run, name="mtpbatch-embedder", daemon=True)
                 thread.start()
                 self._thread = thread
+            self._waiting.add(request)
             self._incoming.append(request)
             self._changed.notify()
         try:
             await request.ended.wait()
         finally:
             request.cancelled = True
+            with self._changed:
+                self._waiting.discard(request)
         return request.result(normalize)
 
-    def close(self, end: MtpBatchError) -> None:
-        """End all requests with an error, when the decode under way has ended."""
+    def stop(self, end: MtpBatchError) -> None:
+        """End all requests with an error, and the thread after the decode under way."""
         with self._changed:
             self._end = end
+            for request in self._waiting:
+                request.end(end)
             self._changed.notify()
+
+    def join(self) -> None:
+        """Wait for the end of the thread, which closes the embedder."""
         if self._thread is not None:
             self._thread.join()
 
@@ -82,17 +92,14 @@ class EmbeddingThread:
     def _take_in(self) -> bool:
         """Wait for something to do, and begin what has come; ``False``: it is time to end."""
         with self._changed:
-            self._changed.wait_for(lambda: self._incoming or self._under_way or self._end)
+            self._changed.wait_for(lambda: self._incoming or self._requests or self._end)
             incoming, self._incoming = self._incoming, []
         for request in incoming:
             try:
                 self._begin(request)
             except Exception as error:
                 request.end(error)
-        if self._end is not None:
-            self._fail(self._end)
-            return False
-        return True
+        return self._end is None
 
     def _begin(self, request: _Request) -> None:
         if self._embedder is None:
@@ -114,26 +121,32 @@ class EmbeddingThread:
                     f"n_ctx={n_ctx}; shorten it or open the engine with a larger n_ctx",
                 )
             texts.append(tokens)
-        request.begin(self._embedder.n_embd, sum(map(len, texts)))
-        for index, tokens in enumerate(texts):
-            self._under_way[self._embedder.add(tokens)] = (request, index)
+        tickets = [self._embedder.add(tokens) for tokens in texts]
+        request.begin(tickets, self._embedder.n_embd, sum(map(len, texts)))
+        if tickets:
+            self._requests.append(request)
+            self._owners.update(dict.fromkeys(tickets, request))
 
     def _step(self) -> None:
         embedder = self._embedder
         if embedder is None:
             return
-        for ticket, (request, _) in list(self._under_way.items()):
-            if request.cancelled:
+        for request in [request for request in self._requests if request.cancelled]:
+            for ticket in request.waits_for:
                 embedder.drop(ticket)
-                del self._under_way[ticket]
+                del self._owners[ticket]
+            self._requests.remove(request)
         for ticket, vector in embedder.step():
-            request, index = self._under_way.pop(ticket)
-            request.take_in(index, vector)
+            request = self._owners.pop(ticket)
+            request.take_in(ticket, vector)
+            if not request.waits_for:
+                self._requests.remove(request)
 
     def _fail(self, error: BaseException) -> None:
-        for request in {id(request): request for request, _ in self._under_way.values()}.values():
+        for request in self._requests:
             request.end(error)
-        self._under_way.clear()
+        self._requests.clear()
+        self._owners.clear()
         self._drop_embedder()
 
     def _drop_embedder(self) -> None:
@@ -150,22 +163,22 @@ class _Request:
         self.cancelled = False
         self.ended = ThreadEvent()
         self._error: BaseException | None = None
-        self._n_left = len(texts)
+        self.waits_for: dict[int, int] = {}  # texts' indices, by the embedder's numbers
         self._n_tokens = 0
         self._vectors: npt.NDArray[np.float32]
 
-    def begin(self, n_embd: int, n_tokens: int) -> None:
+    def begin(self, tickets: list[int], n_embd: int, n_tokens: int) -> None:
         import numpy as np  # with the first request: importing the library does not need it
 
         self._vectors = np.empty((len(self.texts), n_embd), np.float32)
         self._n_tokens = n_tokens
-        if not self.texts:
+        self.waits_for = {ticket: index for index, ticket in enumerate(tickets)}
+        if not tickets:
             self.ended.set()
 
-    def take_in(self, index: int, vector: npt.NDArray[np.float32]) -> None:
-        self._vectors[index] = vector
-        self._n_left -= 1
-        if not self._n_left:
+    def take_in(self, ticket: int, vector: npt.NDArray[np.float32]) -> None:
+        self._vectors[self.waits_for.pop(ticket)] = vector
+        if not self.waits_for:
             self.ended.set()
 
     def end(self, error: BaseException) -> None:

@@ -735,6 +735,8 @@ class Engine:
         """Go on without the engine's thread, which a native call holds up."""
         self._left_behind = True
         self._abort_all()
+        if hasattr(self, "_embedding"):
+            self._embedding.stop(self._end())
         log.error("engine.left_behind", waited=seconds)
 
     def _abort_all(self) -> None:
@@ -785,7 +787,8 @@ class Engine:
         try:
             if backend is not None:
                 if hasattr(self, "_embedding"):
-                    self._embedding.close(self._end())
+                    self._embedding.stop(self._end())
+                    self._embedding.join()
                     self._tokenizer.close()
                 backend.close()
                 log.info("engine.closed")

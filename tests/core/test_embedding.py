@@ -98,7 +98,8 @@ def thread(embedders: Embedders) -> Iterator[EmbeddingThread]:
     yield thread
     for embedder in embedders.opened:
         embedder.gate.set()
-    thread.close(END)
+    thread.stop(END)
+    thread.join()
     assert all(embedder.closed for embedder in embedders.opened)
     assert "mtpbatch-embedder" not in [t.name for t in threading.enumerate()]
 
@@ -213,25 +214,23 @@ async def test_a_failed_decode_ends_all_that_are_under_way(
     assert embedder.closed
 
 
-async def test_closing_ends_who_waits_after_the_decode_under_way(
+async def test_stopping_ends_who_waits_and_the_thread_after_its_decode(
     thread: EmbeddingThread, embedders: Embedders
 ) -> None:
     embedder = embedders.ready
 
-    async def close() -> None:
+    async def stop() -> None:
         await embedder.begun.wait()
-        closing = threading.Thread(target=thread.close, args=(END,))
-        closing.start()
-        while thread._end is None:
-            await anyio.lowlevel.checkpoint()
-        embedder.gate.set()
-        closing.join()
+        thread.stop(END)
 
     async with anyio.create_task_group() as group:
-        group.start_soon(close)
-        with pytest.raises(EngineClosedError):
+        group.start_soon(stop)
+        with pytest.raises(EngineClosedError):  # although the decode does not end
             await thread.embed([(i,) for i in range(1, 7)], normalize=True)
+    embedder.gate.set()
+    thread.join()
     assert len(embedder.decodes) == 1
+    assert embedder.closed
     with pytest.raises(EngineClosedError):
         await thread.embed(["a"], normalize=True)
 

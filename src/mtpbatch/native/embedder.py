@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections import deque
+from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Final, Literal, TypeAlias
 
@@ -72,7 +72,8 @@ class Embedder:
         self.n_ctx = n_ctx
         self.n_embd = model.n_embd
         self._tickets = itertools.count()
-        self._texts: deque[_Text] = deque()  # that are not done; the first may have begun
+        # Those that are not done, by their numbers; the first may have begun.
+        self._texts: OrderedDict[int, _Text] = OrderedDict()
 
     @property
     def idle(self) -> bool:
@@ -87,18 +88,15 @@ class Embedder:
         """
         if not 1 <= len(tokens) <= self.n_ctx:
             raise ContextError(f"a text has 1 to n_ctx={self.n_ctx} tokens, got {len(tokens)}")
-        text = _Text(next(self._tickets), tokens)
-        self._texts.append(text)
-        return text.ticket
+        ticket = next(self._tickets)
+        self._texts[ticket] = _Text(tokens)
+        return ticket
 
     def drop(self, ticket: int) -> None:
         """Forget a text that is not done."""
-        for text in self._texts:
-            if text.ticket == ticket:
-                self._texts.remove(text)
-                if text.n_done:
-                    self._context.truncate(text.seq_id, 0)
-                return
+        text = self._texts.pop(ticket, None)
+        if text is not None and text.n_done:
+            self._context.truncate(text.seq_id, 0)
 
     def step(self) -> list[tuple[int, npt.NDArray[np.float32]]]:
         """One decode; the texts that are done with it, by their numbers, each with n_embd floats.
@@ -108,10 +106,10 @@ class Embedder:
                 not known.
         """
         batch = Batch()
-        chunks: list[tuple[_Text, range]] = []
-        taken = {text.seq_id for text in self._texts if text.n_done}
-        free = (seq_id for seq_id in range(self._context.n_seq) if seq_id not in taken)
-        for text in self._texts:
+        chunks: list[tuple[int, _Text, range]] = []
+        begun = next(iter(self._texts.values())).seq_id if self._texts else -1
+        free = (seq_id for seq_id in range(self._context.n_seq) if seq_id != begun)
+        for ticket, text in self._texts.items():
             room = self._context.n_batch - len(batch)
             if room == 0 or len(chunks) == self._context.n_seq:
                 break
@@ -119,18 +117,18 @@ class Embedder:
                 text.seq_id = next(free)
             chunk = text.tokens[text.n_done : text.n_done + room]
             rows = batch.add_sequence(chunk, text.n_done, text.seq_id, outputs="all")
-            chunks.append((text, rows))
+            chunks.append((ticket, text, rows))
         if not chunks:
             return []
         self._context.decode(batch)
         embeddings = self._context.embeddings()
         done = []
-        for text, rows in chunks:
+        for ticket, text, rows in chunks:
             text.take_in(embeddings[rows.start : rows.stop], self.pooling)
             if text.n_done == len(text.tokens):
                 self._context.truncate(text.seq_id, 0)
-                self._texts.popleft()
-                done.append((text.ticket, text.pooled.astype(np.float32)))
+                del self._texts[ticket]
+                done.append((ticket, text.pooled.astype(np.float32)))
         return done
 
     def close(self) -> None:
@@ -141,11 +139,10 @@ class Embedder:
 class _Text:
     """Tokens on their way through the model."""
 
-    def __init__(self, ticket: int, tokens: Sequence[int]) -> None:
-        self.ticket = ticket
+    def __init__(self, tokens: Sequence[int]) -> None:
         self.tokens = tokens
         self.n_done = 0
-        self.seq_id = -1
+        self.seq_id = -1  # once it has begun
         self.pooled: npt.NDArray[np.float64]
 
     def take_in(self, rows: npt.NDArray[np.float32], pooling: Pooling) -> None:
