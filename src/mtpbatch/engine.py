@@ -907,7 +907,7 @@ class Engine:
         if self._draining and not self._live:
             self._drained.set()
 
-    def _end(self) -> EngineError:
+    def _end(self) -> MtpBatchError:
         """What whoever waits is told at the end."""
         if self._failure is None:
             return EngineClosedError("the engine was closed")

@@ -256,7 +256,7 @@ async def test_the_engine_embeds() -> None:
     [
         ("one text", "must be a list of texts, got one str"),
         (5, "must be a list of texts, got one int"),
-        ([None], "must be a text or a sequence of token ids, got NoneType"),
+        ([None], "must be a text or a sequence of token ids, such as a list; got NoneType"),
         ([[10**6]], "is out of range"),
         (["\ud800"], "not valid Unicode"),
         (["a" * 1000], "has 1000 tokens, but a sequence holds n_ctx=256"),
