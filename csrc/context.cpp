@@ -55,7 +55,10 @@ void check_params(const Model & model, const mtpbatch_context_params & p) {
         refuse("n_threads must be from 1 to " + std::to_string(MAX_THREADS) + ", got " + std::to_string(p.n_threads));
     }
     if (p.n_outputs_max < p.n_seq) {
-        refuse("n_outputs_max must be at least n_seq");
+        refuse(p.embeddings ? "n_batch must be at least n_seq" : "n_outputs_max must be at least n_seq");
+    }
+    if (p.embeddings && p.n_rs_seq > 0) {
+        refuse("a context for embeddings takes no tokens back: n_rs_seq must be 0");
     }
     if (p.kv_type < 0 || p.kv_type >= GGML_TYPE_COUNT) {
         refuse("kv_type is not a ggml type");
@@ -85,6 +88,14 @@ bool drops_hidden_rows(const Model & model) {
     return std::find(std::begin(dropping), std::end(dropping), model.metadata(ARCHITECTURE)) != std::end(dropping);
 }
 
+// Whether the hidden rows kept for a head are the very rows that llama.cpp gives as embeddings. It
+// embeds with recurrent layers one sequence in each pass, and computes the logits of all rows as
+// well; hidden rows come without either.
+bool embeds_by_hidden_rows(const Model & model) {
+    const std::string architecture = model.metadata(ARCHITECTURE);
+    return architecture == "qwen35" || architecture == "qwen35moe";
+}
+
 // How many heads the model chains: 1 if it reuses a single one. llama.cpp aborts where an
 // architecture's graph knows no second head.
 int32_t checked_heads(const Model & model) {
@@ -111,6 +122,10 @@ Context::Context(std::shared_ptr<const Model> model, const mtpbatch_context_para
     if (params_.n_cells == 0) {
         params_.n_cells = static_cast<int32_t>(std::min<int64_t>(int64_t{ params_.n_ctx } * params_.n_seq, INT32_MAX));
     }
+    if (params_.embeddings) {
+        params_.n_outputs_max = params_.n_batch;
+        by_hidden_rows_       = embeds_by_hidden_rows(*model_);
+    }
     check_params(*model_, params_);
     create();
 }
@@ -120,8 +135,8 @@ Context::Context(std::shared_ptr<Context> target, std::shared_ptr<const Model> m
       target_(std::move(target)),
       params_(target_->params_),
       shares_memory_(model_ != target_->model_) {
-    if (target_->is_mtp()) {
-        refuse("the target must be a default context, not an MTP one");
+    if (target_->is_mtp() || target_->params_.embeddings) {
+        refuse("the target must be a default context, not one for drafts or embeddings");
     }
     if (shares_memory_) {
         check_assistant(*target_);
@@ -175,12 +190,16 @@ void Context::create() {
     p.n_ubatch        = params_.n_ubatch;
     p.n_seq_max       = params_.n_seq;
     p.n_rs_seq        = params_.n_rs_seq;
-    p.n_outputs_max   = params_.n_outputs_max;
+    p.n_outputs_max   = by_hidden_rows_ ? params_.n_seq : params_.n_outputs_max;
     p.n_threads       = params_.n_threads;
     p.n_threads_batch = params_.n_threads;
     p.type_k          = static_cast<ggml_type>(params_.kv_type);
     p.type_v          = static_cast<ggml_type>(params_.kv_type);
     p.kv_unified      = params_.kv_unified;
+    if (params_.embeddings && !by_hidden_rows_) {
+        p.embeddings   = true;
+        p.pooling_type = LLAMA_POOLING_TYPE_NONE;  // llama.cpp's own pooling forgets all passes but the last
+    }
     if (params_.kv_type == GGML_TYPE_F32) {
         // Who asks for f32 wants the same text in any company. Flash attention's error is a hundred
         // times larger, and depends on how many rows share the pass.
@@ -194,6 +213,22 @@ void Context::create() {
     if (!raw_) {
         throw Error(MTPBATCH_CONTEXT_FAILED, with_reason("llama.cpp could not create the context"));
     }
+    const auto fail = [&](const std::string & message) {
+        llama_free(raw_);
+        throw Error(MTPBATCH_CONTEXT_FAILED, message);
+    };
+    if (!target_ && !llama_get_memory(raw_)) {
+        fail(
+            "the model is an encoder, which keeps nothing of what it has read; only models that generate are "
+            "supported");
+    }
+    if (!model_->adapters.empty()) {
+        auto adapters = model_->adapters;
+        auto scales   = model_->adapter_scales;
+        if (llama_set_adapters_lora(raw_, adapters.data(), adapters.size(), scales.data()) != 0) {
+            fail(with_reason("llama.cpp could not apply the model's adapters"));
+        }
+    }
     // A model whose architecture cannot take states back says so by clamping n_rs_seq.
     params_.n_rs_seq = static_cast<int32_t>(llama_n_rs_seq(raw_));
     params_.n_batch  = static_cast<int32_t>(llama_n_batch(raw_));
@@ -203,7 +238,7 @@ void Context::create() {
     if (target_) {
         llama_set_embeddings_nextn(raw_, true, drops_hidden_rows(*model_));
     } else {
-        keep_hidden(false);
+        keep_hidden(by_hidden_rows_);
     }
 }
 
@@ -251,6 +286,9 @@ void Context::check(const std::vector<Row> & rows) const {
         if (row.position >= params_.n_ctx) {
             refuse(row_text(i, "sequence", row.seq_id) + " is full: n_ctx=" + std::to_string(params_.n_ctx));
         }
+        if (params_.embeddings && !row.output) {
+            refuse("row " + std::to_string(i) + ": every row of a context for embeddings is an output");
+        }
         next[row.seq_id] = row.position + 1;
         n_outputs += row.output;
     }
@@ -284,7 +322,7 @@ void Context::decode(const std::vector<Row> & rows) {
     for (const Row & row : rows) {
         const int32_t i  = llama_batch_ext_add_token(batch_, row.seq_id, row.token);
         bool          ok = i >= 0 && llama_batch_ext_set_pos(batch_, i, &row.position) &&
-                           llama_batch_ext_set_output_logits(batch_, i, row.output);
+                           llama_batch_ext_set_output_logits(batch_, i, row.output && !by_hidden_rows_);
         if (ok && row.hidden) {
             ok = llama_batch_ext_set_embd_token(
                 batch_, i, { row.hidden, 1, static_cast<size_t>(llama_model_n_embd_out(model_->raw)) });
@@ -361,6 +399,13 @@ const float * Context::logits(int32_t row) const {
         return nullptr;
     }
     return llama_get_logits_ith(raw_, row);
+}
+
+const float * Context::embeddings() const {
+    if (!params_.embeddings || last_batch_.empty()) {
+        return nullptr;
+    }
+    return by_hidden_rows_ ? hidden() : llama_get_embeddings(raw_);
 }
 
 const float * Context::hidden() const {
@@ -486,6 +531,10 @@ mtpbatch_status mtpbatch_context_decode(mtpbatch_context * context, const mtpbat
 
 const float * mtpbatch_context_logits(mtpbatch_context * context, int32_t row) {
     return context->impl->driven() ? nullptr : context->impl->logits(row);
+}
+
+const float * mtpbatch_context_embeddings(mtpbatch_context * context) {
+    return context->impl->embeddings();
 }
 
 int32_t mtpbatch_context_length(const mtpbatch_context * context, int32_t seq_id) {

@@ -344,8 +344,9 @@ using namespace mtpbatch;
 mtpbatch_status mtpbatch_executor_create(const mtpbatch_context * target, const mtpbatch_session * session,
                                          mtpbatch_executor ** executor, mtpbatch_error * error) {
     return guard(error, [&] {
-        if (target->impl->is_mtp()) {
-            throw Error(MTPBATCH_INVALID_ARGUMENT, "the target is an MTP context; it must be a default one");
+        if (target->impl->is_mtp() || target->impl->params().embeddings) {
+            throw Error(MTPBATCH_INVALID_ARGUMENT,
+                        "the target must be a default context, not one for drafts or embeddings");
         }
         if (session && &session->impl->target() != target->impl.get()) {
             throw Error(MTPBATCH_INVALID_ARGUMENT, "the session drafts for another context than this one");

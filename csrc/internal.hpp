@@ -26,6 +26,8 @@ class Error : public std::runtime_error {
 // What llama.cpp has logged as an error on this thread since the current call began.
 std::string captured_log();
 void        clear_captured_log();
+// A checksum over some bytes of every tensor of a GGUF file, and of those that continue it.
+uint64_t sample_weights(const std::string & path);
 // From here on, whoever else listens to llama.cpp hears nothing of this thread: Python would have to
 // wait for the GIL.
 void quiet_listeners();
@@ -114,11 +116,19 @@ struct Model {
     // A scalar of the model file as text; empty: there is none.
     std::string metadata(const std::string & key) const;
     bool        keeps_recurrent_state() const { return llama_model_is_hybrid(raw) || llama_model_is_recurrent(raw); }
+    // Adds a LoRA adapter, for all contexts that are made from then on.
+    void add_adapter(const std::string & path, float scale);
 
     llama_model * const       raw;
     const llama_vocab * const vocab;
     const int32_t             n_mtp_heads;         // those that the file has weights for
-    uint64_t                  weights_sample = 0;  // a checksum over some bytes of every tensor, set by the loader
+    uint64_t                  weights_sample = 0;  // of the file and its adapters, set by whoever loads them
+    // Which llama.cpp frees with the model, and how much of each is added to the weights.
+    std::vector<llama_adapter_lora *> adapters;
+    std::vector<float>                adapter_scales;
+
+  private:
+    int64_t n_adapted_ = 0;  // weights that adapters change, each adapter's counted
 };
 
 // One row of a decode. `hidden` is set on every row of an MTP context and on none of a default one.
@@ -144,6 +154,7 @@ class Context {
 
     void          decode(const std::vector<Row> & rows);
     const float * logits(int32_t row) const;  // nullptr: the row has none
+    const float * embeddings() const;         // of all rows in turn; nullptr: there are none
     // Hidden rows of the last decode, if they were kept: of a default context those of all rows in
     // turn, of an MTP context that of an output.
     const float * hidden() const;
@@ -207,10 +218,11 @@ class Context {
     const std::shared_ptr<const Model> model_;
     const std::shared_ptr<Context>     target_;
     mtpbatch_context_params            params_;
-    bool                               shares_memory_ = false;
-    int32_t                            n_heads_       = 1;
-    llama_context *                    raw_           = nullptr;
-    llama_batch_ext *                  batch_         = nullptr;
+    bool                               shares_memory_  = false;
+    int32_t                            n_heads_        = 1;
+    bool                               by_hidden_rows_ = false;  // embeddings are
+    llama_context *                    raw_            = nullptr;
+    llama_batch_ext *                  batch_          = nullptr;
     std::vector<SequenceState>         sequences_;
     std::vector<Row>                   last_batch_;
     bool                               keeps_hidden_ = false;

@@ -6,6 +6,10 @@
 
 #include "llama.h"
 
+#include <string>
+#include <utility>
+#include <vector>
+
 // The context keeps the hidden row that feeds an MTP head: of every row of a batch, in batch
 // order, or if `masked` of outputs alone. The MTP graphs of some architectures keep all rows, those
 // of others outputs alone: the wrong setting gives wrong rows, or aborts, unless all rows are outputs.
@@ -15,3 +19,6 @@ float * llama_get_embeddings_nextn_ith(llama_context * ctx, int32_t i);
 
 // Of several chained heads, the one that an MTP context runs from now on.
 void llama_set_nextn_layer_offset(llama_context * ctx, int32_t offset);
+
+// The tensors of a model, by name.
+const std::vector<std::pair<std::string, ggml_tensor *>> & llama_internal_get_tensor_map(const llama_model * model);

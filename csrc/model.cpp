@@ -104,10 +104,13 @@ void add_sample(Checksum & sum, const std::string & path, const Header & header)
     }
 }
 
+}  // namespace
+
 // Tells models apart that differ in their weights alone. llama.cpp gives no weights out, but it has
 // just read the file, so that these bytes cost nearly nothing.
-uint64_t sample_weights(const std::string & path, const Header & header) {
-    Checksum sum;
+uint64_t sample_weights(const std::string & path) {
+    const Header header = read_header(path);
+    Checksum     sum;
     add_sample(sum, path, header);
     const int64_t key = gguf_find_key(header.get(), "split.count");
     if (key >= 0 && gguf_get_kv_type(header.get(), key) == GGUF_TYPE_UINT16) {
@@ -121,8 +124,6 @@ uint64_t sample_weights(const std::string & path, const Header & header) {
     }
     return sum.value();
 }
-
-}  // namespace
 
 std::string captured_log() {
     return trimmed(log_text);
@@ -197,7 +198,7 @@ mtpbatch_status mtpbatch_model_load(const char * path, int32_t n_gpu_layers, mtp
                                 : Error(MTPBATCH_LOAD_FAILED, with_reason("llama.cpp could not load the model"));
         }
         auto impl            = std::make_shared<Model>(raw, headless ? 0 : llama_model_n_layer_nextn(raw));
-        impl->weights_sample = sample_weights(path, header);
+        impl->weights_sample = sample_weights(path);
         if (llama_vocab_type(impl->vocab) == LLAMA_VOCAB_TYPE_NONE) {
             throw Error(MTPBATCH_LOAD_FAILED, "the model has no vocabulary");
         }

@@ -75,6 +75,10 @@ void mtpbatch_capture_logs(bool forward);
 mtpbatch_status mtpbatch_model_load(const char * path, int32_t n_gpu_layers, mtpbatch_progress progress, void * user,
                                     mtpbatch_model ** model, mtpbatch_error * error);
 void            mtpbatch_model_free(mtpbatch_model * model);
+// Adds a LoRA adapter, times `scale`, to all contexts of the model, which must have none yet: heads that
+// draft are adapted like the rest of it. llama.cpp applies adapters to whole contexts, not to single sequences.
+mtpbatch_status mtpbatch_model_add_adapter(mtpbatch_model * model, const char * path, float scale,
+                                           mtpbatch_error * error);
 void            mtpbatch_model_get_facts(const mtpbatch_model * model, mtpbatch_model_facts * facts);
 // NULL: the model file carries no chat template. The text lives as long as the model.
 const char * mtpbatch_model_chat_template(const mtpbatch_model * model);
@@ -112,6 +116,9 @@ typedef struct mtpbatch_context_params {
     // Tokens that all sequences together can hold, a fork's counted again; n_ctx to n_ctx * n_seq, and
     // less than that only if kv_unified. 0: n_ctx * n_seq.
     int32_t n_cells;
+    // Every row gives its embedding: all are outputs (n_outputs_max is not read), and n_rs_seq is 0. No
+    // heads draft for such a context, and no executor drives it.
+    bool embeddings;
 } mtpbatch_context_params;
 
 // Rows of one decode. Rows of one sequence stand together and continue its positions.
@@ -138,6 +145,9 @@ mtpbatch_status mtpbatch_context_decode(mtpbatch_context * context, const mtpbat
 // Logits of a row of the last batch that asked for them: n_vocab floats, valid until the next
 // decode. NULL: no such row, or an executor drives the context.
 const float * mtpbatch_context_logits(mtpbatch_context * context, int32_t row);
+// Embeddings of the rows of the last batch, in its order: the model's last hidden rows, n_embd floats
+// each, valid until the next decode. NULL: it was not made for them, or has decoded nothing.
+const float * mtpbatch_context_embeddings(mtpbatch_context * context);
 // The number of positions a sequence has decoded; -1: no such sequence.
 int32_t mtpbatch_context_length(const mtpbatch_context * context, int32_t seq_id);
 // Takes back a sequence's positions from `length` on (0: all of it). With recurrent layers only the

@@ -259,6 +259,27 @@ def write_random_gemma4(
     _finish(writer, assistant, tokenizer, kind)
 
 
+def write_random_neobert(
+    path: Path, *, width: int = 64, ff: int = 128, heads: int = 2, vocab: int = 512, seed: int = 0
+) -> None:
+    """Write a random `neo-bert` model: an encoder, which generates nothing."""
+    sizes: dict[str, tuple[int, ...]] = {
+        "token_embd.weight": (vocab, width),
+        "enc.output_norm.weight": (width,),
+        "blk.0.attn_norm.weight": (width,),
+        "blk.0.attn_qkv.weight": (3 * width, width),
+        "blk.0.attn_output.weight": (width, width),
+        "blk.0.ffn_norm.weight": (width,),
+        "blk.0.ffn_up.weight": (2 * ff, width),
+        "blk.0.ffn_down.weight": (width, ff),
+    }
+    random = np.random.default_rng(seed)
+    weights = {name: _random_tensor(name, size, random, 1.0) for name, size in sizes.items()}
+    writer = gguf.GGUFWriter(path, "neo-bert")
+    _add_shape(writer, blocks=1, width=width, ff=ff, heads=heads, context=512)
+    _finish(writer, weights, demo_tokenizer(vocab), "f32")
+
+
 def _outer_sizes(vocab: int, width: int) -> dict[str, tuple[int, ...]]:
     return {
         "token_embd.weight": (vocab, width),

@@ -43,6 +43,7 @@ from mtpbatch.generation import Generation
 from mtpbatch.types import (
     Completion,
     Delta,
+    Embeddings,
     EngineConfig,
     EngineStats,
     FinishReason,
@@ -63,6 +64,7 @@ __all__ = [
     "ContextError",
     "DecodeError",
     "Delta",
+    "Embeddings",
     "Engine",
     "EngineClosedError",
     "EngineConfig",

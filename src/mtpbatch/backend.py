@@ -3,18 +3,55 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol, TypeAlias
+from typing import TYPE_CHECKING, Protocol, TypeAlias
 
 from mtpbatch.types import EngineConfig, ModelFacts, Plan, StepResult, TemplateSource
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+
+class Embedder(Protocol):
+    """Makes embeddings of texts, many at once. One thread uses it, and closes it."""
+
+    @property
+    def n_ctx(self) -> int:
+        """Most tokens of one text."""
+        ...
+
+    @property
+    def n_embd(self) -> int:
+        """Numbers in an embedding."""
+        ...
+
+    def add(self, tokens: Sequence[int]) -> int:
+        """Have a text of 1 to n_ctx tokens embedded by the next steps; a number for it."""
+        ...
+
+    def drop(self, ticket: int) -> None:
+        """Forget a text that is not done."""
+        ...
+
+    def step(self) -> list[tuple[int, npt.NDArray[np.float32]]]:
+        """One decode; the texts that are done with it, by their numbers, each with n_embd floats.
+
+        After an exception it can only be closed.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free everything."""
+        ...
 
 
 class Backend(Protocol):
     """A loaded model that executes plans.
 
-    The engine's thread makes it, exchanges plans for results and closes it. ``tokenize`` and
-    ``detokenize`` are called from other threads, several at once, and never after ``close``
-    began; ``wake`` and ``cancel`` from any thread at any time, and from wherever the garbage
-    collector runs: they must not wait for a lock of Python's.
+    The engine's thread makes it, exchanges plans for results and closes it. ``tokenize``,
+    ``detokenize`` and ``open_embedder`` are called from other threads, several at once, and never
+    after ``close`` began; ``wake`` and ``cancel`` from any thread at any time, and from wherever
+    the garbage collector runs: they must not wait for a lock of Python's.
     """
 
     @property
@@ -48,6 +85,10 @@ class Backend(Protocol):
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
         """The text of tokens that are in the vocabulary."""
+        ...
+
+    def open_embedder(self) -> Embedder:
+        """What embeds texts with this model beside the plans, and is closed before the backend."""
         ...
 
     def exchange(

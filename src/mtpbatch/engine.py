@@ -17,7 +17,8 @@ Guarantees:
 - The turn, ``_turn``, is the engine's thread's whenever that is not in a native call. Scheduler and
   sequences belong to who has it. So requests can be ended while a native call does not.
 - The backend is made, used and closed on the engine's thread; ``tokenize`` and ``detokenize``
-  alone run elsewhere (see ``tokenizing``), and closing waits for them.
+  alone run elsewhere (see ``tokenizing``), and closing waits for them; embeddings have a thread
+  and a context of their own, which end before the backend does.
 
 What threads share, besides the inbox: ``_draining``, ``_closing`` and ``_failure`` change only
 under ``_gate``, which is held for moments, and under which requests enter and leave ``_live``,
@@ -55,6 +56,7 @@ from mtpbatch.backend import Backend, BackendFactory
 from mtpbatch.backlog import Backlog
 from mtpbatch.chat import ChatCompletion, ChatPrompt, ChatTemplate
 from mtpbatch.chat.generation import ChatGeneration
+from mtpbatch.embedding import EmbeddingThread
 from mtpbatch.exceptions import (
     ChatTemplateError,
     EngineClosedError,
@@ -75,6 +77,7 @@ from mtpbatch.tokenizing import LONG, Prompt, Tokenizer, snapshot
 from mtpbatch.types import (
     Admission,
     Completion,
+    Embeddings,
     EngineConfig,
     EngineStats,
     ModelFacts,
@@ -454,6 +457,28 @@ class Engine:
             )
         return self._template
 
+    # ----------------------------------------------------------------------- embeddings
+
+    async def embed(self, texts: Iterable[Prompt], *, normalize: bool = True) -> Embeddings:
+        """The embeddings of many texts, or of their tokens: a vector for each, in their order.
+
+        With ``normalize`` vectors have the length 1, so that products of two are their cosine.
+        A vector is what the model file's pooling type makes of the last hidden rows; where it
+        names none, their mean. Texts of all callers share decodes on a thread of their own, beside
+        the requests that generate. Cancelling the waiting task takes its texts out of the decodes
+        that have not begun.
+
+        Raises :class:`~mtpbatch.InvalidParameterError` for a text that is empty or longer than
+        n_ctx, :class:`~mtpbatch.ContextError` if the model makes no embeddings or there is no
+        memory, :class:`~mtpbatch.DecodeError` if a decode failed.
+        """
+        if isinstance(texts, str) or not isinstance(texts, Iterable):
+            kind = type(texts).__name__
+            raise InvalidParameterError("texts", f"must be a list of texts, got one {kind}")
+        self._check_open()
+        given = [text if isinstance(text, str) else snapshot("texts", text) for text in texts]
+        return await self._embedding.embed(given, normalize=normalize)
+
     # ----------------------------------------------------------------------------- text
 
     async def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
@@ -710,6 +735,8 @@ class Engine:
         """Go on without the engine's thread, which a native call holds up."""
         self._left_behind = True
         self._abort_all()
+        if hasattr(self, "_embedding"):
+            self._embedding.stop(self._end())
         log.error("engine.left_behind", waited=seconds)
 
     def _abort_all(self) -> None:
@@ -738,6 +765,9 @@ class Engine:
             self._backlog = Backlog(config.n_seq, config.max_waiting, config.max_waiting_tokens)
             self._stats = scheduler.stats
             self._tokenizer = Tokenizer(backend, self._check_open)
+            self._embedding = EmbeddingThread(
+                backend.open_embedder, partial(self._tokenizer.ids, "texts", add_special=True)
+            )
             self._scheduler = scheduler
             log.info("engine.opened", model=backend.description, config=backend.config)
             self._ready.set()
@@ -756,7 +786,9 @@ class Engine:
                     self._bury(error)
         try:
             if backend is not None:
-                if hasattr(self, "_tokenizer"):
+                if hasattr(self, "_embedding"):
+                    self._embedding.stop(self._end())
+                    self._embedding.join()
                     self._tokenizer.close()
                 backend.close()
                 log.info("engine.closed")
@@ -874,6 +906,14 @@ class Engine:
                 self._stats = scheduler.stats
         if self._draining and not self._live:
             self._drained.set()
+
+    def _end(self) -> MtpBatchError:
+        """What whoever waits is told at the end."""
+        if self._failure is None:
+            return EngineClosedError("the engine was closed")
+        error = EngineDeadError(f"the engine died: {self._failure!r}")
+        error.__cause__ = self._failure
+        return error
 
     def _bury(self, cause: BaseException) -> None:
         """End every request because the engine has died."""

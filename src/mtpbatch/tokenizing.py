@@ -91,15 +91,20 @@ class Tokenizer:
 
     def prompt_ids(self, prompt: str | tuple[int, ...], *, add_special: bool) -> tuple[int, ...]:
         """The tokens of a prompt, checked: at least one, and fewer than a sequence holds."""
-        if isinstance(prompt, str):
-            token_ids = tuple(self._tokenize("prompt", prompt, add_special=add_special))
-        else:
-            token_ids = self.check_ids("prompt", prompt)
+        token_ids = self.ids("prompt", prompt, add_special=add_special)
         if not token_ids:
             raise InvalidParameterError("prompt", "is empty; it needs at least one token")
         if len(token_ids) >= self._n_ctx:
             raise PromptTooLongError(len(token_ids), self._n_ctx)
         return token_ids
+
+    def ids(
+        self, parameter: str, text: str | tuple[int, ...], *, add_special: bool
+    ) -> tuple[int, ...]:
+        """The tokens of a text, or its ids, checked."""
+        if isinstance(text, str):
+            return tuple(self._tokenize(parameter, text, add_special=add_special))
+        return self.check_ids(parameter, text)
 
     def check_ids(self, parameter: str, token_ids: tuple[int, ...]) -> tuple[int, ...]:
         """The ids as ints, if all are in the vocabulary."""
@@ -169,7 +174,7 @@ def snapshot(parameter: str, token_ids: abc.Sequence[int]) -> tuple[int, ...]:
     """The ids as they are now; the caller's sequence may change later on."""
     if not isinstance(token_ids, abc.Sequence) or isinstance(token_ids, _NO_IDS):
         kind = type(token_ids).__name__
-        what = "a text or a sequence" if parameter == "prompt" else "a sequence"
+        what = "a sequence" if parameter.endswith("_ids") else "a text or a sequence"
         raise InvalidParameterError(
             parameter, f"must be {what} of token ids, such as a list; got {kind}"
         )

@@ -10,13 +10,17 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta, Struct
 
 from mtpbatch.exceptions import InvalidParameterError, NativeError
 from mtpbatch.in_words import allowed, shown
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
 OnFull = Literal["wait", "reject"]
@@ -45,6 +49,9 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     draft_model: str | None = None
     """GGUF file of an assistant, which drafts for the model and reads its memory (gemma4).
     None: the model's own MTP heads draft."""
+    lora: dict[str, float] = {}
+    """LoRA adapters: GGUF files, and by how much each is added to the model's weights: 1 as it was
+    trained. They hold for all requests, as llama.cpp has them for a whole context."""
     n_batch: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
     """Most tokens in one step, over all sequences. None: 2048, or what n_seq needs if more."""
     n_ubatch: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
@@ -91,6 +98,11 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
                 f"must be at least n_ctx={self.n_ctx}, got {self.n_cells}: give more cells, or "
                 f"lower n_ctx",
             )
+        for path, scale in self.lora.items():
+            if not math.isfinite(scale):
+                raise InvalidParameterError(
+                    "lora", f"the scale of {path} must be a finite number, got {scale}"
+                )
 
 
 class SamplingParams(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -513,6 +525,15 @@ class Completion(Struct, frozen=True, kw_only=True):
     def tokens_per_step(self) -> float:
         """What drafting gained; 1 without. 0 if there are no tokens."""
         return len(self.token_ids) / self.steps if self.steps else 0.0
+
+
+class Embeddings(Struct, frozen=True, kw_only=True, eq=False):
+    """What texts mean to the model, as vectors."""
+
+    vectors: npt.NDArray[np.float32]
+    """One row for each text: shape [texts, n_embd], float32."""
+    prompt_tokens: int
+    """Tokens of all texts together."""
 
 
 class EngineStats(Struct, frozen=True, kw_only=True):

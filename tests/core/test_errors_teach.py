@@ -41,6 +41,8 @@ def bad_values(kind: inspect.Type) -> Iterator[Any]:
             yield from (float("nan"), float("inf"), float("-inf"))
         if isinstance(member, inspect.VarTupleType):
             yield from ((wrong,) for wrong in bad_values(member.item_type))
+        if isinstance(member, inspect.DictType):
+            yield from ({"a": wrong} for wrong in ("seventeen", None))
         if isinstance(member, inspect.StrType) and member.min_length:
             yield ""
 
@@ -113,6 +115,16 @@ def test_an_error_names_parameter_value_and_range(
             SamplingParams,
             {"max_token": 3},
             "max_token: unknown parameter; did you mean max_tokens?",
+        ),
+        (
+            EngineConfig,
+            {"lora": "adapter.gguf"},
+            "lora: must be a dict, each key a text, each value a finite number, got 'adapter.gguf'",
+        ),
+        (
+            EngineConfig,
+            {"lora": {"adapter.gguf": float("inf")}},
+            "lora: the scale of adapter.gguf must be a finite number, got inf",
         ),
         (
             EngineConfig,

@@ -40,6 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "chat/answer": {"chat", "types"},
     "chat/template": {"chat", "exceptions"},
     "chat/generation": {"chat", "generation", "types"},
+    "embedding": {"backend", "_loops", "types", "exceptions"},
     "machine": set(),
     "_llama_cpp": {"exceptions", "_built_with"},  # the latter is written by the build
     "engine": {
@@ -53,6 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "text",
         "tokenizing",
         "backend",
+        "embedding",
         "_loops",
         "_log",
         "_process",
@@ -60,7 +62,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "exceptions",
         "native",  # inside open() only
     },
-    "testing/scripted": {"engine", "_loops", "types", "exceptions"},
+    "testing/scripted": {"backend", "engine", "_loops", "types", "exceptions"},
     "testing/workload": {"types", "exceptions"},
     "testing/simulated": {"testing", "speculation", "types", "exceptions"},
     "testing/simulation": {

@@ -25,6 +25,7 @@ def test_the_package_exports_exactly_these_names() -> None:
         "ContextError",
         "DecodeError",
         "Delta",
+        "Embeddings",
         "Engine",
         "EngineClosedError",
         "EngineConfig",
@@ -88,6 +89,7 @@ def test_the_engines_surface() -> None:
         "config",
         "detokenize",
         "drain",
+        "embed",
         "generate",
         "generate_many",
         "generate_n",
@@ -110,7 +112,8 @@ def test_the_engines_surface() -> None:
         (
             mtpbatch.EngineConfig,
             "n_seq n_ctx n_draft_max draft_model n_batch n_ubatch n_threads n_gpu_layers kv_type "
-            "kv_unified speculation n_cells snapshot_memory max_waiting max_waiting_tokens on_full",
+            "kv_unified speculation n_cells snapshot_memory max_waiting max_waiting_tokens on_full "
+            "lora",
         ),
         (
             mtpbatch.SamplingParams,
@@ -136,6 +139,7 @@ def test_the_engines_surface() -> None:
             "content reasoning_content tool_calls completion message finish_reason",
         ),
         (mtpbatch.ChatDelta, "content reasoning_content tool_calls finish_reason"),
+        (mtpbatch.Embeddings, "vectors prompt_tokens"),
         (mtpbatch.Delta, "text token_ids n_accepted finish_reason logprobs"),
         (mtpbatch.TokenLogprobs, "token_id logprob rank top"),
         (mtpbatch.Usage, "prompt_tokens completion_tokens cached_tokens total_tokens"),

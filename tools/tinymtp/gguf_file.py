@@ -184,12 +184,15 @@ def read(path: Path) -> Model:
     return Model(shape, ordered, Tokenizer((left, right) for left, right in merges), about)
 
 
-def to_f32(source: Path, destination: Path) -> None:
+def to_f32(source: Path, destination: Path, changes: Weights | None = None) -> None:
     """Copy any GGUF, every tensor stored as float32 and all else unchanged.
+
+    ``changes`` are added to tensors of these names.
 
     Which tokens a model prefers then no longer depends on the batch a token is computed in:
     half-precision and quantised products round differently for different batch sizes.
     """
+    added = changes or {}
     reader = gguf.GGUFReader(source)
     architecture = reader.fields["general.architecture"].contents()
     writer = gguf.GGUFWriter(destination, architecture)
@@ -198,7 +201,7 @@ def to_f32(source: Path, destination: Path) -> None:
             continue
         sub_type = found.types[-1] if found.types[0] == gguf.GGUFValueType.ARRAY else None
         writer.add_key_value(key, found.contents(), found.types[0], sub_type=sub_type)
-    weights = {tensor.name: _floats(tensor) for tensor in reader.tensors}
+    weights = {t.name: _floats(t) + added.get(t.name, 0) for t in reader.tensors}
     finish(writer, {name: weight.shape for name, weight in weights.items()}, weights, "f32")
 
 

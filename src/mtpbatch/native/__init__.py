@@ -6,6 +6,7 @@ in the exceptions' messages.
 
 from mtpbatch.native.backend import NativeBackend
 from mtpbatch.native.context import Batch, Context
+from mtpbatch.native.embedder import Embedder
 from mtpbatch.native.executor import Executor
 from mtpbatch.native.logprobs import token_logprobs
 from mtpbatch.native.model import Model
@@ -21,6 +22,7 @@ __all__ = [
     "Batch",
     "Context",
     "DraftRequest",
+    "Embedder",
     "Executor",
     "Model",
     "MtpSession",

@@ -10,6 +10,7 @@ import msgspec
 from mtpbatch.exceptions import InvalidParameterError, MtpInitError
 from mtpbatch.machine import available_cpus
 from mtpbatch.native.context import Context
+from mtpbatch.native.embedder import Embedder
 from mtpbatch.native.executor import Executor
 from mtpbatch.native.model import Model
 from mtpbatch.native.session import MtpSession
@@ -30,7 +31,9 @@ class NativeBackend:
         config: EngineConfig,
         progress: Callable[[float], bool | None] | None = None,
     ) -> None:
-        self._model = model = Model(path, n_gpu_layers=config.n_gpu_layers, progress=progress)
+        self._model = model = Model(
+            path, n_gpu_layers=config.n_gpu_layers, lora=config.lora, progress=progress
+        )
         assistant = None
         if config.draft_model is not None and config.n_draft_max:
             assistant = Model(config.draft_model, n_gpu_layers=config.n_gpu_layers)
@@ -89,6 +92,18 @@ class NativeBackend:
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
         return self._model.detokenize(token_ids)
+
+    def open_embedder(self) -> Embedder:
+        config = self.config
+        assert config.n_ctx is not None  # resolved
+        assert config.n_ubatch is not None
+        return Embedder(
+            self._model,
+            n_ctx=config.n_ctx,
+            n_ubatch=config.n_ubatch,
+            n_threads=config.n_threads,
+            kv_type=config.kv_type,
+        )
 
     def exchange(
         self, plan: Plan | None, *, wait: bool, timeout: float | None = None

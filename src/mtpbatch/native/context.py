@@ -111,6 +111,9 @@ class Context(Handle):
         n_threads: None: the CPUs available to this process.
         kv_type: element type of the cells.
         kv_unified: one pool of cells for all sequences instead of an equal share for each.
+        embeddings: every row is an output and gives its embedding; n_outputs_max counts for
+            nothing, and neither heads nor an executor can use the context. llama.cpp computes the
+            logits all the same and keeps them for a decode: n_batch times n_vocab floats.
 
     Raises:
         ContextError: a value is out of range, or llama.cpp could not make the context.
@@ -132,6 +135,7 @@ class Context(Handle):
         kv_type: KvType = "f16",
         kv_unified: bool = True,
         n_cells: int | None = None,
+        embeddings: bool = False,
     ) -> None:
         if n_cells is not None and n_cells < 1:
             raise ContextError(f"n_cells must be at least n_ctx, got {n_cells}")
@@ -149,12 +153,14 @@ class Context(Handle):
             "kv_type": _GGML_TYPES[kv_type],
             "kv_unified": kv_unified,
             "n_cells": n_cells or 0,
+            "embeddings": embeddings,
         }
         try:
             params = ffi.new("mtpbatch_context_params *", values)
         except OverflowError as error:
             raise ContextError(f"a value is out of range: {error}") from None
         self._lock = threading.RLock()
+        self._n_rows = 0  # of the last batch
         self._create(model, params, ffi.NULL)
 
     @classmethod
@@ -173,6 +179,7 @@ class Context(Handle):
         """
         context = cls.__new__(cls)
         context._lock = target._lock
+        context._n_rows = 0
         native = target._native
         with target._lock:
             context._create(model or target.model, ffi.NULL, native)
@@ -216,6 +223,7 @@ class Context(Handle):
         rows, columns = batch.native()
         with self._lock:
             call(lib.mtpbatch_context_decode, context, rows)
+            self._n_rows = len(batch)
         del columns
 
     def logits(self, row: int) -> npt.NDArray[np.float32]:
@@ -228,6 +236,21 @@ class Context(Handle):
                 raise ContextError(f"row {row} of the last batch has no logits")
             size = self.model.n_vocab * 4
             return np.frombuffer(ffi.buffer(values, size), dtype=np.float32).copy()
+
+    def embeddings(self) -> npt.NDArray[np.float32]:
+        """The last hidden rows of the last batch, in its order: a copy, shape [rows, n_embd].
+
+        Raises:
+            ContextError: the context was not made for embeddings, or has decoded nothing.
+        """
+        native = self._native
+        with self._lock:
+            values = lib.mtpbatch_context_embeddings(native)
+            if values == ffi.NULL:
+                raise ContextError("there are no embeddings: make the context for them, and decode")
+            size = self._n_rows * self.model.n_embd * 4
+            rows = np.frombuffer(ffi.buffer(values, size), dtype=np.float32).copy()
+        return rows.reshape(-1, self.model.n_embd)
 
     def length(self, seq_id: int) -> int:
         """Positions that a sequence has decoded.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -69,11 +69,14 @@ class Model(Handle):
     Args:
         path: the file; of a split model the first part.
         n_gpu_layers: layers kept on a GPU, -1 for all; without effect in a CPU build.
+        lora: adapter files (GGUF), and by how much each is added to the weights: 1 as it was
+            trained. They hold for every context of the model and all of its sequences.
         progress: called now and then with the fraction loaded (0 to 1). Loading stops when it
             returns False or raises.
 
     Raises:
-        ModelLoadError: there is no such file, or llama.cpp cannot load it.
+        ModelLoadError: there is no such file, llama.cpp cannot load it, or an adapter was made for
+            another model.
 
     Safe to use from several threads at once. Load files from sources you trust: of a file that
     contradicts itself only the gravest contradictions are noticed, others can end the process.
@@ -84,6 +87,7 @@ class Model(Handle):
         path: str | os.PathLike[str],
         *,
         n_gpu_layers: int = -1,
+        lora: Mapping[str, float] | None = None,
         progress: Callable[[float], bool | None] | None = None,
     ) -> None:
         self.path = Path(path)
@@ -106,6 +110,8 @@ class Model(Handle):
                 raise state.error from None
             raise ModelLoadError(f"{self.path}: {error}") from None
         super().__init__(out[0], lib.mtpbatch_model_free)
+        for adapter, scale in (lora or {}).items():
+            self._add_adapter(Path(adapter), scale)
 
         facts = ffi.new("mtpbatch_model_facts *")
         lib.mtpbatch_model_get_facts(self._native, facts)
@@ -140,6 +146,19 @@ class Model(Handle):
     def __repr__(self) -> str:
         state = "closed" if self.closed else self.description
         return f"<Model {self.path.name}: {state}, {self.n_mtp_heads} MTP head(s)>"
+
+    def _add_adapter(self, path: Path, scale: float) -> None:
+        _check_file(path)
+        try:
+            call(
+                lib.mtpbatch_model_add_adapter,
+                self._native,
+                os.fsencode(path),
+                scale,
+                invalid=partial(InvalidParameterError, "lora"),
+            )
+        except ModelLoadError as error:
+            raise ModelLoadError(f"{path}: {error}") from None
 
     @property
     def keeps_recurrent_state(self) -> bool:

@@ -10,9 +10,10 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from queue import SimpleQueue
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from mtpbatch._loops import ThreadEvent
+from mtpbatch.backend import Embedder
 from mtpbatch.engine import Engine
 from mtpbatch.exceptions import DecodeError, InternalError, NativeError
 from mtpbatch.types import (
@@ -30,6 +31,10 @@ from mtpbatch.types import (
     TemplateSource,
     TokenLogprobs,
 )
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 # A vocabulary of all bytes, of some runs of letters, and of one that ends inside a character.
 _RUNS = ("the", " the", "ing", "tion", " and", " of", "er", "\n\n", "ab", "abc", " o", "ld")
@@ -50,6 +55,7 @@ _CHAT_TEMPLATE = (
 )
 
 _SPARE_OUTPUTS = 8  # rows for prompts that are scored
+_N_EMBD = 8
 _GATE_TIMEOUT = 30.0  # seconds; a test that forgets to release a step fails instead of hanging
 
 
@@ -123,6 +129,9 @@ class ScriptedBackend:
 
     ``chat_template`` is the model's, in Jinja; by default each message is a line that begins with
     its role. One that names ``<think>`` and ``<tool_call>`` lets answers have these.
+
+    The embedding of a text has 8 numbers, which count its tokens by the rest that their ids leave.
+    Each decode embeds one text.
 
     It keeps its own record of every sequence and every snapshot, and raises
     :class:`InternalError` for a plan that a real model could not execute.
@@ -268,6 +277,10 @@ class ScriptedBackend:
     def detokenize(self, token_ids: Sequence[int]) -> str:
         """Bytes that are not UTF-8 become U+FFFD."""
         return b"".join(_TOKEN_BYTES[i] for i in token_ids).decode(errors="replace")
+
+    def open_embedder(self) -> Embedder:
+        """Embeds as the class says."""
+        return _ScriptedEmbedder(self.facts.n_ctx)
 
     def exchange(
         self, plan: Plan | None, *, wait: bool, timeout: float | None = None
@@ -626,6 +639,37 @@ class ScriptedBackend:
             mixed = (sequence.luck ^ (position * 0x9E3779B1)) * 0x85EBCA6B & 0xFFFFFFFF
             return mixed / 2**32 < self._acceptance
         return self._acceptance[position % len(self._acceptance)]
+
+
+class _ScriptedEmbedder:
+    """Counts tokens."""
+
+    n_embd = _N_EMBD
+
+    def __init__(self, n_ctx: int) -> None:
+        self.n_ctx = n_ctx
+        self._tickets = itertools.count()
+        self._texts: dict[int, Sequence[int]] = {}
+
+    def add(self, tokens: Sequence[int]) -> int:
+        ticket = next(self._tickets)
+        self._texts[ticket] = tokens
+        return ticket
+
+    def drop(self, ticket: int) -> None:
+        del self._texts[ticket]
+
+    def step(self) -> list[tuple[int, npt.NDArray[np.float32]]]:
+        import numpy as np  # here only, as in the library
+
+        if not self._texts:
+            return []
+        ticket = min(self._texts)
+        counts = np.bincount(np.array(self._texts.pop(ticket)) % _N_EMBD, minlength=_N_EMBD)
+        return [(ticket, counts.astype(np.float32))]
+
+    def close(self) -> None:
+        self._texts.clear()
 
 
 class _Snapshot(NamedTuple):
