@@ -163,6 +163,11 @@ const std::vector<mtpbatch_step> & Executor::exchange(const mtpbatch_plan * plan
         step.report.saved    = step.saved.data();
         step.report.n_lost   = static_cast<int32_t>(step.lost.size());
         step.report.lost     = step.lost.data();
+        for (const auto & [seq_id, reason] : step.failures) {
+            step.stuck.push_back({ seq_id, reason.c_str() });
+        }
+        step.report.n_stuck = static_cast<int32_t>(step.stuck.size());
+        step.report.stuck   = step.stuck.data();
         reports_.push_back(step.report);
     }
     return reports_;

@@ -249,6 +249,22 @@ typedef struct mtpbatch_sampling {
     uint32_t seed;
 } mtpbatch_sampling;
 
+// Grammars that answers keep to, by llguidance. Compilers and grammars outlive the model they are made for
+// as contexts do.
+typedef struct mtpbatch_grammar_compiler mtpbatch_grammar_compiler;
+typedef struct mtpbatch_grammar          mtpbatch_grammar;
+
+// `library` is the path of the compiled module of llguidance's Python package. Takes about a second where
+// the vocabulary is large. MTPBATCH_INVALID_ARGUMENT: the model has no end-of-generation token.
+mtpbatch_status mtpbatch_grammar_compiler_create(const mtpbatch_model * model, const char * library,
+                                                 mtpbatch_grammar_compiler ** compiler, mtpbatch_error * error);
+void            mtpbatch_grammar_compiler_free(mtpbatch_grammar_compiler * compiler);
+// `text` is a grammar in llguidance's own JSON. Several threads may call it at once. It can take very long
+// and overflow the stack: try grammars of strangers in another process.
+mtpbatch_status mtpbatch_grammar_create(const mtpbatch_grammar_compiler * compiler, const char * text,
+                                        mtpbatch_grammar ** grammar, mtpbatch_error * error);
+void            mtpbatch_grammar_free(mtpbatch_grammar * grammar);
+
 // A sequence id taken by a new request.
 typedef struct mtpbatch_admission {
     int32_t           seq_id;
@@ -271,6 +287,9 @@ typedef struct mtpbatch_admission {
     // that an entry of it has scored: 0 to MTPBATCH_MAX_LOGPROBS; -1: nothing is reported.
     int32_t n_logprobs;
     int32_t n_prompt_logprobs;
+    // Only tokens that it allows are sampled, and drafts end before others; a model's end-of-generation
+    // tokens are allowed at its end alone. NULL: there is none. It is not needed after the call.
+    const mtpbatch_grammar * grammar;
 } mtpbatch_admission;
 
 // A sequence's state is copied to host memory, as a snapshot that a number, not 0, names until a plan
@@ -373,6 +392,11 @@ typedef struct mtpbatch_scored {
     mtpbatch_token_logprobs logprobs;
 } mtpbatch_scored;
 
+typedef struct mtpbatch_stuck {
+    int32_t      seq_id;
+    const char * message;
+} mtpbatch_stuck;
+
 typedef struct mtpbatch_step {
     int64_t         plan;     // its number
     mtpbatch_status status;   // not MTPBATCH_OK: its entries' sequences (recurrent layers: all) are lost; release them
@@ -403,6 +427,9 @@ typedef struct mtpbatch_step {
     int32_t                n_lost;
     const int32_t *        lost;     // ids whose snapshot could not be restored; release them
     int64_t                save_us;  // spent on all of that
+    // Requests whose grammar llguidance has given up on: they take no part any more; release them.
+    int32_t                n_stuck;
+    const mtpbatch_stuck * stuck;
 } mtpbatch_step;
 
 // `session` NULL: never drafts. From here on the contexts and the session belong to the executor.

@@ -52,6 +52,7 @@ Plan::Plan(const mtpbatch_plan & given)
             a.n_reused,
             a.n_logprobs,
             a.n_prompt_logprobs,
+            a.grammar ? a.grammar->start->clone() : nullptr,
         });
     }
     entries.reserve(static_cast<size_t>(given.n_entries));
@@ -71,6 +72,7 @@ Plan::Plan(const mtpbatch_plan & given)
 
 PlanRules::PlanRules(const Context & target, const Session * session)
     : params_(target.params()),
+      model_(&target.model()),
       n_vocab_(target.model().n_vocab()),
       n_draft_max_(session ? session->config().n_draft_max : 0),
       truncates_(!target.model().keeps_recurrent_state() && llama_model_n_swa(target.model().raw) == 0),
@@ -164,6 +166,8 @@ void PlanRules::put_in(const mtpbatch_plan & plan, std::vector<Known> & known, K
             require(n >= -1 && n <= MTPBATCH_MAX_LOGPROBS,
                     [&] { return who() + " asks for " + std::to_string(n) + " most probable tokens"; });
         }
+        require(!a.grammar || &a.grammar->start->model() == model_,
+                [&] { return who() + " has a grammar that was compiled for another model"; });
         if (a.snapshot == 0) {
             require(a.n_reused == 0, [&] { return who() + " reuses tokens of no snapshot"; });
         } else {

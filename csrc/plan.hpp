@@ -1,6 +1,7 @@
 // Plans as the executor keeps them, and the rules they live by.
 #pragma once
 
+#include "grammar.hpp"
 #include "internal.hpp"
 #include "stop_texts.hpp"
 
@@ -21,6 +22,7 @@ struct Admission {
     int32_t                  n_reused;
     int32_t                  n_logprobs;
     int32_t                  n_prompt_logprobs;
+    std::unique_ptr<Matcher> matcher;  // null: no grammar
     bool                     cancelled = false;
 };
 
@@ -94,6 +96,7 @@ class PlanRules {
     void    check_terms(const mtpbatch_terms & terms) const;
 
     const mtpbatch_context_params params_;
+    const Model * const           model_;
     const int32_t                 n_vocab_;
     const int32_t                 n_draft_max_;
     const bool                    truncates_;  // whether a restored sequence can be cut

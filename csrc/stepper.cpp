@@ -62,6 +62,7 @@ void Stepper::admit(Admission & admission) {
         std::move(admission.sampler),
         std::move(admission.stop_tokens),
         std::move(admission.stop_texts),
+        std::move(admission.matcher),
         admission.max_tokens,
         admission.ticket,
         admission.drafts,
@@ -186,9 +187,11 @@ void Stepper::step(const Plan & plan, bool repeated, Step & out) try {
     }
     begin(plan, repeated);
     draft(plan);
+    out.report.draft_us = watch.lap();
+    keep_to_grammars(out);
+    out.report.sample_us = watch.lap();
     even_out(plan);
     form_groups();
-    out.report.draft_us = watch.lap();
     for (size_t g = 0; g < n_groups_; ++g) {
         const Group & group = groups_[g];
         target_->keep_hidden(drafts_from(group));
@@ -287,6 +290,32 @@ void Stepper::draft(const Plan & plan) {
         Part & part = parts_[drafting_[i]];
         std::swap(part.draft, drafts_[i]);
         part.drafted = !part.draft.tokens.empty();
+    }
+}
+
+// Finds out what grammars allow after the last token and after each drafted one. No row is spent on
+// drafts from the first one on that cannot be accepted.
+void Stepper::keep_to_grammars(Step & out) {
+    std::vector<Part *> bound;
+    for (Part & part : parts_) {
+        if (part.request && part.request->matcher && part.sample) {
+            bound.push_back(&part);
+        }
+    }
+    std::vector<char> failed(bound.size());
+    pool_.run(static_cast<int32_t>(bound.size()), [&](int32_t i) {
+        Part & part                    = *bound[static_cast<size_t>(i)];
+        size_t n_possible              = 0;
+        failed[static_cast<size_t>(i)] = !part.request->matcher->look_ahead(part.draft.tokens, n_possible);
+        part.draft.resize(n_possible);
+    });
+    for (size_t i = 0; i < bound.size(); ++i) {
+        if (failed[i]) {
+            out.failures.emplace_back(bound[i]->seq_id, bound[i]->request->matcher->error());
+            lose(bound[i]->seq_id);  // its draft is not settled
+            bound[i]->request = nullptr;
+            bound[i]->drafted = false;
+        }
     }
 }
 
@@ -433,12 +462,19 @@ void Stepper::sample(const Group & group) {
     for (const auto & [part, row] : rows) {
         logits.push_back(target_->logits(row));
     }
+    masked_.resize(std::max(masked_.size(), rows.size()));
     const auto n_rows = static_cast<int64_t>(rows.size());
     pool_.run(
         static_cast<int32_t>(n_rows),
         [&](int32_t i) {
-            const auto r = static_cast<size_t>(i);
-            rows[r].first->request->sampler.preselect(logits[r], n_vocab, candidates_[r]);
+            const auto r             = static_cast<size_t>(i);
+            const auto & [part, row] = rows[r];
+            const Request & request  = *part->request;
+            if (request.matcher) {
+                request.matcher->apply(static_cast<size_t>(row - part->first_row), logits[r], masked_[r]);
+                logits[r] = masked_[r].data();
+            }
+            request.sampler.preselect(logits[r], n_vocab, candidates_[r]);
         },
         n_rows * n_vocab);
     int64_t n_left = 0;
@@ -516,6 +552,9 @@ void Stepper::verify(Part & part, size_t first_candidates) {
         const llama_token token = request.sampler.pick(candidates_[first_candidates + k]);
         const bool        hit   = k < part.draft.tokens.size() && part.draft.tokens[k] == token;
         part.tokens.push_back(token);
+        if (request.matcher) {
+            request.matcher->take(token);
+        }
         part.n_accepted += hit;
         request.n_generated += 1;
         request.last_token = token;
@@ -562,8 +601,9 @@ void Stepper::write(Step & out) const {
             out.trials.insert(out.trials.end(), { i, tried_[i], accepted_[i] });
         }
     }
-    out.ends_any =
-        std::any_of(parts_.begin(), parts_.end(), [](const Part & part) { return part.request && part.request->over; });
+    out.ends_any = !out.failures.empty() || std::any_of(parts_.begin(), parts_.end(), [](const Part & part) {
+        return part.request && part.request->over;
+    });
     for (const Part & part : parts_) {
         out.words.insert(out.words.end(),
                          { static_cast<int32_t>(part.tokens.size()), part.n_accepted,

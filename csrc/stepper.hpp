@@ -22,6 +22,10 @@ struct Step {
     std::vector<llama_seq_id>   lost;
 
     std::vector<mtpbatch_scored> scored;
+
+    // Requests whose grammar failed, and why.
+    std::vector<std::pair<llama_seq_id, std::string>> failures;
+    std::vector<mtpbatch_stuck>                       stuck;  // the same, for who reads the report
 };
 
 // Carries out the steps of plans that PlanRules has accepted.
@@ -47,6 +51,7 @@ class Stepper {
         Sampler                  sampler;
         std::vector<llama_token> stop_tokens;
         StopTexts                stop_texts;
+        std::unique_ptr<Matcher> matcher;  // null: no grammar
         int32_t                  max_tokens;
         int64_t                  ticket;
         bool                     drafts;
@@ -91,6 +96,7 @@ class Stepper {
     bool    takes_part(const Entry & entry, bool repeated) const;
     void    begin(const Plan & plan, bool repeated);
     void    draft(const Plan & plan);
+    void    keep_to_grammars(Step & out);
     void    even_out(const Plan & plan);
     void    form_groups();
     bool    drafts_from(const Group & group) const;
@@ -114,14 +120,15 @@ class Stepper {
     std::vector<llama_seq_id>   lost_;
     int64_t                     save_us_ = 0;
     // Of the step under way; kept for their memory.
-    std::vector<Part>             parts_;  // parallel to the plan's entries
-    std::vector<Session::Request> draft_requests_;
-    std::vector<size_t>           drafting_;  // the parts they are for
-    std::vector<Session::Draft>   drafts_;
-    std::vector<Group>            groups_;
-    size_t                        n_groups_ = 0;
-    std::vector<Candidates>       candidates_;  // by sampled row
-    std::vector<mtpbatch_scored>  scored_;
+    std::vector<Part>               parts_;  // parallel to the plan's entries
+    std::vector<Session::Request>   draft_requests_;
+    std::vector<size_t>             drafting_;  // the parts they are for
+    std::vector<Session::Draft>     drafts_;
+    std::vector<Group>              groups_;
+    size_t                          n_groups_ = 0;
+    std::vector<Candidates>         candidates_;  // by sampled row
+    std::vector<mtpbatch_scored>    scored_;
+    std::vector<std::vector<float>> masked_;  // logits of rows that a grammar looks at, by sampled row
     // Drafts that were verified, and those accepted, by index of mtpbatch_terms::acceptance.
     std::array<int32_t, 2 * MTPBATCH_CONFIDENCES> tried_, accepted_;
 };

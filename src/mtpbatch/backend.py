@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from mtpbatch.types import EngineConfig, ModelFacts, Plan, StepResult, TemplateSource
+from mtpbatch.types import (
+    EngineConfig,
+    GrammarSource,
+    ModelFacts,
+    Plan,
+    StepResult,
+    TemplateSource,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -49,9 +56,9 @@ class Backend(Protocol):
     """A loaded model that executes plans.
 
     The engine's thread makes it, exchanges plans for results and closes it. ``tokenize``,
-    ``detokenize`` and ``open_embedder`` are called from other threads, several at once, and never
-    after ``close`` began; ``wake`` and ``cancel`` from any thread at any time, and from wherever
-    the garbage collector runs: they must not wait for a lock of Python's.
+    ``detokenize``, ``compile_grammar`` and ``open_embedder`` are called from other threads, several
+    at once, and never after ``close`` began; ``wake`` and ``cancel`` from any thread at any time,
+    and from wherever the garbage collector runs: they must not wait for a lock of Python's.
     """
 
     @property
@@ -89,6 +96,13 @@ class Backend(Protocol):
 
     def open_embedder(self) -> Embedder:
         """What embeds texts with this model beside the plans, and is closed before the backend."""
+        ...
+
+    def compile_grammar(self, source: GrammarSource) -> Any:
+        """What :attr:`Admission.grammar` takes, so that answers keep to it. It can take seconds.
+
+        Raises :class:`~mtpbatch.InvalidParameterError` if it cannot be done.
+        """
         ...
 
     def exchange(

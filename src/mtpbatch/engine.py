@@ -71,6 +71,7 @@ from mtpbatch.generation import Generation
 from mtpbatch.scheduler import Event, Scheduler
 from mtpbatch.sequence import Sequence
 from mtpbatch.speculation import DraftWish, draft_wish
+from mtpbatch.structured.source import grammar_source
 from mtpbatch.text import TextAssembler
 from mtpbatch.timeouts import Timeouts
 from mtpbatch.tokenizing import LONG, Prompt, Tokenizer, snapshot
@@ -80,6 +81,7 @@ from mtpbatch.types import (
     Embeddings,
     EngineConfig,
     EngineStats,
+    GrammarSource,
     ModelFacts,
     SamplingParams,
     StepResult,
@@ -590,19 +592,22 @@ class Engine:
             submitted=submitted,
             shares_prompt=shares_prompt,
         )
+        source = grammar_source(params)
         cancel = partial(self._cancel, request_id, ticket)
         generation = Generation(request_id, loop, self._home, cancel)
         waits = waits and self._config.on_full == "wait"
         own_log = RequestLog.of(request_id, params.metadata)
         live = _Live(generation, self._mailbox(loop), streaming, waits, build, own_log)
         start: Callable[[], object]
-        if len(given) <= LONG:
+        if source is None and len(given) <= LONG:
             start = partial(
                 self._enter, build(self._tokenizer.prompt_ids(given, add_special=add_special))
             )
         else:
-            prepare = partial(self._prepare, request_id, given, build, add_special=add_special)
-            start = partial(self._tokenizer.submit, prepare)
+            prepare = partial(
+                self._prepare, request_id, given, source, build, add_special=add_special
+            )
+            start = partial(self._tokenizer.submit, prepare, compiles=source is not None)
         live.log.debug("request.submitted", followed=streaming, max_tokens=params.max_tokens)
         try:
             self._let_in(live, start, params, submitted)
@@ -642,19 +647,22 @@ class Engine:
         self,
         request_id: str,
         prompt: str | tuple[int, ...],
-        build: Callable[[tuple[int, ...]], Sequence],
+        source: GrammarSource | None,
+        build: Callable[..., Sequence],
         *,
         add_special: bool,
     ) -> None:
-        """Tokenise a long prompt, on the tokenizer's thread."""
+        """Tokenise a long prompt, or compile a grammar, on a helper's thread."""
         try:
-            self._enter(build(self._tokenizer.prompt_ids(prompt, add_special=add_special)))
+            token_ids = self._tokenizer.prompt_ids(prompt, add_special=add_special)
+            grammar = None if source is None else self._tokenizer.compile_grammar(source)
+            self._enter(build(token_ids, grammar))
         except (EngineClosedError, EngineDeadError):
             pass  # the engine ends its requests itself
         except MtpBatchError as error:
             self._post(_Refuse(request_id, error))
         except Exception as error:
-            failure = InternalError(f"tokenising the prompt failed: {error!r}")
+            failure = InternalError(f"preparing the request failed: {error!r}")
             failure.__cause__ = error
             self._post(_Refuse(request_id, failure))
 
@@ -688,6 +696,7 @@ class Engine:
         wish: DraftWish,
         seed: int,
         prompt: tuple[int, ...],
+        grammar: object = None,
         *,
         followed: bool,
         submitted: float,
@@ -706,6 +715,7 @@ class Engine:
             assembler=TextAssembler(self._token_bytes, params.stop),
             submitted=submitted,
             shares_prompt=shares_prompt,
+            grammar=grammar,
         )
 
     def _cancel(self, request_id: str, ticket: int) -> None:
@@ -834,7 +844,7 @@ class Engine:
         while not self._inbox.empty():
             match self._inbox.get():
                 case _Add(sequence):
-                    if sequence.request_id in self._live:  # not cancelled while it was tokenised
+                    if sequence.request_id in self._live:  # not cancelled while it was prepared
                         scheduler.add(sequence)
                 case _Refuse(request_id, error):
                     if request_id in self._live:
@@ -880,7 +890,7 @@ class Engine:
             if live is None:  # it ended before the cancellation came
                 continue
             event = scheduler.abort(request_id, self._clock(), reason)
-            if event is None:  # it stands in line, or its prompt is still being tokenised
+            if event is None:  # it stands in line, or is still being prepared
                 with self._gate:
                     sequence = self._backlog.leave(request_id)
                 scheduler.add(sequence or live.build(()))
@@ -961,8 +971,8 @@ class _Live(NamedTuple):
     streaming: bool
     waits: bool
     """Whether it stands in line if there is no room."""
-    build: Callable[[tuple[int, ...]], Sequence]
-    """Makes its sequence once its prompt's tokens are known."""
+    build: Callable[..., Sequence]
+    """Makes its sequence of its prompt's tokens, and its grammar if it has one."""
     log: RequestLog
 
 

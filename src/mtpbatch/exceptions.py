@@ -17,6 +17,7 @@
     │   ├── ModelLoadError                  no such file, not a GGUF, truncated, unsupported
     │   ├── ContextError                    a context could not be made or was used wrongly
     │   ├── DecodeError                     a decode failed
+    │   ├── GrammarError                    llguidance gave up on a grammar in the middle of an answer
     │   └── MtpSessionError                 speculative drafting
     │       ├── MtpInitError                the model's MTP heads cannot be used
     │       ├── MtpInvalidConfigError       a value of its config is out of range
@@ -162,6 +163,13 @@ class ContextError(NativeError):
 class DecodeError(NativeError):
     """A decode failed. A request that took part in it has ended; see the native API's docs of what
     else it means there."""
+
+
+class GrammarError(NativeError):
+    """What the answer was to keep to takes too much to go on with, or nothing can come next.
+
+    Most such grammars are refused before their request begins; no other request is affected.
+    """
 
 
 class MtpSessionError(NativeError):

@@ -19,7 +19,13 @@ from typing import Final, Literal, get_args
 
 from msgspec import Struct
 
-from mtpbatch.exceptions import DecodeError, InternalError, MtpBatchError, NativeError
+from mtpbatch.exceptions import (
+    DecodeError,
+    GrammarError,
+    InternalError,
+    MtpBatchError,
+    NativeError,
+)
 from mtpbatch.memory import Cells, Snapshots
 from mtpbatch.prefix import NO_HIT, Hit, PrefixIndex
 from mtpbatch.sequence import Sequence
@@ -299,12 +305,17 @@ class Scheduler:
         self._settled_time += result.draft_time + result.target_time + result.sample_time
 
         events = []
+        stuck = dict(result.stuck)
         n_prompt = n_generated = 0
         verifying = [0] * (self._facts.n_draft_max + 1)  # sequences by the length of their drafts
         for sequence, entry, outcome in zip(
             flight.sequences, plan.entries, result.entries, strict=True
         ):
             if sequence is None or sequence.finished:  # since the step began
+                continue
+            if entry.seq_id in stuck:
+                reason = f"the answer cannot go on by its grammar: {stuck[entry.seq_id]}"
+                events.append(self._end_by_error(sequence, GrammarError(reason), now))
                 continue
             delta = sequence.absorb(entry, outcome, now, repeated=repeated)
             if entry.tokens and not repeated:
@@ -770,6 +781,7 @@ class Scheduler:
             ticket=sequence.ticket,
             snapshot=snapshot,
             n_reused=sequence.cached_tokens,
+            grammar=sequence.grammar,
         )
 
     def _flight_of(self, result: StepResult) -> _InFlight:
@@ -789,14 +801,17 @@ class Scheduler:
         for sequence in sequences:
             if sequence is None or sequence.finished:
                 continue
-            delta = sequence.end("error", now)
             # Each request gets an error of its own, since it carries that request's completion.
             failure = DecodeError(f"the step this request took part in failed: {error}")
             # Without its traceback, whose frames would keep native objects alive after closing.
             failure.__cause__ = error.with_traceback(None)
-            failure.completion = self._retire(sequence)
-            events.append(Event(sequence.request_id, delta, error=failure))
+            events.append(self._end_by_error(sequence, failure, now))
         return events
+
+    def _end_by_error(self, sequence: Sequence, error: NativeError, now: float) -> Event:
+        delta = sequence.end("error", now)
+        error.completion = self._retire(sequence)
+        return Event(sequence.request_id, delta, error=error)
 
     def _retire(self, sequence: Sequence) -> Completion:
         """Forget a sequence that has ended; its id goes into the next plan's releases."""

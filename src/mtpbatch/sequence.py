@@ -58,6 +58,7 @@ class Sequence:
         "finish_reason",
         "first_token",
         "followed",
+        "grammar",
         "habit",
         "max_tokens",
         "n_planned",
@@ -90,6 +91,7 @@ class Sequence:
         assembler: TextAssembler,
         submitted: float,
         shares_prompt: bool = False,
+        grammar: object = None,
     ) -> None:
         """``shares_prompt``: requests of the same prompt come with it."""
         self.request_id = request_id
@@ -102,6 +104,7 @@ class Sequence:
         self.followed = followed
         self.submitted = submitted
         self.shares_prompt = shares_prompt
+        self.grammar = grammar
         self._reads_along = followed or bool(params.stop)
 
         self.seq_id: int | None = None

@@ -1,7 +1,8 @@
-"""Texts to tokens and back for an engine, without holding up event loops.
+"""Texts to tokens and back, and grammars, for an engine, without holding up event loops.
 
 What is short is done where it is asked for. What is long goes to one thread, in order: llama.cpp
-works without the GIL there, and what Python has to do goes in slices.
+works without the GIL there, and what Python has to do goes in slices. Grammars, which take longer,
+have a thread of their own.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from mtpbatch._loops import ThreadEvent
 from mtpbatch._slices import slices
 from mtpbatch.backend import Backend
 from mtpbatch.exceptions import InternalError, InvalidParameterError, PromptTooLongError
+from mtpbatch.types import GrammarSource
 
 Prompt: TypeAlias = str | abc.Sequence[int]
 """A text, or the ids of its tokens."""
@@ -44,8 +46,9 @@ class Tokenizer:
         self._n_ctx = backend.facts.n_ctx
         self._gate = threading.Condition()
         self._n_users = 0  # of the backend, under the gate
-        # Starts its one thread when the first long text comes.
+        # Each starts its one thread when the first long text comes, or the first grammar.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mtpbatch-tokenizer")
+        self._compiler = ThreadPoolExecutor(1, thread_name_prefix="mtpbatch-grammars")
 
     # --------------------------------------------------------------- from an event loop
 
@@ -83,11 +86,19 @@ class Tokenizer:
 
     # --------------------------------------------------------------- from any thread
 
-    def submit(self, work: Callable[[], _Result]) -> Future[_Result]:
-        """Have it done on the thread for long texts. It is cancelled if the engine closes first."""
+    def submit(self, work: Callable[[], _Result], *, compiles: bool = False) -> Future[_Result]:
+        """Have it done on the thread for long texts, or on the one for grammars if it ``compiles``.
+
+        It is cancelled if the engine closes first.
+        """
         with self._gate:
             self._check_open()
-            return self._thread.submit(work)
+            return (self._compiler if compiles else self._thread).submit(work)
+
+    def compile_grammar(self, source: GrammarSource) -> object:
+        """What the backend makes of it."""
+        with self._using_backend() as backend:
+            return backend.compile_grammar(source)
 
     def prompt_ids(self, prompt: str | tuple[int, ...], *, add_special: bool) -> tuple[int, ...]:
         """The tokens of a prompt, checked: at least one, and fewer than a sequence holds."""
@@ -123,9 +134,11 @@ class Tokenizer:
     def close(self) -> None:
         """Wait until nobody uses the backend. What waits for the thread is dropped."""
         with self._gate:
-            self._thread.shutdown(wait=False, cancel_futures=True)
+            for thread in (self._thread, self._compiler):
+                thread.shutdown(wait=False, cancel_futures=True)
             self._gate.wait_for(lambda: not self._n_users)
         self._thread.shutdown()
+        self._compiler.shutdown()
 
     # ------------------------------------------------------------------------ details
 

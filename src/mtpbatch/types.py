@@ -126,6 +126,16 @@ class SamplingParams(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Tokens that end the answer, besides the model's own end-of-generation tokens."""
     ignore_eos: bool = False
     """Go on after the model's end-of-generation tokens."""
+    json_schema: Any = None
+    """The answer is JSON that this schema allows: a dict, JSON text, or a type that msgspec or
+    pydantic can make a schema of. Of this and the next three at most one; they need the extra
+    ``structured``."""
+    regex: str | None = None
+    """The answer as a whole matches this regular expression (Rust's syntax; no lookaround)."""
+    choice: tuple[Annotated[str, Meta(min_length=1)], ...] = ()
+    """The answer is one of these texts."""
+    grammar: str | None = None
+    """The answer is of this grammar, in llguidance's variant of Lark or in llama.cpp's GBNF."""
     speculation: Speculation | None = None
     """Draft depth of this request: 0 off, n fixed, "auto" as deep as pays; None: as the engine's
     config says."""
@@ -159,6 +169,19 @@ class SamplingParams(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             if not math.isfinite(getattr(self, name) or 0):
                 words = allowed(SamplingParams, name)
                 raise InvalidParameterError(name, f"must be {words}, got {getattr(self, name)}")
+        asked = [
+            name
+            for name in ("json_schema", "regex", "choice", "grammar")
+            if getattr(self, name) not in (None, ())
+        ]
+        if len(asked) > 1:
+            raise InvalidParameterError(
+                asked[1], f"cannot be combined with {asked[0]}: an answer keeps to one form"
+            )
+        if asked and self.ignore_eos:
+            raise InvalidParameterError(
+                "ignore_eos", f"cannot be combined with {asked[0]}, whose answer has an end"
+            )
         for text in self.stop:
             try:
                 text.encode()
@@ -196,6 +219,15 @@ def parse(kind: type[_S], values: Mapping[str, Any]) -> _S:
             reason = f"must be {words}" if words else str(error)
             raise InvalidParameterError(name, f"{reason}, got {shown(value)}") from None
     return kind(**converted)
+
+
+class GrammarSource(Struct, frozen=True):
+    """What an answer must be like, as the backend is asked to compile it."""
+
+    parameter: str
+    """The parameter that asks for it: json_schema, regex, choice or grammar."""
+    text: str
+    """Its value; choices as a JSON list."""
 
 
 # ------------------------------------------------- between the scheduler and the executor
@@ -273,6 +305,8 @@ class Admission(Struct, frozen=True, gc=False):
     """Tokens of the snapshot that are kept: its first ones. All of it, unless the model
     truncates (see :class:`ModelFacts`); if it has not so many, it cannot be restored. Cells for
     all of it must be free at that moment."""
+    grammar: Any = None
+    """What the answer keeps to, compiled by the backend; None: it may be anything."""
 
 
 class Save(Struct, frozen=True, gc=False):
@@ -445,6 +479,9 @@ class StepResult(Struct, frozen=True, gc=False):
     trials: tuple[tuple[int, int, int], ...] = ()
     """Drafts that were verified, if the plan has terms: a class of confidence (``N_CONFIDENCES``
     more for requests with a temperature), how many, and how many of them were accepted."""
+    stuck: tuple[tuple[int, str], ...] = ()
+    """Sequence ids whose grammar takes too much to go on with, and why: they take no part any more,
+    and have lost their state."""
 
 
 # ----------------------------------------------------------------------- back to the app

@@ -12,9 +12,17 @@ from mtpbatch.machine import available_cpus
 from mtpbatch.native.context import Context
 from mtpbatch.native.embedder import Embedder
 from mtpbatch.native.executor import Executor
+from mtpbatch.native.grammar import Grammar, GrammarCompiler
 from mtpbatch.native.model import Model
 from mtpbatch.native.session import MtpSession
-from mtpbatch.types import EngineConfig, ModelFacts, Plan, StepResult, TemplateSource
+from mtpbatch.types import (
+    EngineConfig,
+    GrammarSource,
+    ModelFacts,
+    Plan,
+    StepResult,
+    TemplateSource,
+)
 
 # Rows whose logits a step can have beside one for each sequence, for prompts that are scored. More
 # would take more memory: with the largest vocabularies these are 30 MB.
@@ -67,6 +75,7 @@ class NativeBackend:
             else:
                 session = MtpSession(target, draft, config.n_seq, config.n_draft_max)
         self._executor = Executor(target, session)
+        self._grammars = GrammarCompiler(model)
         self.config = config
         self.facts = ModelFacts(
             n_ctx=target.n_ctx,
@@ -105,6 +114,9 @@ class NativeBackend:
             kv_type=config.kv_type,
         )
 
+    def compile_grammar(self, source: GrammarSource) -> Grammar:
+        return self._grammars.compile(source)
+
     def exchange(
         self, plan: Plan | None, *, wait: bool, timeout: float | None = None
     ) -> list[StepResult]:
@@ -118,6 +130,7 @@ class NativeBackend:
 
     def close(self) -> None:
         self._executor.close()
+        self._grammars.close()
         self._model.close()
 
 

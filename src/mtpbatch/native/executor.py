@@ -134,6 +134,12 @@ def _result(step: Any) -> StepResult:
         saved=tuple((step.saved[i].snapshot, step.saved[i].n_bytes) for i in range(step.n_saved)),
         save_time=step.save_us / 1e6,
         lost=tuple(step.lost[i] for i in range(step.n_lost)),
+        stuck=tuple(
+            (one.seq_id, ffi.string(one.message).decode("utf-8", "replace"))
+            for one in ffi.unpack(step.stuck, step.n_stuck)
+        )
+        if step.n_stuck
+        else (),
     )
 
 
@@ -196,6 +202,7 @@ def _native_plan(plan: Plan) -> tuple[Any, list[Any]]:
                 a.n_reused,
                 _n_logprobs(p.logprobs),
                 _n_logprobs(p.prompt_logprobs),
+                a.grammar._native if a.grammar is not None else ffi.NULL,
             ]
         )
     entries = []

@@ -21,6 +21,7 @@ from mtpbatch.types import (
     Admission,
     EngineConfig,
     EntryResult,
+    GrammarSource,
     ModelFacts,
     OnFull,
     Park,
@@ -111,6 +112,7 @@ class ScriptedBackend:
     answer of its own, some words long. Sampling parameters make no difference. The model is certain
     of each token, also of a prompt's: its log probability is 0.0, its rank 1, and ``logprobs`` and
     ``prompt_logprobs`` name no other token beside it, however many are asked for.
+    The form that an answer is to keep to makes no difference either: the script sees to that.
 
     ``acceptance`` is the chance that a draft is right, drawn for each position of each prompt,
     or a pattern of right and wrong drafts that is repeated over the positions. It changes how
@@ -281,6 +283,9 @@ class ScriptedBackend:
     def open_embedder(self) -> Embedder:
         """Embeds as the class says."""
         return _ScriptedEmbedder(self.facts.n_ctx)
+
+    def compile_grammar(self, source: GrammarSource) -> None:
+        """There is nothing to compile: answers are the script's."""
 
     def exchange(
         self, plan: Plan | None, *, wait: bool, timeout: float | None = None

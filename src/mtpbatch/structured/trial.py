@@ -1,0 +1,90 @@
+"""Grammars are tried in a process of their own, which may be lost."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Final
+
+from mtpbatch.exceptions import InvalidParameterError
+from mtpbatch.structured.library import require_llguidance
+from mtpbatch.types import GrammarSource
+
+CPU_SECONDS: Final = 3
+"""What a grammar may take to be compiled."""
+MEMORY: Final = 2 << 30
+"""Bytes of address space that it may take, with Python and the library."""
+
+_PROGRAM: Final = Path(__file__).with_name("trial_process.py")
+
+
+class Trial:
+    """Starts the process when the first grammar comes, and another one when it was lost.
+
+    Any thread may call; calls wait for each other.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: subprocess.Popen[str] | None = None
+
+    def compile(self, source: GrammarSource) -> str:
+        """The grammar in llguidance's own JSON, once it has been compiled and tried out.
+
+        Raises :class:`InvalidParameterError` with llguidance's words, or if that takes too much.
+        """
+        with self._lock:
+            answer = self._ask(source)
+        if answer is None:
+            raise InvalidParameterError(
+                source.parameter,
+                f"takes more than {CPU_SECONDS} s or {MEMORY >> 20} MiB to compile, or is nested "
+                f"too deeply; make it smaller",
+            )
+        if "error" in answer:
+            raise InvalidParameterError(source.parameter, f"cannot be done: {answer['error']}")
+        return answer["grammar"]
+
+    def close(self) -> None:
+        """End the process."""
+        with self._lock:
+            self._end()
+
+    def _ask(self, source: GrammarSource) -> dict[str, str] | None:
+        """What the process says; ``None`` if it is lost over that."""
+        process = self._process or self._start(source)
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            print(json.dumps([source.parameter, source.text]), file=process.stdin, flush=True)
+            line = process.stdout.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line.endswith("\n"):
+            self._end()
+            return None
+        answer: dict[str, str] = json.loads(line)
+        return answer
+
+    def _start(self, source: GrammarSource) -> subprocess.Popen[str]:
+        path = require_llguidance(source.parameter).parent
+        limits = [str(CPU_SECONDS), str(MEMORY)]
+        self._process = subprocess.Popen(
+            [sys.executable, str(_PROGRAM), str(path), *limits],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            encoding="utf-8",
+        )
+        return self._process
+
+    def _end(self) -> None:
+        process, self._process = self._process, None
+        if process is not None:
+            process.kill()
+            with process:  # closes its pipes, and waits
+                pass
