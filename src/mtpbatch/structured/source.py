@@ -28,10 +28,14 @@ def grammar_source(params: SamplingParams) -> GrammarSource | None:
         source = GrammarSource("choice", json.dumps(params.choice))
     elif params.grammar is not None:
         source = GrammarSource("grammar", params.grammar)
-    if source is not None and len(source.text) > _MOST_CHARS:
+    if source is None:
+        return None
+    if len(source.text) > _MOST_CHARS:
         raise InvalidParameterError(
             source.parameter, f"has {len(source.text)} characters; at most {_MOST_CHARS} can be"
         )
+    if "\0" in source.text:
+        raise InvalidParameterError(source.parameter, "holds a NUL character; write it as \\x00")
     return source
 
 

@@ -13,21 +13,19 @@ from mtpbatch.exceptions import InvalidParameterError
 from mtpbatch.structured.library import require_llguidance
 from mtpbatch.types import GrammarSource
 
-CPU_SECONDS: Final = 3
-"""What a grammar may take to be compiled."""
-MEMORY: Final = 2 << 30
-"""Bytes of address space that it may take, with Python and the library."""
-
 _PROGRAM: Final = Path(__file__).with_name("trial_process.py")
 
 
 class Trial:
     """Starts the process when the first grammar comes, and another one when it was lost.
 
-    Any thread may call; calls wait for each other.
+    A grammar may take ``cpu_seconds`` of a CPU, and ``memory`` bytes of address space with Python
+    and the library. Any thread may call; calls wait for each other.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, cpu_seconds: int = 3, memory: int = 2 << 30) -> None:
+        self._cpu_seconds = cpu_seconds
+        self._memory = memory
         self._lock = threading.Lock()
         self._process: subprocess.Popen[str] | None = None
 
@@ -41,8 +39,8 @@ class Trial:
         if answer is None:
             raise InvalidParameterError(
                 source.parameter,
-                f"takes more than {CPU_SECONDS} s or {MEMORY >> 20} MiB to compile, or is nested "
-                f"too deeply; make it smaller",
+                f"takes more than {self._cpu_seconds} s or {self._memory >> 20} MiB to compile, or is "
+                f"nested too deeply; make it smaller",
             )
         if "error" in answer:
             raise InvalidParameterError(source.parameter, f"cannot be done: {answer['error']}")
@@ -71,7 +69,7 @@ class Trial:
 
     def _start(self, source: GrammarSource) -> subprocess.Popen[str]:
         path = require_llguidance(source.parameter).parent
-        limits = [str(CPU_SECONDS), str(MEMORY)]
+        limits = [str(self._cpu_seconds), str(self._memory)]
         self._process = subprocess.Popen(
             [sys.executable, str(_PROGRAM), str(path), *limits],
             stdin=subprocess.PIPE,
