@@ -23,6 +23,7 @@ def make_sequence(
     depth: int | None = None,
     followed: bool = True,
     shares_prompt: bool = False,
+    grammar: object = None,
     **params: Any,
 ) -> Sequence:
     parsed = SamplingParams(**params)
@@ -40,6 +41,7 @@ def make_sequence(
         assembler=TextAssembler(backend.token_bytes, parsed.stop),
         submitted=backend.clock(),
         shares_prompt=shares_prompt,
+        grammar=grammar,
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
+from collections.abc import Callable
 from random import Random
 from typing import Any
 
@@ -46,6 +47,7 @@ def random_schema(random: Random) -> Schema:
 
 
 def _any(random: Random, depth: int) -> Schema:
+    kinds: list[Callable[[Random, int], Schema]]
     kinds = [_string, _string, _integer, _number, _constant, _simple]
     if depth < _DEEPEST:
         kinds += [_array, _object, _object, _either, _all]

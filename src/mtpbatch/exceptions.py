@@ -17,7 +17,7 @@
     │   ├── ModelLoadError                  no such file, not a GGUF, truncated, unsupported
     │   ├── ContextError                    a context could not be made or was used wrongly
     │   ├── DecodeError                     a decode failed
-    │   ├── GrammarError                    llguidance gave up on a grammar in the middle of an answer
+    │   ├── GrammarError                    an answer cannot go on by its grammar
     │   └── MtpSessionError                 speculative drafting
     │       ├── MtpInitError                the model's MTP heads cannot be used
     │       ├── MtpInvalidConfigError       a value of its config is out of range

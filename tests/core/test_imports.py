@@ -41,6 +41,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "chat/template": {"chat", "exceptions"},
     "chat/generation": {"chat", "generation", "types"},
     "embedding": {"backend", "_loops", "types", "exceptions"},
+    "structured/source": {"types", "exceptions"},
+    "structured/library": {"exceptions"},
+    "structured/trial": {"structured", "types", "exceptions"},
+    "structured/trial_process": set(),  # a program of its own
     "machine": set(),
     "_llama_cpp": {"exceptions", "_built_with"},  # the latter is written by the build
     "engine": {
@@ -51,6 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "scheduler",
         "sequence",
         "speculation",
+        "structured",
         "text",
         "tokenizing",
         "backend",

@@ -37,6 +37,7 @@ def test_the_package_exports_exactly_these_names() -> None:
         "FinishReason",
         "FunctionCall",
         "Generation",
+        "GrammarError",
         "InternalError",
         "InvalidParameterError",
         "InvalidRequestError",
@@ -118,7 +119,7 @@ def test_the_engines_surface() -> None:
         (
             mtpbatch.SamplingParams,
             "max_tokens temperature top_k top_p min_p seed stop stop_token_ids ignore_eos "
-            "speculation timeout queue_timeout priority deadline reuse_prefix logprobs "
+            "json_schema regex choice grammar speculation timeout queue_timeout priority deadline reuse_prefix logprobs "
             "prompt_logprobs metadata",
         ),
         (

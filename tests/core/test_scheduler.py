@@ -19,12 +19,19 @@ from hypothesis.stateful import (
 from msgspec.structs import replace
 
 from mtpbatch import memory, prefix, scheduler
-from mtpbatch.exceptions import DecodeError, InternalError
+from mtpbatch.exceptions import DecodeError, GrammarError, InternalError
 from mtpbatch.scheduler import Event, Scheduler
 from mtpbatch.sequence import Sequence
 from mtpbatch.testing import ScriptedBackend
 from mtpbatch.timeouts import Timeouts
-from mtpbatch.types import Completion, EntryResult, Plan, StepResult, TokenLogprobs
+from mtpbatch.types import (
+    NO_RESULT,
+    Completion,
+    EntryResult,
+    Plan,
+    StepResult,
+    TokenLogprobs,
+)
 from scheduling import (
     completions,
     hand_over,
@@ -562,6 +569,30 @@ def test_a_prompt_that_is_scored_leaves_outputs_to_everyone_else() -> None:
     done = completions(run_to_end(scheduler, backend))
     for name in ("b", "c"):
         assert [t.token_id for t in done[name].prompt_logprobs or ()] == [66] * 99
+
+
+def test_a_grammar_that_fails_ends_its_request_alone() -> None:
+    backend = ScriptedBackend(lambda _: "long answer", n_seq=2)
+    scheduler = Scheduler(backend.facts)
+    for request_id in ("stuck", "free"):
+        scheduler.add(make_sequence(backend, request_id, [1, 2], grammar="compiled", depth=0))
+    plan = hand_over(scheduler, backend)
+    assert [admission.grammar for admission in plan.admit] == ["compiled", "compiled"]
+    [result] = backend.exchange(None, wait=True)
+    assert len(scheduler.update(result, 1.0)) == 2
+    [result] = backend.exchange(None, wait=True)
+    _, other = result.entries
+    stuck = replace(result, entries=(NO_RESULT, other), stuck=((0, "too hard"),))
+    failed, went_on = scheduler.update(stuck, 2.0)
+    assert isinstance(failed.error, GrammarError)
+    assert "too hard" in str(failed.error)
+    assert failed.error.completion is not None
+    assert failed.error.completion.finish_reason == "error"
+    assert len(failed.error.completion.token_ids) == 1
+    assert went_on.delta is not None
+    assert went_on.delta.token_ids == other.token_ids
+    assert hand_over(scheduler, backend).release == (0,)
+    scheduler.check_integrity()
 
 
 def test_results_are_taken_in_the_order_of_the_plans() -> None:

@@ -51,6 +51,20 @@ async def test_hundreds_of_steps_pass_meanwhile(
     assert max(exchanged) > 200
 
 
+async def test_neither_does_one_that_keeps_to_a_grammar_wait(
+    demo_path: Path, exchanged: list[int]
+) -> None:
+    async with (
+        mtpbatch.Engine.open(demo_path, n_seq=1, n_ctx=1024, n_threads=1) as engine,
+        engine.stream("In the", max_tokens=900, regex="[a-z ]{5000}") as deltas,
+    ):
+        await anext(deltas)
+        keep_the_gil()
+        done = await deltas
+    assert len(done.token_ids) == 900
+    assert max(exchanged) > 30
+
+
 async def test_none_pass_for_who_was_cancelled_before(
     engine: mtpbatch.Engine, exchanged: list[int]
 ) -> None:

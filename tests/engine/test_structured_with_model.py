@@ -36,7 +36,10 @@ class Pet(pydantic.BaseModel):
 
 POINT = {
     "type": "object",
-    "properties": {"x": {"type": "integer", "minimum": 0, "maximum": 99}, "y": {"enum": ["up", "down"]}},
+    "properties": {
+        "x": {"type": "integer", "minimum": 0, "maximum": 99},
+        "y": {"enum": ["up", "down"]},
+    },
     "required": ["x", "y"],
     "additionalProperties": False,
 }
@@ -184,15 +187,10 @@ async def test_who_is_cancelled_while_its_grammar_is_compiled_ends_at_once(
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_paused_answers_go_on_where_they_were(demo_f32_path: Path) -> None:
     """With too few cells for all, and with none to keep the states of those that pause."""
-    asked = [
-        {"regex": rf"([a-z]{{{n},{n + 9}}} ){{99}}", "seed": n} for n in range(1, 5)
-    ]
+    asked = [{"regex": rf"([a-z]{{{n},{n + 9}}} ){{99}}", "seed": n} for n in range(1, 5)]
     answers = []
-    for memory in (
-        {},
-        {"n_cells": 300, "snapshot_memory": 64},
-        {"n_cells": 300, "snapshot_memory": 0},
-    ):
+    scarce: dict[str, Any] = {"n_cells": 300, "snapshot_memory": 0}
+    for memory in ({}, scarce, {**scarce, "snapshot_memory": 64}):
         async with mtpbatch.Engine.open(
             demo_f32_path, n_seq=4, n_ctx=256, n_threads=1, kv_type="f32", **memory
         ) as engine:

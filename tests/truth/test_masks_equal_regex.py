@@ -1,7 +1,7 @@
-"""Answers under a regular expression: llama.cpp's logits, and what a regex engine says may come next.
+"""Answers under a regular expression: llama.cpp picks among what a regex engine says may come.
 
-Which tokens may come is found out with the ``regex`` package alone: those after which the text is
-still the beginning of a match, and those that end it where it is one. llama.cpp picks among them.
+That is found out with the ``regex`` package alone: tokens after which the text is still the
+beginning of a match, and those that end it where it is one.
 """
 
 from __future__ import annotations

@@ -39,8 +39,8 @@ class GrammarCompiler:
     def compile(self, source: GrammarSource) -> Grammar:
         """The compiled grammar.
 
-        Raises :class:`InvalidParameterError`: it cannot be done, or takes too much; the model has no
-        end-of-generation token; or llguidance is not installed.
+        Raises :class:`InvalidParameterError`: it cannot be done, or takes too much; the model has
+        no end-of-generation token; or llguidance is not installed.
         """
         with self._lock:
             grammar = self._grammars.get(source)

@@ -39,8 +39,8 @@ class Trial:
         if answer is None:
             raise InvalidParameterError(
                 source.parameter,
-                f"takes more than {self._cpu_seconds} s or {self._memory >> 20} MiB to compile, or is "
-                f"nested too deeply; make it smaller",
+                f"takes more than {self._cpu_seconds} s or {self._memory >> 20} MiB to compile, or "
+                f"is nested too deeply; make it smaller",
             )
         if "error" in answer:
             raise InvalidParameterError(source.parameter, f"cannot be done: {answer['error']}")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
+    from llguidance._lib import JsonCompileOptions
 
 # Deep recursion is to end here rather than on the threads of the engine, which have more.
 _STACK = 256 << 10
@@ -26,7 +27,7 @@ _STEPS = 64  # of an answer, made at random
 
 # At most one blank between two parts of JSON, or a line break and some indentation: models that may
 # write as many as they like do not always find an end. A schema's own "x-guidance" goes first.
-_WHITESPACE = {"whitespace_pattern": r"( |\r?\n[ \t]{0,40})?"}
+_WHITESPACE: JsonCompileOptions = {"whitespace_pattern": r"( |\r?\n[ \t]{0,40})?"}
 
 
 def main() -> None:
