@@ -5,7 +5,9 @@
 
 #include <dlfcn.h>
 
+#include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <utility>
 
 namespace mtpbatch {
@@ -22,13 +24,12 @@ struct Llguidance {
         find(new_matcher, "llg_new_matcher");
         find(clone_matcher, "llg_clone_matcher");
         find(free_matcher, "llg_free_matcher");
-        find(mask_size, "llg_matcher_get_mask_byte_size");
         find(compute_mask, "llg_matcher_compute_mask_into");
         find(consume, "llg_matcher_consume_tokens");
         find(rollback, "llg_matcher_rollback");
         find(error, "llg_matcher_get_error");
     }
-    // Never closed: its Python module has loaded it too.
+    // Never closed: it may have threads and thread-local data.
     Llguidance(const Llguidance &)             = delete;
     Llguidance & operator=(const Llguidance &) = delete;
 
@@ -39,7 +40,6 @@ struct Llguidance {
     LlgMatcher * (*new_matcher)(const LlgConstraintInit *, const char *, const char *);
     LlgMatcher * (*clone_matcher)(const LlgMatcher *);
     void (*free_matcher)(LlgMatcher *);
-    size_t (*mask_size)(const LlgMatcher *);
     int32_t (*compute_mask)(LlgMatcher *, uint32_t *, size_t);
     int32_t (*consume)(LlgMatcher *, const uint32_t *, size_t);
     int32_t (*rollback)(LlgMatcher *, size_t);

@@ -249,8 +249,7 @@ typedef struct mtpbatch_sampling {
     uint32_t seed;
 } mtpbatch_sampling;
 
-// Grammars that answers keep to, by llguidance. Compilers and grammars outlive the model they are made for
-// as contexts do.
+// What answers keep to, by llguidance: compilers, each for one model, and what they compile.
 typedef struct mtpbatch_grammar_compiler mtpbatch_grammar_compiler;
 typedef struct mtpbatch_grammar          mtpbatch_grammar;
 

@@ -302,7 +302,10 @@ void Stepper::keep_to_grammars(Step & out) {
             bound.push_back(&part);
         }
     }
-    std::vector<char> failed(bound.size());
+    if (bound.empty()) {
+        return;
+    }
+    std::vector<char> failed(bound.size());  // not of bool, whose elements share bytes
     pool_.run(static_cast<int32_t>(bound.size()), [&](int32_t i) {
         Part & part                    = *bound[static_cast<size_t>(i)];
         size_t n_possible              = 0;
