@@ -746,7 +746,7 @@ class Engine:
         self._left_behind = True
         self._abort_all()
         if hasattr(self, "_embedding"):
-            self._embedding.stop(self._end())
+            self._embedding.stop(self._last_words())
         log.error("engine.left_behind", waited=seconds)
 
     def _abort_all(self) -> None:
@@ -797,7 +797,7 @@ class Engine:
         try:
             if backend is not None:
                 if hasattr(self, "_embedding"):
-                    self._embedding.stop(self._end())
+                    self._embedding.stop(self._last_words())
                     self._embedding.join()
                     self._tokenizer.close()
                 backend.close()
@@ -917,7 +917,7 @@ class Engine:
         if self._draining and not self._live:
             self._drained.set()
 
-    def _end(self) -> MtpBatchError:
+    def _last_words(self) -> MtpBatchError:
         """What whoever waits is told at the end."""
         if self._failure is None:
             return EngineClosedError("the engine was closed")

@@ -119,8 +119,8 @@ def test_the_engines_surface() -> None:
         (
             mtpbatch.SamplingParams,
             "max_tokens temperature top_k top_p min_p seed stop stop_token_ids ignore_eos "
-            "json_schema regex choice grammar speculation timeout queue_timeout priority deadline reuse_prefix logprobs "
-            "prompt_logprobs metadata",
+            "json_schema regex choice grammar speculation timeout queue_timeout priority deadline "
+            "reuse_prefix logprobs prompt_logprobs metadata",
         ),
         (
             mtpbatch.Completion,

@@ -116,7 +116,7 @@ async def test_texts_that_can_only_be_as_they_are_come_in_the_models_tokens(
     text = "In the beginning God created the heaven"
     done = await engine.generate(PROMPT, choice=[text])
     assert done.text == text
-    assert list(done.token_ids[:-1]) == engine.tokenize(text, add_special=False)
+    assert list(done.token_ids[:-1]) == await engine.tokenize(text, add_special=False)
     assert done.token_ids[-1] in engine.model.eog_token_ids
 
 
