@@ -746,7 +746,7 @@ class Engine:
         self._left_behind = True
         self._abort_all()
         if hasattr(self, "_embedding"):
-            self._embedding.stop(self._last_words())
+            self._embedding.stop(self._end_error())
         log.error("engine.left_behind", waited=seconds)
 
     def _abort_all(self) -> None:
@@ -797,7 +797,7 @@ class Engine:
         try:
             if backend is not None:
                 if hasattr(self, "_embedding"):
-                    self._embedding.stop(self._last_words())
+                    self._embedding.stop(self._end_error())
                     self._embedding.join()
                     self._tokenizer.close()
                 backend.close()
@@ -917,11 +917,11 @@ class Engine:
         if self._draining and not self._live:
             self._drained.set()
 
-    def _last_words(self) -> MtpBatchError:
-        """What whoever waits is told at the end."""
+    def _end_error(self) -> MtpBatchError:
+        """What whoever waits for embeddings is told at the end."""
         if self._failure is None:
             return EngineClosedError("the engine was closed")
-        error = EngineDeadError(f"the engine died: {self._failure!r}")
+        error = EngineDeadError(_died_of(self._failure))
         error.__cause__ = self._failure
         return error
 

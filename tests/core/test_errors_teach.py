@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import islice
 from typing import Any, get_args
 
 import msgspec
@@ -24,6 +25,8 @@ RANGE = re.compile(
 
 def bad_values(kind: inspect.Type) -> Iterator[Any]:
     """One of another type, and one past each bound."""
+    if isinstance(kind, inspect.AnyType):
+        return  # a schema's type is no matter of types: tests/structured
     members = kind.types if isinstance(kind, inspect.UnionType) else (kind,)
     yield object
     if not any(isinstance(member, inspect.StrType) for member in members):
@@ -42,7 +45,8 @@ def bad_values(kind: inspect.Type) -> Iterator[Any]:
         if isinstance(member, inspect.VarTupleType):
             yield from ((wrong,) for wrong in bad_values(member.item_type))
         if isinstance(member, inspect.DictType):
-            yield from ({"a": wrong} for wrong in ("seventeen", None))
+            others = islice(bad_values(member.value_type), 1)  # of another type
+            yield from ({"a": wrong} for wrong in others)
         if isinstance(member, inspect.StrType) and member.min_length:
             yield ""
 
@@ -59,7 +63,8 @@ CASES = [
 
 def test_every_field_is_walked() -> None:
     walked = {(kind, name) for kind, name, _ in CASES}
-    assert walked == {(k, f.name) for k in STRUCTS for f in msgspec.structs.fields(k)}
+    fields = {(k, f.name) for k in STRUCTS for f in msgspec.structs.fields(k)}
+    assert walked == fields - {(SamplingParams, "json_schema")}
 
 
 @pytest.mark.parametrize(
