@@ -1,6 +1,7 @@
 // What the parts of the native layer share: errors, timing, and the handles' insides.
 #pragma once
 
+#include "edits.hpp"
 #include "llama_private.h"
 #include "mtpbatch.h"
 
@@ -342,30 +343,33 @@ class Session {
 struct Candidates {
     const float *                 logits;
     int32_t                       n_vocab;
+    bool                          waits;      // for the tokens before it to be picked; nothing below is known
     std::vector<llama_token_data> few;        // empty: the whole vocabulary
     bool                          sorted;     // by descending logit
     size_t                        n_applied;  // filters of the sampler that are done with
 };
 
-struct FreeSampler {
-    void operator()(llama_sampler * sampler) const { llama_sampler_free(sampler); }
-};
-using SamplerPointer = std::unique_ptr<llama_sampler, FreeSampler>;
-
-// How one request picks tokens from logits: always the very tokens that llama.cpp's chain of top_k,
-// top_p, min_p, temp and dist picks from the whole vocabulary. A logit that is not a number counts
-// as -inf.
+// How one request picks tokens from logits: always the very tokens that llama.cpp's chain of
+// logit_bias, penalties, dry, top_k, typical, top_p, min_p, xtc, temp and dist picks from the whole
+// vocabulary. A logit that is not a number counts as -inf, and typical does not see what has no
+// probability at all.
 class Sampler {
   public:
     explicit Sampler(const mtpbatch_sampling & params);
     float temperature() const { return temperature_; }  // 0: greedy
-    // What of a row's logits can be picked at all. Any number of threads may call it at once.
+    // What of a row's logits can be picked at all. Any number of threads may call it at once. A row
+    // that depends on the tokens picked before is left to pick().
     void preselect(const float * logits, int32_t n_vocab, Candidates & candidates) const;
-    // Picks a token; each call advances the random state by one draw.
+    // Picks the next token of the answer, and advances the random state.
     llama_token pick(Candidates & candidates);
 
   private:
+    void        select(Candidates & candidates) const;
+    llama_token draw(Candidates & candidates);
+
+    Edits                       edits_;
     int32_t                     top_k_;
+    float                       typical_p_;
     float                       top_p_;
     float                       min_p_;
     float                       temperature_ = 0;

@@ -240,13 +240,43 @@ typedef struct mtpbatch_token_logprobs {
     float   top_logprobs[MTPBATCH_MAX_LOGPROBS];
 } mtpbatch_token_logprobs;
 
-// How a request picks tokens.
+typedef struct mtpbatch_tokens {
+    int32_t         n;
+    const int32_t * ids;
+} mtpbatch_tokens;
+
+typedef struct mtpbatch_bias {
+    int32_t token;
+    float   bias;
+} mtpbatch_bias;
+
+// DRY: what would make the text repeat itself becomes the less likely the longer the repetition is.
+typedef struct mtpbatch_dry mtpbatch_dry;
+
+// How a request picks tokens. What it changes in a row's logits comes first, in the order given here; then
+// tokens are left out, from top_k on; then one of those that remain is drawn.
 typedef struct mtpbatch_sampling {
-    float    temperature;  // 0: greedy
-    int32_t  top_k;        // 0: all
-    float    top_p;
-    float    min_p;
-    uint32_t seed;
+    int32_t               n_bias;
+    const mtpbatch_bias * bias;  // added
+    // Of each, the last token is impossible where the answer ends with the others.
+    int32_t                 n_banned;
+    const mtpbatch_tokens * banned;
+    // These are impossible until so many tokens have been picked.
+    int32_t              min_tokens;
+    mtpbatch_tokens      withheld;
+    float                repetition_penalty;  // 1: none; of tokens in the history or the answer
+    float                frequency_penalty;   // 0: none; for each time that the answer holds the token
+    float                presence_penalty;    // 0: none; of tokens in the answer
+    const mtpbatch_dry * dry;                 // NULL: none
+    mtpbatch_tokens      history;          // what comes before the answer; only repetition_penalty and dry look at it
+    int32_t              top_k;            // 0: all
+    float                typical_p;        // 1: all
+    float                top_p;            // 1: all
+    float                min_p;            // 0: all
+    float                xtc_probability;  // 0: never
+    float                xtc_threshold;
+    float                temperature;  // 0: greedy, whatever would be left out
+    uint32_t             seed;
 } mtpbatch_sampling;
 
 // What answers keep to, by llguidance: compilers, each for one model, and what they compile.
@@ -272,7 +302,7 @@ typedef struct mtpbatch_admission {
     int32_t           n_stop;
     const int32_t *   stop_tokens;
     // Texts, in UTF-8 and not empty, with which the caller may end it: it takes part in no step after
-    // the one that completes one of them.
+    // the one that completes one of them, unless the token is one of the first `sampling.min_tokens`.
     int32_t               n_stop_texts;
     const mtpbatch_text * stop_texts;
     bool                  drafts;  // false: it never will, so that nothing is kept for the MTP head
@@ -467,11 +497,22 @@ void mtpbatch_executor_cancel(mtpbatch_executor * executor, int64_t ticket);
 
 typedef struct mtpbatch_sampler mtpbatch_sampler;
 
+// To make one takes time, as it looks for the breakers in the whole vocabulary. Any number of requests
+// may share it, from any thread; the model may be gone by then.
+//
+// A token that would continue a repetition of n tokens, n at least `allowed_length`, loses multiplier *
+// base^(n - allowed_length). Repetitions are found among the last `n_last` tokens, and never across a
+// breaker: texts of 1 to 40 bytes that end with a zero.
+mtpbatch_status mtpbatch_dry_create(const mtpbatch_model * model, float multiplier, float base, int32_t allowed_length,
+                                    int32_t n_last, int32_t n_breakers, const char ** breakers, mtpbatch_dry ** dry,
+                                    mtpbatch_error * error);
+void            mtpbatch_dry_free(mtpbatch_dry * dry);
+
 // Picks tokens as the executor does for a request. Rows are looked through by up to `n_threads` threads.
 mtpbatch_status mtpbatch_sampler_create(const mtpbatch_sampling * params, int32_t n_threads,
                                         mtpbatch_sampler ** sampler, mtpbatch_error * error);
 void            mtpbatch_sampler_free(mtpbatch_sampler * sampler);
-// One token for each row of logits[n_rows][n_vocab]; each advances the random state by one draw.
+// One token for each row of logits[n_rows][n_vocab], each after those picked before it.
 mtpbatch_status mtpbatch_sampler_sample(mtpbatch_sampler * sampler, const float * logits, int32_t n_rows,
                                         int32_t n_vocab, int32_t * tokens, mtpbatch_error * error);
 

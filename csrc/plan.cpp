@@ -45,6 +45,7 @@ Plan::Plan(const mtpbatch_plan & given)
             Sampler(a.sampling),
             { a.stop_tokens, a.stop_tokens + a.n_stop },
             std::move(texts),
+            a.sampling.min_tokens,
             a.max_tokens,
             a.drafts,
             a.ticket,
@@ -159,6 +160,10 @@ void PlanRules::put_in(const mtpbatch_plan & plan, std::vector<Known> & known, K
         const auto   who = [&] { return sequence_name(a.seq_id); };
         require(!s.active, [&] { return who() + " is admitted but active"; });
         require(a.max_tokens >= 1, [&] { return who() + " may generate no token"; });
+        require(a.sampling.min_tokens >= 0, [&] { return who() + " must generate a negative number of tokens"; });
+        for (int32_t j = 0; j < a.sampling.n_banned; ++j) {
+            require(a.sampling.banned[j].n > 0, [&] { return who() + " bans no token"; });
+        }
         for (int32_t j = 0; j < a.n_stop_texts; ++j) {
             require(a.stop_texts[j].n_bytes > 0, [&] { return who() + " has an empty stop text"; });
         }

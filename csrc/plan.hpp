@@ -15,6 +15,7 @@ struct Admission {
     Sampler                  sampler;
     std::vector<llama_token> stop_tokens;
     StopTexts                stop_texts;
+    int32_t                  min_tokens;
     int32_t                  max_tokens;
     bool                     drafts;
     int64_t                  ticket;

@@ -338,9 +338,26 @@ void collect_nucleus(const Blocks & blocks, float top_p, Few & few) {
     few.clear();
 }
 
+constexpr uint32_t XTC_SEED = 0x9E3779B9;
+
+// To llama.cpp the last seed means a random one; here every seed is as good as another.
+uint32_t fixed(uint32_t seed) {
+    return seed == LLAMA_DEFAULT_SEED ? 0 : seed;
+}
+
+// To llama.cpp nothing is typical where a candidate's probability is 0: it computes with its logarithm.
+void leave_out_impossible(llama_token_data_array & array) {
+    constexpr float LEAST = -87;  // about the logarithm of the smallest normal number
+    const auto      begin = array.data, end = begin + array.size;
+    const auto      best =
+        std::max_element(begin, end, [](const auto & a, const auto & b) { return a.logit < b.logit; })->logit;
+    array.size = std::remove_if(begin, end, [&](const auto & c) { return c.logit - best < LEAST; }) - begin;
+}
+
 }  // namespace
 
-Sampler::Sampler(const mtpbatch_sampling & params) : top_k_(params.top_k), top_p_(params.top_p), min_p_(params.min_p) {
+Sampler::Sampler(const mtpbatch_sampling & params)
+    : edits_(params), top_k_(params.top_k), typical_p_(params.typical_p), top_p_(params.top_p), min_p_(params.min_p) {
     if (params.temperature < MIN_TEMPERATURE || params.top_k == 1) {
         return;
     }
@@ -348,31 +365,48 @@ Sampler::Sampler(const mtpbatch_sampling & params) : top_k_(params.top_k), top_p
     if (top_k_ > 0) {
         chain_.emplace_back(llama_sampler_init_top_k(top_k_));
     }
+    if (typical_p_ < 1) {
+        chain_.emplace_back(llama_sampler_init_typical(typical_p_, 1));
+    }
     if (top_p_ < 1) {
         chain_.emplace_back(llama_sampler_init_top_p(top_p_, 1));
     }
     if (min_p_ > 0) {
         chain_.emplace_back(llama_sampler_init_min_p(min_p_, 1));
     }
+    if (params.xtc_probability > 0) {
+        // Not the seed of the draws, which would depend on what XTC did before.
+        const uint32_t seed = fixed(params.seed ^ XTC_SEED);
+        chain_.emplace_back(llama_sampler_init_xtc(params.xtc_probability, params.xtc_threshold, 1, seed));
+    }
     // An infinite one would make impossible tokens possible.
     temperature_ = std::min(params.temperature, std::numeric_limits<float>::max());
     chain_.emplace_back(llama_sampler_init_temp(temperature_));
-    // To llama.cpp the last seed means a random one; here every seed is as good as another.
-    chain_.emplace_back(llama_sampler_init_dist(params.seed == LLAMA_DEFAULT_SEED ? 0 : params.seed));
+    chain_.emplace_back(llama_sampler_init_dist(fixed(params.seed)));
 }
 
 void Sampler::preselect(const float * logits, int32_t n_vocab, Candidates & candidates) const {
-    candidates.logits    = logits;
-    candidates.n_vocab   = n_vocab;
-    candidates.sorted    = false;
-    candidates.n_applied = 0;
-    auto & few           = candidates.few;
+    candidates.logits  = logits;
+    candidates.n_vocab = n_vocab;
+    candidates.waits   = edits_.any();
+    if (!candidates.waits) {
+        select(candidates);
+    }
+}
+
+void Sampler::select(Candidates & candidates) const {
+    const float * logits  = candidates.logits;
+    const int32_t n_vocab = candidates.n_vocab;
+    candidates.sorted     = false;
+    candidates.n_applied  = 0;
+    auto & few            = candidates.few;
     few.clear();
     if (chain_.empty()) {
         few.push_back({ argmax(logits, n_vocab), 0, 0 });
         return;
     }
-    if (n_vocab <= SMALL || (top_k_ <= 0 && top_p_ >= 1 && min_p_ <= 0)) {
+    // What is typical depends on all probabilities.
+    if (n_vocab <= SMALL || (top_k_ <= 0 && (typical_p_ < 1 || (top_p_ >= 1 && min_p_ <= 0)))) {
         return;
     }
     const Blocks blocks(logits, n_vocab);
@@ -400,6 +434,19 @@ void Sampler::preselect(const float * logits, int32_t n_vocab, Candidates & cand
 }
 
 llama_token Sampler::pick(Candidates & candidates) {
+    if (candidates.waits) {
+        thread_local std::vector<float> row;
+        row.assign(candidates.logits, candidates.logits + candidates.n_vocab);
+        edits_.apply(row.data(), candidates.n_vocab);
+        candidates.logits = row.data();
+        select(candidates);
+    }
+    const llama_token token = draw(candidates);
+    edits_.accept(token);
+    return token;
+}
+
+llama_token Sampler::draw(Candidates & candidates) {
     if (chain_.empty()) {
         return candidates.few[0].id;
     }
@@ -413,6 +460,9 @@ llama_token Sampler::pick(Candidates & candidates) {
     Few &                  from = candidates.few.empty() ? all : candidates.few;
     llama_token_data_array array{ from.data(), from.size(), -1, candidates.sorted };
     for (size_t i = candidates.n_applied; i < chain_.size(); ++i) {
+        if (typical_p_ < 1 && i == (top_k_ > 0)) {
+            leave_out_impossible(array);
+        }
         llama_sampler_apply(chain_[i].get(), &array);
     }
     if (array.selected < 0 || array.selected >= static_cast<int64_t>(array.size)) {

@@ -63,6 +63,7 @@ void Stepper::admit(Admission & admission) {
         std::move(admission.stop_tokens),
         std::move(admission.stop_texts),
         std::move(admission.matcher),
+        admission.min_tokens,
         admission.max_tokens,
         admission.ticket,
         admission.drafts,
@@ -482,7 +483,8 @@ void Stepper::sample(const Group & group) {
         n_rows * n_vocab);
     int64_t n_left = 0;
     for (size_t r = 0; r < rows.size(); ++r) {
-        n_left += candidates_[r].few.empty() ? n_vocab : static_cast<int64_t>(candidates_[r].few.size());
+        const Candidates & c = candidates_[r];
+        n_left += c.waits || c.few.empty() ? n_vocab : static_cast<int64_t>(c.few.size());
     }
     pool_.run(
         static_cast<int32_t>(sampled.size()),
@@ -544,7 +546,8 @@ bool Stepper::completes_stop_text(Request & request, llama_token token) const {
         piece.resize(static_cast<size_t>(-n));
         n = read();
     }
-    return request.stop_texts.feed(piece.data(), static_cast<size_t>(std::max(n, 0)));
+    return request.stop_texts.feed(piece.data(), static_cast<size_t>(std::max(n, 0)),
+                                   request.n_generated > request.min_tokens);
 }
 
 // Samples row by row for as long as the sampled token is the drafted one: what comes out is what

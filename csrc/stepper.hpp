@@ -52,6 +52,7 @@ class Stepper {
         std::vector<llama_token> stop_tokens;
         StopTexts                stop_texts;
         std::unique_ptr<Matcher> matcher;  // null: no grammar
+        int32_t                  min_tokens;
         int32_t                  max_tokens;
         int64_t                  ticket;
         bool                     drafts;

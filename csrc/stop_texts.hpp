@@ -25,15 +25,19 @@ class StopTexts {
 
     bool empty() const { return matchers_.empty(); }
 
-    // Whether one of them is complete with these bytes, or was before.
-    bool feed(const char * bytes, size_t size) {
+    // Whether one of them is complete with these bytes, or was before. Those that do not `count` may
+    // still begin one.
+    bool feed(const char * bytes, size_t size, bool count) {
         for (size_t i = 0; i < size && !complete_; ++i) {
             for (Matcher & m : matchers_) {
                 while (m.n_matched > 0 && m.text[m.n_matched] != bytes[i]) {
                     m.n_matched = m.borders[m.n_matched - 1];
                 }
                 m.n_matched += m.text[m.n_matched] == bytes[i];
-                complete_ = complete_ || m.n_matched == m.text.size();
+                if (m.n_matched == m.text.size()) {
+                    m.n_matched = m.borders.back();
+                    complete_   = complete_ || count;
+                }
             }
         }
         return complete_;

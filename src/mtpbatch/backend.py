@@ -10,6 +10,7 @@ from mtpbatch.types import (
     GrammarSource,
     ModelFacts,
     Plan,
+    SamplingParams,
     StepResult,
     TemplateSource,
 )
@@ -56,9 +57,10 @@ class Backend(Protocol):
     """A loaded model that executes plans.
 
     The engine's thread makes it, exchanges plans for results and closes it. ``tokenize``,
-    ``detokenize``, ``compile_grammar`` and ``open_embedder`` are called from other threads, several
-    at once, and never after ``close`` began; ``wake`` and ``cancel`` from any thread at any time,
-    and from wherever the garbage collector runs: they must not wait for a lock of Python's.
+    ``detokenize``, ``prepare``, ``compile_grammar`` and ``open_embedder`` are called from other
+    threads, several at once, and never after ``close`` began; ``wake`` and ``cancel`` from any
+    thread at any time, and from wherever the garbage collector runs: they must not wait for a lock
+    of Python's.
     """
 
     @property
@@ -96,6 +98,13 @@ class Backend(Protocol):
 
     def open_embedder(self) -> Embedder:
         """What embeds texts with this model beside the plans, and is closed before the backend."""
+        ...
+
+    def prepare(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """What a request of these parameters needs of the vocabulary, before it comes in a plan.
+
+        Returns :attr:`Admission.bad_words`.
+        """
         ...
 
     def compile_grammar(self, source: GrammarSource) -> Any:

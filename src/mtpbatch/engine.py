@@ -86,6 +86,7 @@ from mtpbatch.types import (
     SamplingParams,
     StepResult,
     TemplateSource,
+    has_dry,
     parse,
 )
 
@@ -577,6 +578,7 @@ class Engine:
             ) from None
         given = prompt if isinstance(prompt, str) else snapshot("prompt", prompt)
         self._tokenizer.check_ids("stop_token_ids", params.stop_token_ids)
+        self._tokenizer.check_ids("logit_bias", tuple(params.logit_bias))
         wish = draft_wish(params.speculation, self._config, self._facts)
         submitted = self._clock()
         ticket = next(self._tickets)
@@ -599,15 +601,15 @@ class Engine:
         own_log = RequestLog.of(request_id, params.metadata)
         live = _Live(generation, self._mailbox(loop), streaming, waits, build, own_log)
         start: Callable[[], object]
-        if source is None and len(given) <= LONG:
-            start = partial(
-                self._enter, build(self._tokenizer.prompt_ids(given, add_special=add_special))
-            )
+        if source is None and not _takes_long(given, params):
+            token_ids = self._tokenizer.prompt_ids(given, add_special=add_special)
+            start = partial(self._enter, build(token_ids, self._tokenizer.prepare(params)))
         else:
             prepare = partial(
-                self._prepare, request_id, given, source, build, add_special=add_special
+                self._prepare, request_id, given, params, source, build, add_special=add_special
             )
-            start = partial(self._tokenizer.submit, prepare, compiles=source is not None)
+            compiles = source is not None or has_dry(params)
+            start = partial(self._tokenizer.submit, prepare, compiles=compiles)
         live.log.debug("request.submitted", followed=streaming, max_tokens=params.max_tokens)
         try:
             self._let_in(live, start, params, submitted)
@@ -647,16 +649,18 @@ class Engine:
         self,
         request_id: str,
         prompt: str | tuple[int, ...],
+        params: SamplingParams,
         source: GrammarSource | None,
         build: Callable[..., Sequence],
         *,
         add_special: bool,
     ) -> None:
-        """Tokenise a long prompt, or compile a grammar, on a helper's thread."""
+        """Tokenise what is long, or compile a grammar, on a helper's thread."""
         try:
             token_ids = self._tokenizer.prompt_ids(prompt, add_special=add_special)
+            bad_words = self._tokenizer.prepare(params)
             grammar = None if source is None else self._tokenizer.compile_grammar(source)
-            self._enter(build(token_ids, grammar))
+            self._enter(build(token_ids, bad_words, grammar))
         except (EngineClosedError, EngineDeadError):
             pass  # the engine ends its requests itself
         except MtpBatchError as error:
@@ -696,6 +700,7 @@ class Engine:
         wish: DraftWish,
         seed: int,
         prompt: tuple[int, ...],
+        bad_words: tuple[tuple[int, ...], ...] = (),
         grammar: object = None,
         *,
         followed: bool,
@@ -709,10 +714,11 @@ class Engine:
             params,
             seed=seed,
             max_tokens=min(params.max_tokens, self._facts.n_ctx - len(prompt)),
+            bad_words=bad_words,
             wish=wish,
             n_draft_max=self._facts.n_draft_max,
             followed=followed,
-            assembler=TextAssembler(self._token_bytes, params.stop),
+            assembler=TextAssembler(self._token_bytes, params.stop, params.min_tokens),
             submitted=submitted,
             shares_prompt=shares_prompt,
             grammar=grammar,
@@ -972,7 +978,8 @@ class _Live(NamedTuple):
     waits: bool
     """Whether it stands in line if there is no room."""
     build: Callable[..., Sequence]
-    """Makes its sequence of its prompt's tokens, and its grammar if it has one."""
+    """Makes its sequence of its prompt's tokens, those of its bad words, and its grammar if it has
+    one."""
     log: RequestLog
 
 
@@ -1051,6 +1058,11 @@ def _chat_template(source: TemplateSource | None) -> ChatTemplate | None:
 
 def _name(ticket: int) -> str:
     return f"req-{ticket}"
+
+
+def _takes_long(prompt: str | tuple[int, ...], params: SamplingParams) -> bool:
+    """Whether a request would hold up the event loop until it is tokenised and prepared."""
+    return len(prompt) + sum(map(len, params.bad_words)) > LONG or has_dry(params)
 
 
 def _seed(params: SamplingParams) -> int:

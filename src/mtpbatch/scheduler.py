@@ -43,6 +43,7 @@ from mtpbatch.types import (
     Resume,
     Save,
     StepResult,
+    looks_at_prompt,
 )
 from mtpbatch.waiting import WaitingQueue, due
 
@@ -782,6 +783,8 @@ class Scheduler:
             snapshot=snapshot,
             n_reused=sequence.cached_tokens,
             grammar=sequence.grammar,
+            bad_words=sequence.bad_words,
+            history=sequence.prompt if looks_at_prompt(params) else (),
         )
 
     def _flight_of(self, result: StepResult) -> _InFlight:

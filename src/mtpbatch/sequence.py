@@ -52,6 +52,7 @@ class Sequence:
         "_prompt_logprobs",
         "_reads_along",
         "admitted",
+        "bad_words",
         "cached_tokens",
         "drafted",
         "ended",
@@ -85,6 +86,7 @@ class Sequence:
         *,
         seed: int,
         max_tokens: int,
+        bad_words: tuple[tuple[int, ...], ...] = (),
         wish: DraftWish,
         n_draft_max: int,
         followed: bool,
@@ -100,6 +102,7 @@ class Sequence:
         self.params = params
         self.seed = seed
         self.max_tokens = max_tokens
+        self.bad_words = bad_words
         self.wish = wish
         self.followed = followed
         self.submitted = submitted

@@ -19,7 +19,8 @@ class TextAssembler:
     """Turns the generated tokens of one request into text.
 
     What :meth:`feed` and :meth:`flush` return, joined, is the text of all the tokens up to, and
-    without, the first stop text. Bytes that are not UTF-8 become U+FFFD.
+    without, the first stop text. One that the first ``min_tokens`` tokens complete does not
+    count. Bytes that are not UTF-8 become U+FFFD.
     """
 
     __slots__ = (
@@ -29,16 +30,20 @@ class TextAssembler:
         "_first_chars",
         "_held",
         "_matchers",
+        "_n_before",
         "stopped",
     )
 
-    def __init__(self, token_bytes: Sequence[bytes], stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self, token_bytes: Sequence[bytes], stop: Sequence[str] = (), min_tokens: int = 0
+    ) -> None:
         self._bytes_of = token_bytes.__getitem__
         self._between_characters = True
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._matchers = tuple(_StopMatcher(text) for text in stop)
         self._first_chars = frozenset(text[0] for text in stop)
         self._held = ""  # the longest end of the text so far that begins a stop text
+        self._n_before = min_tokens  # tokens to come that complete no stop text
         self.stopped = False
         """Whether a stop text was completed; nothing is taken in after that."""
 
@@ -59,6 +64,7 @@ class TextAssembler:
             shown += self._settle(self._decoder.decode(self._bytes_of(token_id)))
             if self.stopped:
                 return shown, n_taken
+            self._n_before -= 1
         return shown, len(token_ids)
 
     def flush(self) -> str:
@@ -86,7 +92,7 @@ class TextAssembler:
         for end, char in enumerate(text, n_held + 1):
             # Of stop texts that end together the longest counts: none of it may be shown.
             completed = max((m.n_stop for m in self._matchers if m.advance(char)), default=0)
-            if completed:
+            if completed and self._n_before <= 0:
                 self.stopped = True
                 self._held = ""
                 return pending[: end - completed]
@@ -112,7 +118,10 @@ class _StopMatcher:
             self.n_matched = self._borders[self.n_matched - 1]
         if self._stop[self.n_matched] == char:
             self.n_matched += 1
-        return self.n_matched == self.n_stop
+        if self.n_matched < self.n_stop:
+            return False
+        self.n_matched = self._borders[-1]
+        return True
 
 
 def _borders(text: str) -> list[int]:

@@ -21,7 +21,7 @@ from mtpbatch._loops import ThreadEvent
 from mtpbatch._slices import slices
 from mtpbatch.backend import Backend
 from mtpbatch.exceptions import InternalError, InvalidParameterError, PromptTooLongError
-from mtpbatch.types import GrammarSource
+from mtpbatch.types import GrammarSource, SamplingParams, has_dry
 
 Prompt: TypeAlias = str | abc.Sequence[int]
 """A text, or the ids of its tokens."""
@@ -130,6 +130,13 @@ class Tokenizer:
                 pass
             self._refuse(parameter, token_ids[part], part.start)
         return tuple(checked)
+
+    def prepare(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """Have the backend ready to sample so: :attr:`Admission.bad_words`."""
+        if not (params.bad_words or has_dry(params)):
+            return ()  # the usual case: there is nothing to prepare
+        with self._using_backend() as backend:
+            return backend.prepare(params)
 
     def close(self) -> None:
         """Wait until nobody uses the backend. What waits for the thread is dropped."""

@@ -29,6 +29,8 @@ Speculation = Literal["auto"] | Annotated[int, Meta(ge=0, le=32)]
 
 MAX_SEQUENCES = 256  # LLAMA_MAX_SEQ: more aborts the process inside libllama
 MAX_LOGPROBS = 20
+MAX_BREAKER_BYTES = 40  # llama.cpp cuts longer ones
+MAX_BIAS = 100  # as in OpenAI's API
 MAX_PRIORITY = 100  # bounded, so that nobody waits forever: see mtpbatch.waiting
 
 _S = TypeVar("_S", bound=Struct)
@@ -118,6 +120,42 @@ class SamplingParams(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Sample among the fewest tokens whose probabilities reach this sum. 1: all."""
     min_p: Annotated[float, Meta(ge=0, le=1)] = 0.0
     """Drop tokens less probable than this share of the best one's probability. 0: none."""
+    typical_p: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    """Sample among the tokens that are as surprising as the distribution lets expect: the nearest
+    to that whose probabilities exceed this sum. 1: all."""
+    xtc_probability: Annotated[float, Meta(ge=0, le=1)] = 0.0
+    """The chance, at each token, that all tokens of xtc_threshold or more but the least probable
+    of them are dropped, which makes a text less predictable. 0: never."""
+    xtc_threshold: Annotated[float, Meta(ge=0, le=0.5)] = 0.1
+    """The probability from which on xtc_probability drops tokens."""
+    repetition_penalty: Annotated[float, Meta(ge=0.01, le=100)] = 1.0
+    """Logits of tokens that the prompt or the answer holds are divided by this, negative ones
+    multiplied. 1: none."""
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+    """Taken off the logits of tokens that the answer holds."""
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] = 0.0
+    """Taken off a token's logit for each time that the answer holds it."""
+    dry_multiplier: Annotated[float, Meta(ge=0)] = 0.0
+    """Don't repeat yourself: a token that would continue a repetition of n tokens loses
+    ``dry_multiplier * dry_base ** (n - dry_allowed_length)`` of its logit. 0: nothing."""
+    dry_base: Annotated[float, Meta(ge=1)] = 1.75
+    """How fast that grows with the repetition."""
+    dry_allowed_length: Annotated[int, Meta(ge=1, le=2**31 - 1)] = 2
+    """Repetitions of fewer tokens cost nothing."""
+    dry_penalty_last_n: Annotated[int, Meta(ge=-1, le=2**31 - 1)] = -1
+    """Last tokens of prompt and answer in which repetitions are found. -1: all."""
+    dry_sequence_breakers: tuple[Annotated[str, Meta(min_length=1)], ...] = ("\n", ":", '"', "*")
+    """Texts of at most 40 bytes over which no repetition goes."""
+    logit_bias: dict[
+        Annotated[int, Meta(ge=0, le=2**31 - 1)], Annotated[float, Meta(ge=-MAX_BIAS, le=MAX_BIAS)]
+    ] = {}
+    """Added to the logits of these tokens."""
+    bad_words: tuple[Annotated[str, Meta(min_length=1)], ...] = ()
+    """Texts that the answer does not hold, as the model would write them, with or without a space
+    before: of the tokens of each, the last one does not follow the others."""
+    min_tokens: Annotated[int, Meta(ge=0)] = 0
+    """Before so many tokens of the answer, nothing ends it: stop tokens and end-of-generation
+    tokens are not sampled, and stop texts do not count."""
     seed: Annotated[int, Meta(ge=0, le=2**32 - 1)] | None = None
     """Same seed, same request: same tokens, whoever shares the batch. None: a fresh one."""
     stop: tuple[Annotated[str, Meta(min_length=1)], ...] = ()
@@ -165,7 +203,8 @@ class SamplingParams(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Whatever the app wants to find again in the completion and in the log."""
 
     def __post_init__(self) -> None:
-        for name in ("temperature", "top_p", "min_p", "deadline", "timeout", "queue_timeout"):
+        unbounded = ("temperature", "dry_multiplier", "dry_base")
+        for name in (*unbounded, "deadline", "timeout", "queue_timeout"):
             if not math.isfinite(getattr(self, name) or 0):
                 words = allowed(SamplingParams, name)
                 raise InvalidParameterError(name, f"must be {words}, got {getattr(self, name)}")
@@ -178,18 +217,46 @@ class SamplingParams(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
             raise InvalidParameterError(
                 asked[1], f"cannot be combined with {asked[0]}: an answer keeps to one form"
             )
-        if asked and self.ignore_eos:
-            raise InvalidParameterError(
-                "ignore_eos", f"cannot be combined with {asked[0]}, whose answer has an end"
-            )
-        for text in self.stop:
-            try:
-                text.encode()
-            except UnicodeEncodeError:
+        for name in ("ignore_eos", "min_tokens"):
+            if asked and getattr(self, name):
                 raise InvalidParameterError(
-                    "stop",
-                    f"is not valid Unicode: {shown(text)} has a lone surrogate; take it out",
-                ) from None
+                    name, f"cannot be combined with {asked[0]}, whose answer has an end"
+                )
+        for name in _TEXTS:
+            for text in getattr(self, name):
+                try:
+                    text.encode()
+                except UnicodeEncodeError:
+                    raise InvalidParameterError(
+                        name,
+                        f"is not valid Unicode: {shown(text)} has a lone surrogate; take it out",
+                    ) from None
+        for text in self.dry_sequence_breakers:
+            if len(text.encode()) > MAX_BREAKER_BYTES or "\0" in text:
+                raise InvalidParameterError(
+                    "dry_sequence_breakers",
+                    f"must have at most {MAX_BREAKER_BYTES} bytes each in UTF-8, none of them 0; "
+                    f"got {shown(text)}",
+                )
+        if self.min_tokens > self.max_tokens:
+            raise InvalidParameterError(
+                "min_tokens",
+                f"must be at most max_tokens={self.max_tokens}, got {self.min_tokens}; raise "
+                f"max_tokens as well",
+            )
+
+
+_TEXTS = ("stop", "bad_words", "dry_sequence_breakers")
+
+
+def has_dry(params: SamplingParams) -> bool:
+    """Whether DRY does anything."""
+    return params.dry_multiplier > 0 and params.dry_penalty_last_n != 0
+
+
+def looks_at_prompt(params: SamplingParams) -> bool:
+    """Whether it depends on the prompt's tokens how the answer is sampled."""
+    return params.repetition_penalty != 1 or has_dry(params)
 
 
 def parse(kind: type[_S], values: Mapping[str, Any]) -> _S:
@@ -198,8 +265,8 @@ def parse(kind: type[_S], values: Mapping[str, Any]) -> _S:
     Raises :class:`InvalidParameterError` that names the parameter, what is wrong with the value
     and what would be right.
     """
-    if isinstance(values.get("stop"), str):
-        values = {**values, "stop": (values["stop"],)}
+    one = {name: (text,) for name in _TEXTS if isinstance(text := values.get(name), str)}
+    values = {**values, **one}
     try:
         return msgspec.convert(values, kind)
     except msgspec.ValidationError:
@@ -307,6 +374,10 @@ class Admission(Struct, frozen=True, gc=False):
     all of it must be free at that moment."""
     grammar: Any = None
     """What the answer keeps to, compiled by the backend; None: it may be anything."""
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Of each, the last token does not follow the others in the answer."""
+    history: tuple[int, ...] = ()
+    """The prompt, if how it samples depends on it (see :func:`looks_at_prompt`)."""
 
 
 class Save(Struct, frozen=True, gc=False):

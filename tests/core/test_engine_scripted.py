@@ -103,6 +103,25 @@ async def test_stream_gives_each_steps_text_and_then_the_completion() -> None:
         assert not any("\ufffd" in delta.text for delta in deltas)
 
 
+@pytest.mark.parametrize("acceptance", [0.0, 1.0])
+@pytest.mark.parametrize("lag", [0, 3])
+async def test_nothing_ends_an_answer_before_min_tokens(acceptance: float, lag: int) -> None:
+    """A stop text that they complete does not count; one that ends later does."""
+    backend = ScriptedBackend(lambda _: "aSTOPbSTOPc", acceptance=acceptance, lag=lag)
+    async with open_scripted_engine(backend) as engine:
+        for min_tokens, text in {0: "a", 4: "a", 5: "aSTOPb", 9: "aSTOPb"}.items():
+            done = await engine.generate("x", stop="STOP", min_tokens=min_tokens)
+            assert (done.text, done.finish_reason) == (text, "stop"), min_tokens
+            assert len(done.token_ids) >= min_tokens
+        for min_tokens, n_tokens in {10: 12, 11: 12, 12: 24, 20: 24}.items():
+            done = await engine.generate("x", min_tokens=min_tokens)
+            assert (len(done.token_ids), done.finish_reason) == (n_tokens, "stop"), min_tokens
+            assert done.text == "aSTOPbSTOPc aSTOPbSTOPc"[: n_tokens - 1]
+        silent = ScriptedBackend(lambda _: "")
+    async with open_scripted_engine(silent) as engine:
+        assert (await engine.generate("x", min_tokens=3)).text == "   "
+
+
 async def test_a_submitted_request_runs_by_itself_and_keeps_its_deltas() -> None:
     async with open_scripted_engine(ScriptedBackend(lambda _: "some answer")) as engine:
         generation = engine.submit("x")
@@ -768,6 +787,8 @@ async def test_opening_names_the_bad_parameter(
         ("a", {"max_tokens": 0}, "max_tokens", ">= 1"),
         ("a", {"max_token": 3}, "max_token", "did you mean max_tokens?"),
         ("a", {"stop_token_ids": [270]}, "stop_token_ids", "token 270 at index 0"),
+        ("a", {"logit_bias": {3: 1, 270: 1}}, "logit_bias", "token 270 at index 1"),
+        ("a", {"min_tokens": 9, "max_tokens": 8}, "min_tokens", "at most max_tokens=8"),
         ("a", {"speculation": 4}, "speculation", "deeper than n_draft_max=3"),
     ],
 )

@@ -51,13 +51,13 @@ def bad_values(kind: inspect.Type) -> Iterator[Any]:
             yield ""
 
 
-# A text alone is a list of one.
+TEXTS = ("stop", "bad_words", "dry_sequence_breakers")  # a text alone is a list of one
 CASES = [
     (kind, field.name, value)
     for kind in STRUCTS
     for field in msgspec.structs.fields(kind)
     for value in bad_values(inspect.type_info(field.type))
-    if (field.name, value) != ("stop", "seventeen")
+    if (field.name, value) not in [(name, "seventeen") for name in TEXTS]
 ]
 
 

@@ -118,9 +118,12 @@ def test_the_engines_surface() -> None:
         ),
         (
             mtpbatch.SamplingParams,
-            "max_tokens temperature top_k top_p min_p seed stop stop_token_ids ignore_eos "
-            "json_schema regex choice grammar speculation timeout queue_timeout priority deadline "
-            "reuse_prefix logprobs prompt_logprobs metadata",
+            "max_tokens temperature top_k top_p min_p typical_p xtc_probability xtc_threshold "
+            "repetition_penalty presence_penalty frequency_penalty dry_multiplier dry_base "
+            "dry_allowed_length dry_penalty_last_n dry_sequence_breakers logit_bias bad_words "
+            "min_tokens seed stop stop_token_ids ignore_eos json_schema regex choice grammar "
+            "speculation timeout queue_timeout priority deadline reuse_prefix logprobs "
+            "prompt_logprobs metadata",
         ),
         (
             mtpbatch.Completion,

@@ -12,14 +12,17 @@ from hypothesis import strategies as st
 from mtpbatch.text import TextAssembler
 
 
-def assembler(pieces: Sequence[bytes], *stop: str) -> TextAssembler:
+def assembler(pieces: Sequence[bytes], *stop: str, min_tokens: int = 0) -> TextAssembler:
     """One whose token ``i`` is ``pieces[i]``."""
-    return TextAssembler(pieces, stop)
+    return TextAssembler(pieces, stop, min_tokens)
 
 
-def cut_at_stop(text: str, stop: Sequence[str]) -> tuple[str, int | None]:
-    """The slow truth: the text before the first stop text to end, and where that one ends."""
-    for end in range(1, len(text) + 1):
+def cut_at_stop(text: str, stop: Sequence[str], n_before: int) -> tuple[str, int | None]:
+    """The slow truth: the text before the first stop text to end, and where that one ends.
+
+    None ends in the first ``n_before`` characters.
+    """
+    for end in range(n_before + 1, len(text) + 1):
         ending = [len(s) for s in stop if text[:end].endswith(s)]
         if ending:
             return text[: end - max(ending)], end
@@ -39,13 +42,14 @@ def split_texts(draw: st.DrawFn) -> tuple[str, list[bytes]]:
 STOPS = st.lists(st.text("abé日", min_size=1, max_size=6), max_size=3)
 
 
-@given(split_texts(), STOPS)
+@given(split_texts(), STOPS, st.just(0) | st.integers(1, 8))
 def test_text_is_that_of_the_tokens_up_to_the_first_stop_text(
-    split: tuple[str, list[bytes]], stop: list[str]
+    split: tuple[str, list[bytes]], stop: list[str], min_tokens: int
 ) -> None:
     text, pieces = split
-    wanted, end = cut_at_stop(text, stop)
-    texts = assembler(pieces, *stop)
+    n_before = len(b"".join(pieces[:min_tokens]).decode(errors="ignore"))
+    wanted, end = cut_at_stop(text, stop, n_before)
+    texts = assembler(pieces, *stop, min_tokens=min_tokens)
     shown, n_taken = texts.feed(range(len(pieces)))
     assert texts.stopped == (end is not None)
     assert shown + texts.flush() == wanted
@@ -58,13 +62,14 @@ def test_text_is_that_of_the_tokens_up_to_the_first_stop_text(
         assert not before.startswith(text[:end]), "the last token taken completes the stop text"
 
 
-@given(split_texts(), STOPS)
+@given(split_texts(), STOPS, st.just(0) | st.integers(1, 8))
 def test_tokens_one_by_one_give_the_same_as_all_at_once(
-    split: tuple[str, list[bytes]], stop: list[str]
+    split: tuple[str, list[bytes]], stop: list[str], min_tokens: int
 ) -> None:
     _, pieces = split
-    together, n_together = assembler(pieces, *stop).feed(range(len(pieces)))
-    texts = assembler(pieces, *stop)
+    whole = assembler(pieces, *stop, min_tokens=min_tokens)
+    together, n_together = whole.feed(range(len(pieces)))
+    texts = assembler(pieces, *stop, min_tokens=min_tokens)
     shown, n_taken = "", 0
     for token_id in range(len(pieces)):
         if texts.stopped:

@@ -21,6 +21,30 @@ from mtpbatch.types import EngineConfig, EngineStats, SamplingParams, Usage, par
         (SamplingParams, "top_p", 1.5, "<= 1"),
         (SamplingParams, "min_p", -1, ">= 0"),
         (SamplingParams, "top_k", -1, ">= 0"),
+        (SamplingParams, "typical_p", 0, "> 0"),
+        (SamplingParams, "typical_p", 1.1, "<= 1"),
+        (SamplingParams, "xtc_probability", 1.1, "<= 1"),
+        (SamplingParams, "xtc_threshold", 0.6, "<= 0.5"),
+        (SamplingParams, "repetition_penalty", 0, ">= 0.01"),
+        (SamplingParams, "repetition_penalty", float("nan"), "got nan"),
+        (SamplingParams, "presence_penalty", 2.5, "<= 2"),
+        (SamplingParams, "frequency_penalty", -2.5, ">= -2"),
+        (SamplingParams, "dry_multiplier", -1, ">= 0"),
+        (SamplingParams, "dry_multiplier", float("inf"), "finite"),
+        (SamplingParams, "dry_base", 0.5, ">= 1"),
+        (SamplingParams, "dry_allowed_length", 0, ">= 1"),
+        (SamplingParams, "dry_penalty_last_n", -2, ">= -1"),
+        (SamplingParams, "dry_sequence_breakers", ["x" * 41], "at most 40 bytes"),
+        (SamplingParams, "dry_sequence_breakers", ["é" * 21], "at most 40 bytes"),
+        (SamplingParams, "dry_sequence_breakers", ["a\0b"], "none of them 0"),
+        (SamplingParams, "dry_sequence_breakers", "\ud800", "not valid Unicode"),
+        (SamplingParams, "logit_bias", {5: 101}, "<= 100"),
+        (SamplingParams, "logit_bias", {-1: 1}, ">= 0"),
+        (SamplingParams, "logit_bias", {5: float("nan")}, "nan"),
+        (SamplingParams, "bad_words", ["a", ""], "not empty"),
+        (SamplingParams, "bad_words", "\ud800", "not valid Unicode"),
+        (SamplingParams, "min_tokens", -1, ">= 0"),
+        (SamplingParams, "min_tokens", 257, "at most max_tokens=256"),
         (SamplingParams, "max_tokens", 0, ">= 1"),
         (SamplingParams, "max_tokens", 1.5, "a whole number"),
         (SamplingParams, "seed", -1, ">= 0"),
@@ -83,6 +107,8 @@ def test_good_values_are_taken() -> None:
     params = parse(SamplingParams, {"stop": "END", "temperature": 1, "stop_token_ids": [1, 2]})
     assert params == SamplingParams(stop=("END",), temperature=1.0, stop_token_ids=(1, 2))
     assert parse(SamplingParams, {"stop": ["a", "b"]}).stop == ("a", "b")
+    words = parse(SamplingParams, {"bad_words": "END", "dry_sequence_breakers": "é" * 20})
+    assert (words.bad_words, words.dry_sequence_breakers) == (("END",), ("é" * 20,))
     assert parse(EngineConfig, {}) == EngineConfig()
 
 

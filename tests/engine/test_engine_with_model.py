@@ -78,6 +78,43 @@ async def test_a_stop_token_ends_the_request_inside_a_draft(engine: mtpbatch.Eng
     assert done.text == await engine.detokenize(whole.token_ids[:first])
 
 
+async def test_stop_texts_count_after_min_tokens(engine: mtpbatch.Engine) -> None:
+    whole = await engine.generate("And it came to pass", max_tokens=60, ignore_eos=True)
+    bounds = [len(await engine.detokenize(whole.token_ids[:n])) for n in range(61)]
+    stop, n_found = "the", whole.text.count("the")
+    assert n_found > 2
+    for depth in (0, 3):
+        for min_tokens in (0, 5, 15, 30):
+            done = await engine.generate(
+                "And it came to pass",
+                max_tokens=60,
+                min_tokens=min_tokens,
+                ignore_eos=True,
+                stop=stop,
+                speculation=depth,
+            )
+            first = max(0, bounds[min_tokens] - len(stop) + 1)
+            assert done.text == whole.text[: whole.text.index(stop, first)]
+
+
+async def test_what_a_sampler_sees_does_not_depend_on_the_prefix_cache(
+    demo_f32_path: Path,
+) -> None:
+    """A prompt whose state comes from a snapshot counts as one that was computed."""
+    asked: dict[str, Any] = {"max_tokens": 30, "ignore_eos": True}
+    async with mtpbatch.Engine.open(
+        demo_f32_path, n_seq=2, n_ctx=512, kv_type="f32", n_threads=1
+    ) as engine:
+        first = await engine.generate("And it came to pass in those days, " * 12, **asked)
+        turn = [*first.prompt_token_ids, *first.token_ids, *first.token_ids[:3]]
+        plain = await engine.generate(turn, **asked, reuse_prefix=False)
+        for penalty in ({"repetition_penalty": 1.5}, {"dry_multiplier": 2.0}):
+            new = await engine.generate(turn, **asked, **penalty, reuse_prefix=False)
+            again = await engine.generate(turn, **asked, **penalty)
+            assert new.usage.cached_tokens == 0 < again.usage.cached_tokens
+            assert new.token_ids == again.token_ids != plain.token_ids
+
+
 async def test_the_context_ends_a_request_that_has_no_other_limit(engine: mtpbatch.Engine) -> None:
     prompt = await engine.tokenize("In the beginning ") * 100
     done = await engine.generate(prompt[:490], max_tokens=10_000, ignore_eos=True)

@@ -788,8 +788,9 @@ def babbler(tiny: Model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[M
 def test_a_stop_text_is_found_wherever_it_begins(babbler: Model) -> None:
     """Also within a beginning of it that came to nothing, as "tth" in "ttth"; in any tokens."""
 
-    def generated(*stops: str) -> list[bytes]:
-        plan = Plan((), (admit(0, 100, (), stops, temperature=3.0, seed=1),), (prefill(0),))
+    def generated(*stops: str, min_tokens: int = 0) -> list[bytes]:
+        sampled: dict[str, Any] = {"temperature": 3.0, "seed": 1, "min_tokens": min_tokens}
+        plan = Plan((), (admit(0, 100, (), stops, **sampled),), (prefill(0),))
         pieces: list[bytes] = []
         while True:
             [entry] = loops.execute(executor, plan).entries
@@ -808,6 +809,12 @@ def test_a_stop_text_is_found_wherever_it_begins(babbler: Model) -> None:
         expected = next((b for b in beginnings if stop.encode() in b"".join(b)), whole)
         assert generated(stop) == expected
         n_found += expected != whole
+        # Not one that ends in the first tokens; one that begins there is found.
+        n_before = len(b"".join(whole[:20]))
+        later = (b for b in (whole[:n] for n in range(21, len(whole))))
+        joined = ((b, b"".join(b)) for b in later)
+        expected = next((b for b, t in joined if stop.encode() in t[n_before - 4 :]), whole)
+        assert generated(stop, min_tokens=20) == expected
     assert n_found > 16
 
 

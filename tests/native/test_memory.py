@@ -43,7 +43,9 @@ DEPTH = 3
 PROMPT = tuple(range(40, 71))
 OTHER = tuple(range(90, 101))
 MAX_TOKENS = 40
-SAMPLED = SamplingParams(temperature=1.0, seed=7)
+SAMPLED = SamplingParams(
+    temperature=1.0, seed=7, repetition_penalty=1.1, frequency_penalty=0.2, dry_multiplier=0.5
+)
 
 
 class Setting(NamedTuple):

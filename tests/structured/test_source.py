@@ -92,6 +92,7 @@ def test_a_nul_would_end_the_text_in_c() -> None:
         ({"regex": "a", "choice": ["b"]}, "choice: cannot be combined with regex"),
         ({"json_schema": {}, "grammar": "x"}, "grammar: cannot be combined with json_schema"),
         ({"regex": "a", "ignore_eos": True}, "ignore_eos: cannot be combined with regex"),
+        ({"regex": "a", "min_tokens": 3}, "min_tokens: cannot be combined with regex"),
         ({"regex": 5}, "regex: Expected `str | null`, got 5"),
         ({"choice": "yes"}, "choice: Expected `array`, got 'yes'"),
         ({"choice": [""]}, r"choice: Expected `str` of length >= 1"),

@@ -38,6 +38,18 @@ FILTERS: list[dict[str, Any]] = [
     {"temperature": 1.3, "top_p": 0.8},
     {"temperature": 1.3, "min_p": 0.1},
     {"temperature": 1.2, "top_k": 8, "top_p": 0.9, "min_p": 0.05},
+    {"temperature": 1.3, "typical_p": 0.7},
+    {
+        "temperature": 1.2,
+        "top_k": 12,
+        "min_p": 0.02,
+        "logit_bias": {60: 2.0, 61: -1.0},
+        "repetition_penalty": 1.3,
+        "presence_penalty": 0.5,
+        "frequency_penalty": 0.3,
+        "xtc_probability": 0.4,
+        "xtc_threshold": 0.15,
+    },
 ]
 
 Probabilities = npt.NDArray[np.float64]
@@ -76,7 +88,10 @@ def _sample(path: Path, depth: int, params: dict[str, Any]) -> Samples:
     samples = Samples([])
     release: tuple[int, ...] = ()
     for start in range(0, len(SEEDS), N_SEQ):
-        admit = tuple(Admission(s, sampling, SEEDS[start + s], (), LENGTH) for s in range(N_SEQ))
+        admit = tuple(
+            Admission(s, sampling, SEEDS[start + s], (), LENGTH, history=PROMPT)
+            for s in range(N_SEQ)
+        )
         active = {s: PlanEntry(s, PROMPT, True, 0) for s in range(N_SEQ)}
         found: list[tuple[int, ...]] = [()] * N_SEQ
         while active:
@@ -105,20 +120,42 @@ class Truth:
 
     def _after(self, tokens: tuple[int, ...]) -> Probabilities:
         _, logits = self._reference.trunk([*PROMPT, *tokens])
-        logits = logits[-1]
+        logits = self._edited(logits[-1], Counter(tokens))
         order = np.argsort(-logits)
         if top_k := self._params.get("top_k"):
             order = order[:top_k]
         shares = _softmax(logits[order])
+        if typical_p := self._params.get("typical_p"):
+            surprise = -np.log(shares)
+            nearest = np.argsort(abs(surprise - (shares * surprise).sum()))
+            keep = int(np.searchsorted(np.cumsum(shares[nearest]), typical_p, side="right")) + 1
+            order = order[np.sort(nearest[:keep])]
+            shares = _softmax(logits[order])
         if top_p := self._params.get("top_p"):
             keep = int(np.searchsorted(np.cumsum(shares), top_p)) + 1
             order = order[:keep]
             shares = shares[:keep]
         if min_p := self._params.get("min_p"):
             order = order[shares >= min_p * shares[0]]
+            shares = _softmax(logits[order])
+        excluded = max(int((shares >= self._params.get("xtc_threshold", 1)).sum()) - 1, 0)
+        chance = self._params.get("xtc_probability", 0)
         result = np.zeros(len(logits))
-        result[order] = _softmax(logits[order] / self._params["temperature"])
+        for kept, weight in ((order, 1 - chance), (order[excluded:], chance)):
+            result[kept] += weight * _softmax(logits[kept] / self._params["temperature"])
         return result
+
+    def _edited(self, logits: Probabilities, answer: Counter[int]) -> Probabilities:
+        logits = logits.astype(np.float64)
+        for token, bias in self._params.get("logit_bias", {}).items():
+            logits[token] += bias
+        for token in {*PROMPT, *answer}:
+            penalty = self._params.get("repetition_penalty", 1)
+            logits[token] *= penalty if logits[token] < 0 else 1 / penalty
+        for token, count in answer.items():
+            logits[token] -= self._params.get("presence_penalty", 0)
+            logits[token] -= count * self._params.get("frequency_penalty", 0)
+        return logits
 
 
 def _softmax(logits: Probabilities) -> Probabilities:

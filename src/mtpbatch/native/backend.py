@@ -14,12 +14,14 @@ from mtpbatch.native.embedder import Embedder
 from mtpbatch.native.executor import Executor
 from mtpbatch.native.grammar import Grammar, GrammarCompiler
 from mtpbatch.native.model import Model
+from mtpbatch.native.sampler import bad_word_tokens
 from mtpbatch.native.session import MtpSession
 from mtpbatch.types import (
     EngineConfig,
     GrammarSource,
     ModelFacts,
     Plan,
+    SamplingParams,
     StepResult,
     TemplateSource,
 )
@@ -121,6 +123,10 @@ class NativeBackend:
         self, plan: Plan | None, *, wait: bool, timeout: float | None = None
     ) -> list[StepResult]:
         return self._executor.exchange(plan, wait=wait, timeout=timeout)
+
+    def prepare(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        self._executor.prepare(params)
+        return bad_word_tokens(self._model, params.bad_words)
 
     def wake(self) -> None:
         self._executor.wake()

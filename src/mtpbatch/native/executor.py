@@ -13,13 +13,14 @@ from mtpbatch.exceptions import InternalError, NativeError
 from mtpbatch.native._library import Handle, call, error_of, ffi, lib
 from mtpbatch.native.context import Context
 from mtpbatch.native.logprobs import from_native
-from mtpbatch.native.sampler import INT32_MAX, sampling
+from mtpbatch.native.sampler import INT32_MAX, DryMaker, sampling
 from mtpbatch.native.session import MtpSession
 from mtpbatch.types import (
     N_CONFIDENCES,
     NO_RESULT,
     EntryResult,
     Plan,
+    SamplingParams,
     StepResult,
     TokenLogprobs,
 )
@@ -45,6 +46,7 @@ class Executor(Handle):
         with target._lock:
             call(lib.mtpbatch_executor_create, *natives, out)
         super().__init__(out[0], lib.mtpbatch_executor_free)
+        self._dry_for = DryMaker(target.model, target.n_ctx)
         self._lock = threading.Lock()  # for what an exchange gives, which the next one overwrites
         self._n_steps = ffi.new("int32_t *")
         self._steps = ffi.new("mtpbatch_step **")
@@ -67,7 +69,7 @@ class Executor(Handle):
         """
         executor = self._native
         try:
-            native, references = _native_plan(plan) if plan else (ffi.NULL, [])
+            native, references = _native_plan(plan, self._dry_for) if plan else (ffi.NULL, [])
         except OverflowError as error:
             raise InternalError(f"plan: {error}") from None
         wait_us = 0
@@ -82,6 +84,10 @@ class Executor(Handle):
             if status != lib.MTPBATCH_OK:
                 raise error_of(status, failure.message, InternalError)
             return [_result(steps[0][i]) for i in range(n_steps[0])]
+
+    def prepare(self, params: SamplingParams) -> None:
+        """Make now what takes long to make for a request that samples so. From any thread."""
+        self._dry_for(params)
 
     def wake(self) -> None:
         """End the wait of the exchange under way, or of the next one. From any thread."""
@@ -106,6 +112,7 @@ class Executor(Handle):
         if executor is not None and self._home.here:
             # Not left to freeing it: the last reference may be gone in another thread's call.
             lib.mtpbatch_executor_stop(executor)
+        self._dry_for.forget()
         super().close()
 
 
@@ -177,7 +184,7 @@ def _n_logprobs(asked: int | None) -> int:
     return -1 if asked is None else asked
 
 
-def _native_plan(plan: Plan) -> tuple[Any, list[Any]]:
+def _native_plan(plan: Plan, dry_for: DryMaker) -> tuple[Any, list[Any]]:
     """The C struct, and what must stay referenced while it is used."""
     references: list[Any] = []
     admissions = []
@@ -186,11 +193,19 @@ def _native_plan(plan: Plan) -> tuple[Any, list[Any]]:
         p = a.params
         texts = [ffi.from_buffer(text.encode()) for text in p.stop]
         stop_texts = ffi.new("mtpbatch_text[]", [[len(text), text] for text in texts])
-        references += [stop, texts, stop_texts]
+        how, used = sampling(
+            p,
+            a.seed,
+            bad_words=a.bad_words,
+            withheld=a.stop_token_ids if p.min_tokens else (),
+            history=a.history,
+            dry=dry_for(p),
+        )
+        references += [stop, texts, stop_texts, used]
         admissions.append(
             [
                 a.seq_id,
-                sampling(p, a.seed),
+                how,
                 min(a.max_tokens, INT32_MAX),
                 len(a.stop_token_ids),
                 stop,

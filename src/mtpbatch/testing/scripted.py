@@ -28,6 +28,7 @@ from mtpbatch.types import (
     Plan,
     PlanEntry,
     Resume,
+    SamplingParams,
     StepResult,
     TemplateSource,
     TokenLogprobs,
@@ -109,9 +110,10 @@ class ScriptedBackend:
 
     ``script`` maps the prompt's text to the answer; the end-of-generation token follows, and
     then, for requests that ignore it, the same again. Without a script every prompt has an
-    answer of its own, some words long. Sampling parameters make no difference. The model is certain
-    of each token, also of a prompt's: its log probability is 0.0, its rank 1, and ``logprobs`` and
-    ``prompt_logprobs`` name no other token beside it, however many are asked for.
+    answer of its own, some words long. Sampling parameters make no difference, but for
+    ``min_tokens``: before that, a space stands for each token that would end the answer. The model
+    is certain of each token, also of a prompt's: its log probability is 0.0, its rank 1, and
+    ``logprobs`` and ``prompt_logprobs`` name no other token beside it, however many are asked for.
     The form that an answer is to keep to makes no difference either: the script sees to that.
 
     ``acceptance`` is the chance that a draft is right, drawn for each position of each prompt,
@@ -283,6 +285,10 @@ class ScriptedBackend:
     def open_embedder(self) -> Embedder:
         """Embeds as the class says."""
         return _ScriptedEmbedder(self.facts.n_ctx)
+
+    def prepare(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """There is nothing to prepare."""
+        return ()
 
     def compile_grammar(self, source: GrammarSource) -> None:
         """There is nothing to compile: answers are the script's."""
@@ -699,7 +705,9 @@ class _ScriptedSequence:
         self.params = admission.params
         self._stop = frozenset(admission.stop_token_ids)
         self._stop_texts = [text.encode() for text in admission.params.stop]
+        self._min_tokens = admission.params.min_tokens
         self._text = b""
+        self._n_before = 0  # bytes of the text in which no stop text ends
         self._max_tokens = admission.max_tokens
         self.token_ids: list[int] = []  # computed
         self.prompt: tuple[int, ...] = ()  # known once it has generated
@@ -723,12 +731,20 @@ class _ScriptedSequence:
     @property
     def over(self) -> bool:
         """Whether nothing goes on until it is released."""
-        return bool(self.ended) or any(text in self._text for text in self._stop_texts)
+        return bool(self.ended) or any(
+            text in self._text[max(0, self._n_before - len(text) + 1) :]
+            for text in self._stop_texts
+        )
 
     def generate(self) -> int:
         token_id = self.answer[self.n_generated % len(self.answer)]
+        held_back = self.n_generated < self._min_tokens
+        if held_back and token_id in self._stop:
+            token_id = next(i for i in range(ord(" "), _EOS) if i not in self._stop)
         self.generated.append(token_id)
         self._text += _TOKEN_BYTES[token_id]
+        if held_back:
+            self._n_before = len(self._text)
         if token_id in self._stop:
             self.ended = "stop"
         elif self.n_generated == self._max_tokens:
