@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "chat/template": {"chat", "exceptions"},
     "chat/generation": {"chat", "generation", "types"},
     "embedding": {"backend", "_loops", "types", "exceptions"},
-    "structured/source": {"types", "exceptions"},
+    "structured/source": {"in_words", "types", "exceptions"},
     "structured/library": {"exceptions"},
     "structured/trial": {"structured", "types", "exceptions"},
     "structured/trial_process": set(),  # a program of its own

@@ -65,7 +65,7 @@ def test_other_forms_are_taken_as_they_are() -> None:
 
 @pytest.mark.parametrize("value", [5, True, object, [1], lambda: None, {"a": object()}])
 def test_what_is_no_schema_is_refused(value: Any) -> None:
-    with pytest.raises(InvalidParameterError, match="json_schema: must be a JSON schema as a dict"):
+    with pytest.raises(InvalidParameterError, match=r"(?s)^json_schema: must be .*, got "):
         source(json_schema=value)
 
 
@@ -93,9 +93,9 @@ def test_a_nul_would_end_the_text_in_c() -> None:
         ({"json_schema": {}, "grammar": "x"}, "grammar: cannot be combined with json_schema"),
         ({"regex": "a", "ignore_eos": True}, "ignore_eos: cannot be combined with regex"),
         ({"regex": "a", "min_tokens": 3}, "min_tokens: cannot be combined with regex"),
-        ({"regex": 5}, "regex: Expected `str | null`, got 5"),
-        ({"choice": "yes"}, "choice: Expected `array`, got 'yes'"),
-        ({"choice": [""]}, r"choice: Expected `str` of length >= 1"),
+        ({"regex": 5}, "regex: must be a text or None, got 5"),
+        ({"choice": "yes"}, "choice: must be a list, each item a text .*, got 'yes'"),
+        ({"choice": [""]}, "choice: must be a list, each item a text that is not empty"),
     ],
 )
 def test_what_contradicts_itself_is_refused(params: dict[str, Any], message: str) -> None:

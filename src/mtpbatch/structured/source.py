@@ -8,6 +8,7 @@ from typing import Any, Final
 import msgspec
 
 from mtpbatch.exceptions import InvalidParameterError
+from mtpbatch.in_words import shown
 from mtpbatch.types import GrammarSource, SamplingParams
 
 _MOST_CHARS: Final = 1_000_000
@@ -54,5 +55,5 @@ def _schema_text(schema: Any) -> str:
         raise InvalidParameterError(
             "json_schema",
             f"must be a JSON schema as a dict or as text, or a type that msgspec or pydantic can "
-            f"make one of: {error}",
+            f"make one of ({error}), got {shown(schema)}",
         ) from None
