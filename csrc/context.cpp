@@ -136,7 +136,7 @@ Context::Context(std::shared_ptr<Context> target, std::shared_ptr<const Model> m
       params_(target_->params_),
       shares_memory_(model_ != target_->model_) {
     if (target_->is_mtp() || target_->params_.embeddings) {
-        refuse("the target must be a default context, not one for drafts or embeddings");
+        refuse("the target must be a default context, not an MTP one, nor one for embeddings");
     }
     if (shares_memory_) {
         check_assistant(*target_);

@@ -351,7 +351,7 @@ mtpbatch_status mtpbatch_executor_create(const mtpbatch_context * target, const 
     return guard(error, [&] {
         if (target->impl->is_mtp() || target->impl->params().embeddings) {
             throw Error(MTPBATCH_INVALID_ARGUMENT,
-                        "the target must be a default context, not one for drafts or embeddings");
+                        "the target must be a default context, not an MTP one, nor one for embeddings");
         }
         if (session && &session->impl->target() != target->impl.get()) {
             throw Error(MTPBATCH_INVALID_ARGUMENT, "the session drafts for another context than this one");

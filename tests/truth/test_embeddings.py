@@ -218,9 +218,9 @@ def test_a_context_for_embeddings_does_nothing_else(demo_path: Path, dense_path:
         batch.add_sequence([1, 2, 3], 0, 0)
         with pytest.raises(ContextError, match="row 0: every row"):
             context.decode(batch)
-        with pytest.raises(ContextError, match="not one for drafts or embeddings"):
+        with pytest.raises(ContextError, match="nor one for embeddings"):
             Context.mtp(context)
-        with pytest.raises(ContextError, match="not one for drafts or embeddings"):
+        with pytest.raises(ContextError, match="nor one for embeddings"):
             Executor(context)
         with pytest.raises(ContextError, match="n_rs_seq must be 0"):
             Context(model, n_ctx=64, n_rs_seq=3, embeddings=True)
