@@ -78,16 +78,19 @@ def _refusal(wish: int, facts: ModelFacts) -> str:
 
 
 class Cost:
-    """Seconds that a decode takes: so much for a pass, and so much for each of its rows.
+    """Seconds that a decode takes: so much for a pass, so much for each of its rows, and what
+    passes of about that many rows take more or less than that.
 
-    Follows what decodes took as a Kalman filter does, with the logarithm of the seconds of a pass
-    and the root of a row's share in them as its state. So it knows what it cannot tell from decodes
-    of always the same size, and takes it up quickly when other sizes come: a machine that becomes
-    slower changes the pass, and the row with it; the share changes slowly. (With the share itself,
-    steps towards a small one overshoot; with its logarithm, a small one never grows again.)
+    Follows what decodes took as a Kalman filter does, with three parts of the logarithm of the
+    seconds as its state: of a pass, of the root of a row's share in it, and, for each size, what
+    that size adds. So it knows what it cannot tell from decodes of always the same size, and takes
+    it up quickly when other sizes come: a machine that becomes slower changes the pass, and all
+    sizes with it; what is particular to a size is remembered while others come. (With the share
+    itself, steps towards a small one overshoot; with its logarithm, a small one never grows again.)
 
     State: ``_pass`` and ``_root``; what of them is uncertain, as variances and covariance of
-    the logarithm and the root; and ``_noise``, how much the logarithms of observations scatter.
+    the logarithm and the root; ``_sizes``, by class of size, what that adds to the logarithm, and
+    the variance of it; and ``_noise``, how much the logarithms of observations scatter.
     :meth:`observe` changes them.
     """
 
@@ -98,6 +101,9 @@ class Cost:
     _DRIFT: Final = (2e-3, 2e-4)  # what variances grow by with each; of the root, in units of it
     _LEAST_DRIFTING: Final = 0.2  # as if the root was not smaller
     _SURPRISE: Final = 0.7  # at most, of a logarithm: a step in which the machine did other things
+    _SIZE: Final = 0.01  # variance of what a size adds: about 10 %
+    _SIZE_DRIFT: Final = 1e-5
+    _UNKNOWN: Final = (0.0, _SIZE)
 
     def __init__(self) -> None:
         self._pass = 0.0  # 0: nothing was observed
@@ -105,11 +111,24 @@ class Cost:
         self._var_pass = 25.0  # it may be anything
         self._var_root = 0.5 * self._FIRST_ROOT**2
         self._covar = 0.0
+        self._sizes: dict[int, tuple[float, float]] = {}
         self._noise = 0.02  # about 14 %
 
     def of(self, passes: float, rows: float) -> float:
         """Seconds of so many passes, with so many rows in all."""
-        return self._pass * (passes + self._root**2 * rows)
+        added, _ = self._sizes.get(_size(passes, rows), self._UNKNOWN)
+        return self._pass * (passes + self._root**2 * rows) * math.exp(added)
+
+    def doubt(self, one: tuple[float, float], other: tuple[float, float]) -> float:
+        """Variance of the logarithm of what one takes, over what the other takes: each is so many
+        passes, with so many rows in all."""
+        sizes = {_size(*one), _size(*other)}
+        if len(sizes) == 1:
+            return 0.0
+        weights = [2 * self._root * rows / (n + self._root**2 * rows) for n, rows in (one, other)]
+        return (weights[0] - weights[1]) ** 2 * self._var_root + sum(
+            self._sizes.get(size, self._UNKNOWN)[1] for size in sizes
+        )
 
     @property
     def per_pass(self) -> float:
@@ -125,27 +144,36 @@ class Cost:
         """Take in how long so many passes took, with so many rows in all; 0 says nothing."""
         if seconds <= 0:
             return
-        root = self._root
+        root, size = self._root, _size(passes, rows)
         in_passes = passes + root**2 * rows
         if not self._pass:
             self._pass = seconds / in_passes
         weight = 2 * root * rows / in_passes  # of the root in the logarithm of the seconds
-        surprise = math.log(seconds / (self._pass * in_passes))
+        added, var_added = self._sizes.get(size, self._UNKNOWN)
+        surprise = math.log(seconds / (self._pass * in_passes)) - added
         surprise = min(max(surprise, -self._SURPRISE), self._SURPRISE)
         self._noise += self._NOISE_PACE * (surprise * surprise - self._noise)
         noise = max(self._noise, self._LEAST_NOISE)
         drift_pass, drift_root = self._DRIFT
         self._var_pass += drift_pass
         self._var_root += drift_root * max(root, self._LEAST_DRIFTING) ** 2
+        var_added = min(var_added + self._SIZE_DRIFT, self._SIZE)
         with_pass = self._var_pass + weight * self._covar
         with_root = self._covar + weight * self._var_root
-        variance = with_pass + weight * with_root + noise
+        variance = with_pass + weight * with_root + var_added + noise
         gain_pass, gain_root = with_pass / variance, with_root / variance
+        gain_added = var_added / variance
         self._pass *= math.exp(gain_pass * surprise)
         self._root = max(root + gain_root * surprise, self._LEAST_ROOT)
+        self._sizes[size] = added + gain_added * surprise, (1 - gain_added) * var_added
         self._var_pass -= gain_pass * with_pass
         self._var_root -= gain_root * with_root
         self._covar -= gain_pass * with_root
+
+
+def _size(passes: float, rows: float) -> int:
+    """The class of a pass's rows: two classes each time they double."""
+    return round(2 * math.log2(max(1.0, rows / passes))) if passes else 0
 
 
 class CostModel:
@@ -250,6 +278,7 @@ class Habit:
         *("_allowed", "_drafted", "_gained", "_n_refused", "_ahead"),
     )
     _PRIOR: Final = 4.0  # steps, and drafts, that what it begins with counts as
+    _FADES: Final = 2000.0  # steps
 
     def __init__(
         self, reached: Items[float], gained: Items[float], acceptance: float, memory: float
@@ -275,6 +304,18 @@ class Habit:
         habit = Habit(self.reached, self.gained, self.acceptance, memory)
         habit.behind = behind
         return habit
+
+    def fade(self, n_steps: int) -> None:
+        """So many steps went by: what was known before counts less."""
+        kept = math.exp(-n_steps / self._FADES)
+        self._weight = [self._PRIOR + (w - self._PRIOR) * kept for w in self._weight]
+
+    def doubt(self, depth: int) -> float:
+        """Standard deviation of how many of so many drafts are accepted."""
+        return sum(
+            math.sqrt((gained * w + 1) * ((1 - gained) * w + 1) / (w + 3)) / (w + 2)
+            for gained, w in zip(self.gained[:depth], self._weight, strict=False)
+        )
 
     def note(self, allowed: int, drafted: int, accepted: int) -> None:
         """Take in a step that may draft ``allowed`` tokens."""
@@ -417,7 +458,7 @@ class _Outlook:
     """What one depth would come to in a step: sums over the sequences, then what follows."""
 
     __slots__ = (
-        *("depth", "tokens", "rows", "draft_rows", "seconds", "left_out"),
+        *("depth", "tokens", "rows", "passes", "draft_rows", "seconds", "left_out"),
         *("n_sequences", "n_drafting", "n_verifying"),
     )
 
@@ -430,6 +471,7 @@ class _Outlook:
         self.draft_rows = [0.0] * n_decodes  # by decode of the draft context
         self.left_out: list[str] = []
         self.rows = 0.0
+        self.passes = 1.0
         self.seconds = 0.0
 
     @property
@@ -441,29 +483,34 @@ class Speculator:
     """Chooses depth and prices for the requests that leave them to the engine.
 
     It looks at every depth from 0 on: what a step would give and take, by the costs and habits as
-    they are known. Of depths that are nearly as good the present one stays. What would have to be
-    known to be sure, how long a step of another depth takes and how much would be accepted, is
-    tried out with a few sequences for a step or two: each depth at first, and then ever more
-    rarely, until twice or half as many sequences run. What that is expected to lose is at most a
+    they are known. It begins without drafts. Another depth is taken if it is better though what is
+    uncertain of it turned out badly, and gains in some steps what the head has to catch up with.
+
+    How long a step of another depth takes, and how much would be accepted, is tried out with a few
+    sequences for a step or two, if what that may find out is worth more than it costs: little is
+    known and the depth may well be better, and it looks as if there was time to use it, because
+    about as many sequences have run for some time. What it is expected to lose is at most a
     hundredth of the time.
 
     State: what :meth:`observe` learns from results: ``costs``, ``calibration``, ``everybody``'s
-    habit, and ``_n_lengths``, how many different lengths the drafts of a step have, by the
-    greatest of them. And what :meth:`review` decides: the ``choice`` in force, ``_credit``, seconds
-    that trials may still lose, for each depth ``_next_trial``, in steps so far, and ``_pause``,
-    steps from that to the one after, and ``_n_for_trials``, the sequences that all these are for.
+    habit, ``_fed``, rows of prompts in a step, and ``_n_lengths``, how many different lengths the
+    drafts of a step have, by the greatest of them. And what :meth:`review` decides: the ``choice``
+    in force, ``_credit``, seconds that trials may still lose, and ``_load``, the number of sequences
+    of about which there have been since the step ``_load_since``.
     """
 
-    _STEPS: Final = 8  # between reviews, while about as many sequences run
+    _STEPS: Final = 2  # between reviews, while about as many sequences run
     _SECONDS: Final = 0.03  # of steps between reviews, too: they cost time
     _FEW: Final = 0.25  # of them may come or go
-    _STAYS: Final = 1.03  # how much better another depth must look
+    _STAYS: Final = 1.01  # how much better another depth must look
     _TRIALS: Final = 0.01  # of the time may be lost by trials
     _MOST_TRIALS: Final = 4  # steps' time that may be lost at a stretch, as at the beginning
     _TRIED_WITH: Final = 4  # sequences at most
-    _WORTH_A_TRIAL: Final = 0.6  # of the best speed that a depth must promise
-    _PAUSES: Final = (64, 1024)  # steps between trials of a depth, at first and in the end
+    _PLANS: Final = 3e-4  # seconds that the plans of a trial cost
+    _LASTS: Final = (64, 1024)  # steps that a load is taken to go on, at least and at most
+    _PAYS_WITHIN: Final = 64  # steps
     _LENGTHS_PACE: Final = 0.02
+    _FED_PACE: Final = 0.005
     _SHARED_MEMORY: Final = 400.0  # steps of all sequences together
     _OWN_MEMORY: Final = 24.0  # steps of one
 
@@ -475,14 +522,16 @@ class Speculator:
         self.everybody = Habit.guess(facts.n_draft_max, self._SHARED_MEMORY)
         chances = self.calibration.chances
         terms = Terms(0.0, 0.0, 0.0, 0.0, chances[:N_CONFIDENCES], chances[N_CONFIDENCES:])
-        self.choice = Choice(facts.n_draft_max, terms)
+        self.choice = Choice(0, terms)
         self._n_lengths = [float(depth > 0) for depth in self._depths]
+        self._fed = 0.0
         self._credit = math.inf
         self._n_steps = 0
         self._n_steps_reviewed = 0
         self._since_review = 0.0
         self._n_reviewed = 0  # sequences at the last review
-        self._try_all_anew(0)
+        self._load = 0
+        self._load_since = 0
 
     def new_habit(self, n_prompt: int) -> Habit:
         """For a sequence that begins, with a prompt of so many tokens."""
@@ -508,6 +557,7 @@ class Speculator:
         if result.trials:
             self.calibration.observe(result.trials)
         seconds = result.draft_time + result.target_time + result.sample_time
+        self._fed += (n_prompt - self._fed) * self._FED_PACE
         self._credit += self._TRIALS * seconds
         self._since_review += seconds
         self._n_steps += 1
@@ -528,24 +578,47 @@ class Speculator:
         self._n_reviewed = len(sequences)
         self._n_steps_reviewed = self._n_steps
         self._since_review = 0.0
+        self.everybody.fade(n_new)
         adaptive = False
         for sequence in sequences:
             adaptive = adaptive or sequence.wish.adaptive
             sequence.habit.settle(self.everybody)
         if not adaptive or not self.costs.step:  # nothing but prompts was timed yet
             return False
+        if not 0.5 <= len(sequences) / max(1, self._load) <= 2:
+            self._load, self._load_since = len(sequences), self._n_steps
         outlooks = self._outlooks(sequences, self.choice.terms)
-        depth = max(self._depths, key=lambda depth: outlooks[depth].speed)
-        if outlooks[depth].speed < self._STAYS * outlooks[self.choice.depth].speed:
-            depth = self.choice.depth
-        outlook = outlooks[depth]
-        choice = Choice(depth, self._terms(outlook), frozenset(outlook.left_out))
+        now = outlooks[self.choice.depth]
+        outlook = max(outlooks, key=lambda then: self._at_worst(then, now, sequences))
+        choice = Choice(outlook.depth, self._terms(outlooks, outlook), frozenset(outlook.left_out))
         if self.choice.trial is None:
-            choice = self._with_trial(choice, outlook, sequences)
+            choice = self._with_trial(choice, outlooks, sequences)
         if not choice.differs(self.choice):
             return False
         self.choice = choice
         return True
+
+    def _at_worst(
+        self, then: _Outlook, now: _Outlook, sequences: Collection[Drafter]
+    ) -> float:
+        """Tokens per second of another depth than the present one, if things turn out badly."""
+        if then is now:
+            return now.speed
+        speed = then.speed * math.exp(-self._doubt(then, now)) / self._STAYS
+        if now.depth:
+            return speed
+        behind = sum(s.habit.behind for s in sequences if s.wish.adaptive)
+        seconds = self._PAYS_WITHIN * then.seconds
+        return speed * seconds / (seconds + self.costs.draft.of(1, behind))
+
+    def _doubt(self, then: _Outlook, now: _Outlook) -> float:
+        """How uncertain it is, of the logarithm, how much faster one depth is than another."""
+        costs = self.costs.target.doubt((then.passes, then.rows), (now.passes, now.rows))
+        gains = 0.0
+        if then.depth > now.depth:
+            doubt = self.everybody.doubt(then.depth) - self.everybody.doubt(now.depth)
+            gains = then.n_drafting * doubt / then.tokens
+        return math.sqrt(costs + gains * gains)
 
     def _outlooks(self, sequences: Collection[Drafter], terms: Terms | None) -> list[_Outlook]:
         """What a step would come to, by depth. With terms, those draft for whom it pays."""
@@ -579,11 +652,15 @@ class Speculator:
         outlook.n_verifying = verifying
         outlook.tokens = tokens + len(drafters)
         outlook.rows = rows + len(drafters)
+        outlook.passes = self._passes(outlook)
         # A decode of less than a row happens that often.
         n_draft_decodes = sum(min(1.0, n) for n in draft_rows)
+        n_draft_rows = sum(draft_rows)
+        if n_drafting:  # prompts have to be caught up with as well
+            n_draft_rows += self._fed * n_drafting / len(drafters)
         outlook.seconds = self.costs.target.of(
-            self._passes(outlook), outlook.rows
-        ) + self.costs.draft.of(n_draft_decodes, sum(draft_rows))
+            outlook.passes, outlook.rows
+        ) + self.costs.draft.of(n_draft_decodes, n_draft_rows)
         return outlook
 
     def _passes(self, outlook: _Outlook) -> float:
@@ -597,7 +674,7 @@ class Speculator:
         n_lengths = self._n_lengths[outlook.depth] if outlook.n_drafting > 1 else 1.0
         return 1 + share * (min(1.0, others) + n_lengths - 1)
 
-    def _terms(self, outlook: _Outlook) -> Terms:
+    def _terms(self, outlooks: Items[_Outlook], outlook: _Outlook) -> Terms:
         """The prices where a step is as an outlook says."""
         speed, target, draft = outlook.speed, self.costs.target, self.costs.draft
         chances = self.calibration.chances
@@ -611,16 +688,10 @@ class Speculator:
         )
 
     def _with_trial(
-        self, choice: Choice, outlook: _Outlook, sequences: Iterable[Drafter]
+        self, choice: Choice, outlooks: Items[_Outlook], sequences: Iterable[Drafter]
     ) -> Choice:
-        """The choice, with another depth to try out if one is due and can be afforded."""
-        if not 0.5 <= self._n_reviewed / max(1, self._n_for_trials) <= 2:
-            self._try_all_anew(self._n_reviewed)
-        due = [
-            d for d in self._depths if self._n_steps >= self._next_trial[d] and d != choice.depth
-        ]
-        if not due:
-            return choice
+        """The choice, with another depth to try out if that is worth what it costs."""
+        outlook = outlooks[choice.depth]
         self._credit = min(self._credit, self._MOST_TRIALS * outlook.seconds)
         # Who has little to catch up with loses least.
         adaptive = (s for s in sequences if s.wish.adaptive)
@@ -628,27 +699,35 @@ class Speculator:
         alone = self._outlooks(subjects, terms=None)
         now = alone[choice.depth]
         behind = sum(s.habit.behind for s in subjects)
-        for depth in due:
-            self._next_trial[depth] = self._n_steps + self._pause[depth]
-            then = alone[depth]
-            if then.speed < self._WORTH_A_TRIAL * now.speed:
+        least, most = self._LASTS
+        lasts = outlook.seconds * min(max(self._n_steps - self._load_since, least), most)
+        best, trial, loses = 0.0, None, 0.0
+        for then in alone:
+            if then is now:
                 continue
             # Another step goes by until it is known how the first went.
             lost = 2 * (then.seconds - now.seconds - (then.tokens - now.tokens) / outlook.speed)
-            if depth > choice.depth == 0:
+            if not choice.depth:
                 lost += self.costs.draft.of(1, behind)
-            if lost <= self._credit:
-                self._credit -= max(0.0, lost)
-                self._pause[depth] = min(2 * self._pause[depth], self._PAUSES[1])
-                on_trial = frozenset(s.request_id for s in subjects)
-                return msgspec.structs.replace(choice, trial=depth, on_trial=on_trial)
-        return choice
+            lost = max(lost, 0.0) + self._PLANS
+            better = math.log(outlooks[then.depth].speed / outlook.speed / self._STAYS)
+            found = lasts * _hope(better, self._doubt(outlooks[then.depth], outlook))
+            if lost <= self._credit and found - lost > best:
+                best, trial, loses = found - lost, then.depth, lost
+        if trial is None:
+            return choice
+        self._credit -= loses
+        on_trial = frozenset(s.request_id for s in subjects)
+        return msgspec.structs.replace(choice, trial=trial, on_trial=on_trial)
 
-    def _try_all_anew(self, n_sequences: int) -> None:
-        """What was learnt was learnt with so many fewer or more."""
-        self._n_for_trials = n_sequences
-        self._next_trial = [self._n_steps] * len(self._depths)
-        self._pause = [self._PAUSES[0]] * len(self._depths)
+
+def _hope(mean: float, deviation: float) -> float:
+    """What is to be gained on average if a thing, normally distributed, counts only above 0."""
+    if not deviation:
+        return max(mean, 0.0)
+    z = mean / deviation
+    below = (1 + math.erf(z / math.sqrt(2))) / 2
+    return mean * below + deviation * math.exp(-z * z / 2) / math.sqrt(2 * math.pi)
 
 
 def at_least(counts: list[int]) -> tuple[int, ...]:
