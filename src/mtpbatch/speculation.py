@@ -16,7 +16,6 @@ accepted every second time.
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Collection, Iterable
 from collections.abc import Sequence as Items
@@ -191,6 +190,7 @@ class CostModel:
     _PACE: Final = 0.1
     _CHUNK_STEPS: Final = 2  # steps' time that a chunk of a prompt may take
     _ENOUGH: Final = 0.25  # of the steps undisturbed: the others need not count
+    _DRAFT: Final = 0.125  # of what the target takes: a guess
     _LEAST_CHUNK: Final = 32  # rows: smaller ones take too many passes
 
     def __init__(self, facts: ModelFacts) -> None:
@@ -202,6 +202,12 @@ class CostModel:
         self._n_decoding = 0
         self._undisturbed = 0.0
         self.step = 0.0
+
+    def drafting(self, decodes: float, rows: float) -> float:
+        """Seconds of so many decodes of the draft context, with so many rows in all."""
+        if not self.draft.per_pass:  # none was timed yet
+            return self._DRAFT * self.target.of(decodes, rows)
+        return self.draft.of(decodes, rows)
 
     def chunk(self, most: int, prompts: float) -> int:
         """Rows of prompts in a step beside sequences that generate, to each of which there are so
@@ -310,10 +316,12 @@ class Habit:
         kept = math.exp(-n_steps / self._FADES)
         self._weight = [self._PRIOR + (w - self._PRIOR) * kept for w in self._weight]
 
-    def doubt(self, depth: int) -> float:
-        """Standard deviation of how many of so many drafts are accepted."""
+    def doubt(self, depth: int, n_steps: float = math.inf) -> float:
+        """Standard deviation of how many of so many drafts are accepted; or, of it, how much may
+        turn out in so many steps."""
         return sum(
-            math.sqrt((gained * w + 1) * ((1 - gained) * w + 1) / (w + 3)) / (w + 2)
+            math.sqrt((gained * w + 1) * ((1 - gained) * w + 1) / (w + 3) / (1 + w / n_steps))
+            / (w + 2)
             for gained, w in zip(self.gained[:depth], self._weight, strict=False)
         )
 
@@ -509,7 +517,7 @@ class Speculator:
     _PLANS: Final = 3e-4  # seconds that the plans of a trial cost
     _LASTS: Final = (64, 1024)  # steps that a load is taken to go on, at least and at most
     _PAYS_WITHIN: Final = 64  # steps
-    _LENGTHS_PACE: Final = 0.02
+    _LENGTHS_PACE: Final = 0.05
     _FED_PACE: Final = 0.005
     _SHARED_MEMORY: Final = 400.0  # steps of all sequences together
     _OWN_MEMORY: Final = 24.0  # steps of one
@@ -523,7 +531,7 @@ class Speculator:
         chances = self.calibration.chances
         terms = Terms(0.0, 0.0, 0.0, 0.0, chances[:N_CONFIDENCES], chances[N_CONFIDENCES:])
         self.choice = Choice(0, terms)
-        self._n_lengths = [float(depth > 0) for depth in self._depths]
+        self._n_lengths = [1.0] * len(self._depths)
         self._fed = 0.0
         self._credit = math.inf
         self._n_steps = 0
@@ -552,8 +560,9 @@ class Speculator:
         """Take in a step: see :meth:`CostModel.observe`."""
         self.costs.observe(result, lengths, n_prompt)
         longest = max((n for n, count in enumerate(lengths) if count), default=0)
-        n_lengths = sum(count > 0 for count in lengths[1:])
-        self._n_lengths[longest] += (n_lengths - self._n_lengths[longest]) * self._LENGTHS_PACE
+        if self.choice.trial is None:
+            n_lengths = sum(count > 0 for count in lengths)
+            self._n_lengths[longest] += (n_lengths - self._n_lengths[longest]) * self._LENGTHS_PACE
         if result.trials:
             self.calibration.observe(result.trials)
         seconds = result.draft_time + result.target_time + result.sample_time
@@ -609,21 +618,30 @@ class Speculator:
             return speed
         behind = sum(s.habit.behind for s in sequences if s.wish.adaptive)
         seconds = self._PAYS_WITHIN * then.seconds
-        return speed * seconds / (seconds + self.costs.draft.of(1, behind))
+        return speed * seconds / (seconds + self.costs.drafting(1, behind))
 
-    def _doubt(self, then: _Outlook, now: _Outlook) -> float:
-        """How uncertain it is, of the logarithm, how much faster one depth is than another."""
-        costs = self.costs.target.doubt((then.passes, then.rows), (now.passes, now.rows))
-        gains = 0.0
+    def _doubt(self, then: _Outlook, now: _Outlook, n_steps: float = math.inf) -> float:
+        """How uncertain it is, as a standard deviation of the logarithm, how much faster one depth
+        is than another; or, of it, what may turn out in so many steps of a sequence."""
+        gains = costs = 0.0
         if then.depth > now.depth:
-            doubt = self.everybody.doubt(then.depth) - self.everybody.doubt(now.depth)
-            gains = then.n_drafting * doubt / then.tokens
+            gains = self.everybody.doubt(then.depth, n_steps)
+            gains -= self.everybody.doubt(now.depth, n_steps)
+            gains *= then.n_drafting / then.tokens
+        if n_steps >= then.n_sequences:  # what it costs shows when all draft so deep
+            costs = self.costs.target.doubt((then.passes, then.rows), (now.passes, now.rows))
         return math.sqrt(costs + gains * gains)
 
     def _outlooks(self, sequences: Collection[Drafter], terms: Terms | None) -> list[_Outlook]:
-        """What a step would come to, by depth. With terms, those draft for whom it pays."""
+        """What a step would come to, by depth. With terms, those draft for whom it pays, unless
+        it is better that all do."""
         drafters = [(s.request_id, s.wish, s.habit.reached, s.habit.ahead) for s in sequences]
-        return [self._outlook(depth, drafters, terms) for depth in self._depths]
+        outlooks = [self._outlook(depth, drafters, terms) for depth in self._depths]
+        for depth, outlook in enumerate(outlooks):
+            if outlook.left_out:
+                with_all = self._outlook(depth, drafters, None)
+                outlooks[depth] = max(outlook, with_all, key=lambda one: one.speed)
+        return outlooks
 
     def _outlook(self, depth: int, drafters: Items[_Drafter], terms: Terms | None) -> _Outlook:
         target_row, draft_row = (terms.target_row, terms.draft_row) if terms else (-1.0, -1.0)
@@ -660,19 +678,18 @@ class Speculator:
             n_draft_rows += self._fed * n_drafting / len(drafters)
         outlook.seconds = self.costs.target.of(
             outlook.passes, outlook.rows
-        ) + self.costs.draft.of(n_draft_decodes, n_draft_rows)
+        ) + self.costs.drafting(n_draft_decodes, n_draft_rows)
         return outlook
 
     def _passes(self, outlook: _Outlook) -> float:
         """Passes of the target, as far as drafts make a difference."""
         if not self._recurrent or not outlook.n_drafting:
             return 1.0
-        # Drafts are cut to few lengths, to none now and then. Who does not draft takes part in a
-        # pass of its own then.
-        share = outlook.n_verifying / outlook.n_drafting
+        # Who does not draft takes part in a pass of its own, if anybody else finds something worth
+        # it; and drafts are cut to few lengths.
         others = outlook.n_sequences - outlook.n_drafting
         n_lengths = self._n_lengths[outlook.depth] if outlook.n_drafting > 1 else 1.0
-        return 1 + share * (min(1.0, others) + n_lengths - 1)
+        return max(n_lengths, 1 + min(1.0, others) * min(1.0, outlook.n_verifying))
 
     def _terms(self, outlooks: Items[_Outlook], outlook: _Outlook) -> Terms:
         """The prices where a step is as an outlook says."""
@@ -692,33 +709,39 @@ class Speculator:
     ) -> Choice:
         """The choice, with another depth to try out if that is worth what it costs."""
         outlook = outlooks[choice.depth]
-        self._credit = min(self._credit, self._MOST_TRIALS * outlook.seconds)
-        # Who has little to catch up with loses least.
-        adaptive = (s for s in sequences if s.wish.adaptive)
-        subjects = heapq.nsmallest(self._TRIED_WITH, adaptive, key=lambda s: s.habit.behind)
-        alone = self._outlooks(subjects, terms=None)
-        now = alone[choice.depth]
-        behind = sum(s.habit.behind for s in subjects)
         least, most = self._LASTS
         lasts = outlook.seconds * min(max(self._n_steps - self._load_since, least), most)
-        best, trial, loses = 0.0, None, 0.0
-        for then in alone:
-            if then is now:
-                continue
-            # Another step goes by until it is known how the first went.
-            lost = 2 * (then.seconds - now.seconds - (then.tokens - now.tokens) / outlook.speed)
-            if not choice.depth:
-                lost += self.costs.draft.of(1, behind)
-            lost = max(lost, 0.0) + self._PLANS
-            better = math.log(outlooks[then.depth].speed / outlook.speed / self._STAYS)
-            found = lasts * _hope(better, self._doubt(outlooks[then.depth], outlook))
-            if lost <= self._credit and found - lost > best:
-                best, trial, loses = found - lost, then.depth, lost
-        if trial is None:
-            return choice
+        self._credit = min(self._credit, self._MOST_TRIALS * outlook.seconds)
+        # Who has little to catch up with loses least.
+        adaptive = sorted(
+            (s for s in sequences if s.wish.adaptive), key=lambda s: s.habit.behind
+        )
+        best, loses = 0.0, 0.0
+        with_trial = choice
+        for subjects in (adaptive[: self._TRIED_WITH], adaptive):
+            alone = self._outlooks(subjects, terms=None)
+            now = alone[choice.depth]
+            behind = sum(s.habit.behind for s in subjects)
+            for then in alone:
+                if then is now:
+                    continue
+                # Another step goes by until it is known how the first went.
+                lost = 2 * (then.seconds - now.seconds - (then.tokens - now.tokens) / outlook.speed)
+                if not choice.depth:
+                    lost += self.costs.drafting(1, behind)
+                lost = max(lost, 0.0) + self._PLANS
+                deep = outlooks[then.depth]
+                better = math.log(deep.speed / outlook.speed / self._STAYS)
+                found = lasts * _hope(better, self._doubt(deep, outlook, 2 * len(subjects)))
+                if lost <= self._credit and found - lost > best:
+                    best, loses = found - lost, lost
+                    with_trial = msgspec.structs.replace(
+                        choice,
+                        trial=then.depth,
+                        on_trial=frozenset(s.request_id for s in subjects),
+                    )
         self._credit -= loses
-        on_trial = frozenset(s.request_id for s in subjects)
-        return msgspec.structs.replace(choice, trial=trial, on_trial=on_trial)
+        return with_trial
 
 
 def _hope(mean: float, deviation: float) -> float:
