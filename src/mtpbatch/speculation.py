@@ -280,7 +280,7 @@ class Habit:
     """
 
     __slots__ = (
-        *("reached", "gained", "acceptance", "behind", "_memory", "_weight", "_n_tried"),
+        *("reached", "gained", "acceptance", "behind", "memory", "_weight", "_n_tried"),
         *("_allowed", "_drafted", "_gained", "_n_refused", "_ahead"),
     )
     _PRIOR: Final = 4.0  # steps, and drafts, that what it begins with counts as
@@ -293,7 +293,7 @@ class Habit:
         self.gained = list(gained)
         self.acceptance = acceptance
         self.behind = 0
-        self._memory = memory  # steps that count at most
+        self.memory = memory  # steps that count at most
         self._weight = [self._PRIOR] * len(self.reached)  # steps that count so far
         self._n_tried = self._PRIOR  # drafts that do
         self._ahead: list[tuple[float, float, float]] | None = None  # if it was asked for
@@ -368,13 +368,13 @@ class Habit:
         """Of each depth: steps, and the shares of them that reached and that gained it."""
         self._ahead = None
         for d, (n_steps, reached, gained) in enumerate(by_depth):
-            self._weight[d] = weight = min(self._weight[d] + n_steps, self._memory)
+            self._weight[d] = weight = min(self._weight[d] + n_steps, self.memory)
             pace = min(1.0, n_steps / weight)
             self.reached[d] += (reached - self.reached[d]) * pace
             self.gained[d] += (gained - self.gained[d]) * pace
 
     def _take_tried(self, tried: int, accepted: int) -> None:
-        self._n_tried = min(self._n_tried + tried, self._memory)
+        self._n_tried = min(self._n_tried + tried, self.memory)
         pace = min(1.0, tried / self._n_tried)
         self.acceptance += (accepted / tried - self.acceptance) * pace
 
@@ -515,11 +515,11 @@ class Speculator:
     _MOST_TRIALS: Final = 4  # steps' time that may be lost at a stretch, as at the beginning
     _TRIED_WITH: Final = 4  # sequences at most
     _PLANS: Final = 3e-4  # seconds that the plans of a trial cost
-    _LASTS: Final = (64, 1024)  # steps that a load is taken to go on, at least and at most
+    _LASTS: Final = (256, 1024)  # steps that a load is taken to go on, at least and at most
     _PAYS_WITHIN: Final = 64  # steps
     _LENGTHS_PACE: Final = 0.05
     _FED_PACE: Final = 0.005
-    _SHARED_MEMORY: Final = 400.0  # steps of all sequences together
+    _SHARED_MEMORY: Final = (64.0, 8.0)  # steps of sequences: so many, and for each that runs
     _OWN_MEMORY: Final = 24.0  # steps of one
 
     def __init__(self, facts: ModelFacts) -> None:
@@ -527,7 +527,7 @@ class Speculator:
         self._recurrent = facts.recurrent
         self.costs = CostModel(facts)
         self.calibration = Calibration()
-        self.everybody = Habit.guess(facts.n_draft_max, self._SHARED_MEMORY)
+        self.everybody = Habit.guess(facts.n_draft_max, self._SHARED_MEMORY[0])
         chances = self.calibration.chances
         terms = Terms(0.0, 0.0, 0.0, 0.0, chances[:N_CONFIDENCES], chances[N_CONFIDENCES:])
         self.choice = Choice(0, terms)
@@ -587,6 +587,8 @@ class Speculator:
         self._n_reviewed = len(sequences)
         self._n_steps_reviewed = self._n_steps
         self._since_review = 0.0
+        steps, steps_each = self._SHARED_MEMORY
+        self.everybody.memory = steps + steps_each * len(sequences)
         self.everybody.fade(n_new)
         adaptive = False
         for sequence in sequences:
@@ -607,30 +609,35 @@ class Speculator:
         self.choice = choice
         return True
 
-    def _at_worst(
-        self, then: _Outlook, now: _Outlook, sequences: Collection[Drafter]
-    ) -> float:
+    def _at_worst(self, then: _Outlook, now: _Outlook, sequences: Collection[Drafter]) -> float:
         """Tokens per second of another depth than the present one, if things turn out badly."""
         if then is now:
             return now.speed
-        speed = then.speed * math.exp(-self._doubt(then, now)) / self._STAYS
+        doubt = math.hypot(self._doubt_of_gains(then, now), self._doubt_of_costs(then, now))
+        speed = then.speed * math.exp(-doubt) / self._STAYS
         if now.depth:
             return speed
         behind = sum(s.habit.behind for s in sequences if s.wish.adaptive)
         seconds = self._PAYS_WITHIN * then.seconds
         return speed * seconds / (seconds + self.costs.drafting(1, behind))
 
-    def _doubt(self, then: _Outlook, now: _Outlook, n_steps: float = math.inf) -> float:
-        """How uncertain it is, as a standard deviation of the logarithm, how much faster one depth
-        is than another; or, of it, what may turn out in so many steps of a sequence."""
-        gains = costs = 0.0
-        if then.depth > now.depth:
-            gains = self.everybody.doubt(then.depth, n_steps)
-            gains -= self.everybody.doubt(now.depth, n_steps)
-            gains *= then.n_drafting / then.tokens
-        if n_steps >= then.n_sequences:  # what it costs shows when all draft so deep
-            costs = self.costs.target.doubt((then.passes, then.rows), (now.passes, now.rows))
-        return math.sqrt(costs + gains * gains)
+    # How uncertain it is how much faster one depth is than another: standard deviations of the
+    # logarithm.
+
+    def _doubt_of_gains(
+        self, then: _Outlook, now: _Outlook, n_steps: float = math.inf
+    ) -> float:
+        """By what drafts give; or, of it, what may turn out in so many steps of a sequence."""
+        if then.depth <= now.depth:
+            return 0.0
+        doubt = self.everybody.doubt(then.depth, n_steps) - self.everybody.doubt(now.depth, n_steps)
+        return doubt * then.n_drafting / then.tokens
+
+    def _doubt_of_costs(self, then: _Outlook, now: _Outlook) -> float:
+        """By what steps of another size take."""
+        return math.sqrt(
+            self.costs.target.doubt((then.passes, then.rows), (now.passes, now.rows))
+        )
 
     def _outlooks(self, sequences: Collection[Drafter], terms: Terms | None) -> list[_Outlook]:
         """What a step would come to, by depth. With terms, those draft for whom it pays, unless
@@ -732,7 +739,10 @@ class Speculator:
                 lost = max(lost, 0.0) + self._PLANS
                 deep = outlooks[then.depth]
                 better = math.log(deep.speed / outlook.speed / self._STAYS)
-                found = lasts * _hope(better, self._doubt(deep, outlook, 2 * len(subjects)))
+                doubt = self._doubt_of_gains(deep, outlook, 2 * len(subjects))
+                if len(subjects) == len(adaptive):  # then it shows what such steps take
+                    doubt = math.hypot(doubt, self._doubt_of_costs(deep, outlook))
+                found = lasts * _hope(better, doubt)
                 if lost <= self._credit and found - lost > best:
                     best, loses = found - lost, lost
                     with_trial = msgspec.structs.replace(

@@ -108,6 +108,20 @@ def test_passes_of_one_size_leave_open_what_other_sizes_take() -> None:
     assert cost.of(1, 64) == pytest.approx(26.4e-3, rel=0.15)
 
 
+def test_what_a_size_takes_is_remembered_while_others_come() -> None:
+    """Not all machines take their time by rows: here one and two take as long."""
+    cost = Cost()
+    for _ in range(40):
+        for rows, seconds in ((1, 20e-3), (2, 20e-3), (4, 25e-3), (8, 40e-3)):
+            cost.observe(1, rows, seconds)
+    assert cost.of(1, 2) == pytest.approx(20e-3, rel=0.03)
+    for _ in range(1000):
+        cost.observe(1, 16, 75e-3)
+    for rows, seconds in ((1, 20e-3), (2, 20e-3), (4, 25e-3), (8, 40e-3)):
+        assert cost.of(1, rows) == pytest.approx(seconds, rel=0.1)
+    assert cost.doubt((1, 1), (1, 2)) < cost.doubt((1, 64), (1, 128)) / 2
+
+
 def test_a_machine_that_becomes_slower_is_slower_for_all_sizes() -> None:
     cost = taught(Cost(), [4, 32], 300, a=5e-3, b=1e-3, noise=0.0)
     taught(cost, [4], 40, a=10e-3, b=2e-3, noise=0.0)
@@ -344,12 +358,12 @@ def test_fixed_wishes_are_left_alone() -> None:
     assert [speculator.wish_for(s).limit for s in fixed] == [0, 2]
 
 
-def test_before_anything_was_timed_it_drafts_as_deep_as_it_can() -> None:
+def test_before_anything_was_timed_it_does_not_draft() -> None:
     speculator = Speculator(facts(3))
     [new] = [Drafting("new", DraftWish(3, adaptive=True), speculator.new_habit(10))]
     speculator.observe(StepResult(1, (), 10, 1, 0, 0, 0.0, 0.0, 0.1, 0.0), [0, 0, 0, 0], 10)
     assert not speculator.review([new])
-    assert speculator.wish_for(new) == DraftWish(3, adaptive=True)
+    assert speculator.wish_for(new) == DraftWish(0, adaptive=True)
 
 
 def test_chunks_of_prompts_follow_from_what_a_step_and_a_row_take() -> None:
@@ -363,7 +377,7 @@ def test_chunks_of_prompts_follow_from_what_a_step_and_a_row_take() -> None:
     assert costs.chunk(512, 100.0) == 512
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(st.data())
 def test_reviews_survive_whatever_steps_take(data: st.DataObject) -> None:
     """Any times, also none; requests of all kinds that come and go."""
@@ -481,7 +495,7 @@ def every_second(turn: int) -> int:
 
 @pytest.mark.parametrize("draft", [1e-3, 3e-3])
 def test_trials_lose_at_most_a_hundredth_of_the_time(draft: float) -> None:
-    """Drafts are all wrong, and as many sequences run as to have every depth tried all the time."""
+    """Drafts are all wrong, and the load and those who make it change all the time."""
     crowd = Crowd(never, depth=3, draft=draft)
     spent = lost = 0.0
     n_trials = 0
@@ -494,18 +508,22 @@ def test_trials_lose_at_most_a_hundredth_of_the_time(draft: float) -> None:
         if choice.trial and not choice.depth:
             n_trials += 1
             lost += seconds - crowd.target * (1 + crowd.ROW * n)
-    assert n_trials > 10
+    assert n_trials > 0
     # What four steps take may be lost at a stretch, as at the beginning.
     assert lost < 0.01 * spent + 4 * crowd.target * (1 + crowd.ROW * 3)
 
 
-def test_trials_of_a_depth_become_rarer() -> None:
-    crowd = Crowd(always, depth=2)
-    turns = [turn for turn, choice in enumerate(crowd.run(2, 6000)) if choice.trial == 1]
-    pauses = [later - earlier for earlier, later in pairwise(turns)]
-    assert pauses == sorted(pauses)
-    assert pauses[0] < 100
-    assert pauses[-1] > 1000
+def test_trials_become_rarer() -> None:
+    """The more is known the less there is to find out: a depth that gives and takes as much as the
+    present one is tried when it may be better, and not for ever."""
+    target, row = 0.01, Crowd.ROW
+    draft = target * (6 / 4 * (1 + 4 * row) - (1 + 8 * row)) / (1 + 6 * row)
+    crowd = Crowd(every_second, target=target, draft=draft)
+    choices = crowd.run(4, 6000)
+    n_trials = [sum(c.trial is not None for c in choices[n : n + 2000]) for n in (0, 2000, 4000)]
+    assert n_trials[0] > 0
+    assert n_trials[0] >= n_trials[1] >= n_trials[2]
+    assert n_trials[2] < 20
 
 
 def test_hopeless_depths_are_not_tried() -> None:
@@ -516,15 +534,8 @@ def test_hopeless_depths_are_not_tried() -> None:
     assert {(choice.depth, choice.trial) for choice in choices} == {(0, None)}
 
 
-def test_all_depths_are_tried_anew_when_twice_as_many_sequences_run() -> None:
-    crowd = Crowd(always, depth=3)
-    crowd.run(4, 4000)
-    for n in (9, 4):
-        tried = {choice.trial for choice in crowd.run(n, 100)}
-        assert tried == {None, 0, 1, 2}
-
-
-def test_a_depth_is_tried_by_few_who_draft_to_it_in_any_case() -> None:
+def test_a_depth_is_tried_by_few_or_by_all_who_draft_to_it_in_any_case() -> None:
+    """Few show what is accepted, all show what such steps take."""
     crowd = Crowd(always, depth=2)
     n_trials = 0
     for _ in range(300):
@@ -534,20 +545,20 @@ def test_a_depth_is_tried_by_few_who_draft_to_it_in_any_case() -> None:
         on_trial = {name for name, wish in wishes.items() if not wish.adaptive}
         assert on_trial == choice.on_trial
         assert {wishes[name].limit for name in on_trial} <= {choice.trial}
-        n_trials += len(on_trial) == 4
-        assert len(on_trial) in (0, 4)
+        n_trials += len(on_trial) > 0
+        assert len(on_trial) in (0, 4, 12)
     assert n_trials >= 2
 
 
-@pytest.mark.parametrize(("gain", "moves"), [(1.01, False), (1.06, True)])
+@pytest.mark.parametrize(("gain", "moves"), [(1.0, False), (1.06, True)])
 def test_it_stays_with_a_depth_that_is_nearly_as_good(gain: float, moves: bool) -> None:
-    """It begins with drafts, of which half are right; without them it is somewhat faster."""
+    """It begins without drafts, of which half would be right; with them it is somewhat faster."""
     target, row = 0.01, Crowd.ROW
     # Per step of 4, of which 2 gain a token: 6 tokens, 8 rows, 6 of the head.
-    draft = target * (gain * 6 / 4 * (1 + 4 * row) - (1 + 8 * row)) / (1 + 6 * row)
+    draft = target * (6 / 4 / gain * (1 + 4 * row) - (1 + 8 * row)) / (1 + 6 * row)
     crowd = Crowd(every_second, target=target, draft=draft)
-    depths = {choice.depth for choice in crowd.run(4, 1500)[500:]}
-    assert depths == ({0} if moves else {1})
+    depths = {choice.depth for choice in crowd.run(4, 3000)[1500:]}
+    assert depths == ({1} if moves else {0})
 
 
 def test_who_comes_makes_it_choose_at_once() -> None:
