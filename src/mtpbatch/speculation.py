@@ -715,43 +715,44 @@ class Speculator:
         self, choice: Choice, outlooks: Items[_Outlook], sequences: Iterable[Drafter]
     ) -> Choice:
         """The choice, with another depth to try out if that is worth what it costs."""
-        outlook = outlooks[choice.depth]
+        now = outlooks[choice.depth]
         least, most = self._LASTS
-        lasts = outlook.seconds * min(max(self._n_steps - self._load_since, least), most)
-        self._credit = min(self._credit, self._MOST_TRIALS * outlook.seconds)
+        lasts = now.seconds * min(max(self._n_steps - self._load_since, least), most)
+        self._credit = min(self._credit, self._MOST_TRIALS * now.seconds)
         # Who has little to catch up with loses least.
-        adaptive = sorted(
-            (s for s in sequences if s.wish.adaptive), key=lambda s: s.habit.behind
-        )
-        best, loses = 0.0, 0.0
-        with_trial = choice
-        for subjects in (adaptive[: self._TRIED_WITH], adaptive):
-            alone = self._outlooks(subjects, terms=None)
-            now = alone[choice.depth]
-            behind = sum(s.habit.behind for s in subjects)
-            for then in alone:
-                if then is now:
-                    continue
-                # Another step goes by until it is known how the first went.
-                lost = 2 * (then.seconds - now.seconds - (then.tokens - now.tokens) / outlook.speed)
-                if not choice.depth:
-                    lost += self.costs.drafting(1, behind)
-                lost = max(lost, 0.0) + self._PLANS
-                deep = outlooks[then.depth]
-                better = math.log(deep.speed / outlook.speed / self._STAYS)
-                doubt = self._doubt_of_gains(deep, outlook, 2 * len(subjects))
+        adaptive = sorted((s for s in sequences if s.wish.adaptive), key=lambda s: s.habit.behind)
+        best = loses = 0.0
+        trial: tuple[int, Items[Drafter]] | None = None
+        for then in outlooks:
+            if then is now:
+                continue
+            better = math.log(then.speed / now.speed / self._STAYS)
+            for subjects in (adaptive[: self._TRIED_WITH], adaptive):
+                doubt = self._doubt_of_gains(then, now, 2 * len(subjects))
                 if len(subjects) == len(adaptive):  # then it shows what such steps take
-                    doubt = math.hypot(doubt, self._doubt_of_costs(deep, outlook))
+                    doubt = math.hypot(doubt, self._doubt_of_costs(then, now))
                 found = lasts * _hope(better, doubt)
+                if found <= best + self._PLANS:
+                    continue
+                lost = self._loss(then.depth, now, subjects)
                 if lost <= self._credit and found - lost > best:
-                    best, loses = found - lost, lost
-                    with_trial = msgspec.structs.replace(
-                        choice,
-                        trial=then.depth,
-                        on_trial=frozenset(s.request_id for s in subjects),
-                    )
+                    best, loses, trial = found - lost, lost, (then.depth, subjects)
+        if trial is None:
+            return choice
         self._credit -= loses
-        return with_trial
+        depth, subjects = trial
+        on_trial = frozenset(s.request_id for s in subjects)
+        return msgspec.structs.replace(choice, trial=depth, on_trial=on_trial)
+
+    def _loss(self, depth: int, now: _Outlook, subjects: Items[Drafter]) -> float:
+        """Seconds that a trial is expected to lose."""
+        alone = self._outlooks(subjects, terms=None)
+        then, usual = alone[depth], alone[now.depth]
+        # Another step goes by until it is known how the first went.
+        lost = 2 * (then.seconds - usual.seconds - (then.tokens - usual.tokens) / now.speed)
+        if not now.depth:
+            lost += self.costs.drafting(1, sum(s.habit.behind for s in subjects))
+        return max(lost, 0.0) + self._PLANS
 
 
 def _hope(mean: float, deviation: float) -> float:
