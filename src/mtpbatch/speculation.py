@@ -447,11 +447,13 @@ class Choice(Struct, frozen=True):
     """A depth to try out."""
     on_trial: frozenset[str] = frozenset()
     """Requests that draft to it, whatever that costs."""
+    keep_prompts: bool = True
+    """Whether the head may have to take in the prompts of now."""
 
     def differs(self, other: Choice) -> bool:
         """Whether it is worth a new plan."""
-        if (self.depth, self.left_out, self.trial, self.on_trial) != (
-            *(other.depth, other.left_out, other.trial, other.on_trial),
+        if (self.depth, self.left_out, self.trial, self.on_trial, self.keep_prompts) != (
+            *(other.depth, other.left_out, other.trial, other.on_trial, other.keep_prompts),
         ):
             return True
         one, two = self.terms, other.terms
@@ -508,7 +510,9 @@ class Speculator:
     """
 
     _STEPS: Final = 2  # between reviews, while about as many sequences run
-    _SECONDS: Final = 0.03  # of steps between reviews, too: they cost time
+    # Of steps between reviews, too, for they cost time: while some draft, and while nobody does, who
+    # could show anything new.
+    _SECONDS: Final = (0.03, 0.2)
     _FEW: Final = 0.25  # of them may come or go
     _STAYS: Final = 1.01  # how much better another depth must look
     _TRIALS: Final = 0.01  # of the time may be lost by trials
@@ -579,7 +583,7 @@ class Speculator:
         """Choose anew if it is time to; whether the choice is another one now."""
         n_new = self._n_steps - self._n_steps_reviewed
         enough = self.choice.trial is not None or (
-            n_new >= self._STEPS and self._since_review >= self._SECONDS
+            n_new >= self._STEPS and self._since_review >= self._SECONDS[not self.choice.depth]
         )
         change = abs(len(sequences) - self._n_reviewed)
         if not n_new or not (enough or change > self._FEW * self._n_reviewed):
@@ -601,7 +605,12 @@ class Speculator:
         outlooks = self._outlooks(sequences, self.choice.terms)
         now = outlooks[self.choice.depth]
         outlook = max(outlooks, key=lambda then: self._at_worst(then, now, sequences))
-        choice = Choice(outlook.depth, self._terms(outlooks, outlook), frozenset(outlook.left_out))
+        choice = Choice(
+            outlook.depth,
+            self._terms(outlook),
+            frozenset(outlook.left_out),
+            keep_prompts=any(self._may_draft(then, outlook) for then in outlooks),
+        )
         if self.choice.trial is None:
             choice = self._with_trial(choice, outlooks, sequences)
         if not choice.differs(self.choice):
@@ -609,12 +618,17 @@ class Speculator:
         self.choice = choice
         return True
 
+    def _may_draft(self, then: _Outlook, now: _Outlook) -> bool:
+        """Whether it drafts, or would if what is uncertain turned out well."""
+        if then is now:
+            return now.depth > 0
+        return then.speed * math.exp(self._doubt(then, now)) > now.speed
+
     def _at_worst(self, then: _Outlook, now: _Outlook, sequences: Collection[Drafter]) -> float:
         """Tokens per second of another depth than the present one, if things turn out badly."""
         if then is now:
             return now.speed
-        doubt = math.hypot(self._doubt_of_gains(then, now), self._doubt_of_costs(then, now))
-        speed = then.speed * math.exp(-doubt) / self._STAYS
+        speed = then.speed * math.exp(-self._doubt(then, now)) / self._STAYS
         if now.depth:
             return speed
         behind = sum(s.habit.behind for s in sequences if s.wish.adaptive)
@@ -623,6 +637,9 @@ class Speculator:
 
     # How uncertain it is how much faster one depth is than another: standard deviations of the
     # logarithm.
+
+    def _doubt(self, then: _Outlook, now: _Outlook) -> float:
+        return math.hypot(self._doubt_of_gains(then, now), self._doubt_of_costs(then, now))
 
     def _doubt_of_gains(
         self, then: _Outlook, now: _Outlook, n_steps: float = math.inf
@@ -698,7 +715,7 @@ class Speculator:
         n_lengths = self._n_lengths[outlook.depth] if outlook.n_drafting > 1 else 1.0
         return max(n_lengths, 1 + min(1.0, others) * min(1.0, outlook.n_verifying))
 
-    def _terms(self, outlooks: Items[_Outlook], outlook: _Outlook) -> Terms:
+    def _terms(self, outlook: _Outlook) -> Terms:
         """The prices where a step is as an outlook says."""
         speed, target, draft = outlook.speed, self.costs.target, self.costs.draft
         chances = self.calibration.chances
