@@ -273,7 +273,7 @@ class Scheduler:
             run_ahead=self._cells.plan(running, _RUN_AHEAD),
             followed=self._n_followed > 0,
             keep_prompts=self._speculator.choice.keep_prompts
-            or any(s.save_points or not s.wish.adaptive for s, _ in chunks),
+            or any(s.save_points or s.wish.always for s, _ in chunks),
             save=save,
             park=(*park, *move),
             drop=drop,

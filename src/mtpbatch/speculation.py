@@ -44,6 +44,11 @@ class DraftWish(Struct, frozen=True, gc=False):
     adaptive: bool
     """As many as pay, instead of always as many as the limit."""
 
+    @property
+    def always(self) -> bool:
+        """Whether it drafts in any case."""
+        return self.limit > 0 and not self.adaptive
+
 
 def draft_wish(requested: Speculation | None, config: EngineConfig, facts: ModelFacts) -> DraftWish:
     """How a request drafts.
@@ -641,9 +646,7 @@ class Speculator:
     def _doubt(self, then: _Outlook, now: _Outlook) -> float:
         return math.hypot(self._doubt_of_gains(then, now), self._doubt_of_costs(then, now))
 
-    def _doubt_of_gains(
-        self, then: _Outlook, now: _Outlook, n_steps: float = math.inf
-    ) -> float:
+    def _doubt_of_gains(self, then: _Outlook, now: _Outlook, n_steps: float = math.inf) -> float:
         """By what drafts give; or, of it, what may turn out in so many steps of a sequence."""
         if then.depth <= now.depth:
             return 0.0
@@ -652,9 +655,7 @@ class Speculator:
 
     def _doubt_of_costs(self, then: _Outlook, now: _Outlook) -> float:
         """By what steps of another size take."""
-        return math.sqrt(
-            self.costs.target.doubt((then.passes, then.rows), (now.passes, now.rows))
-        )
+        return math.sqrt(self.costs.target.doubt((then.passes, then.rows), (now.passes, now.rows)))
 
     def _outlooks(self, sequences: Collection[Drafter], terms: Terms | None) -> list[_Outlook]:
         """What a step would come to, by depth. With terms, those draft for whom it pays, unless
@@ -700,9 +701,9 @@ class Speculator:
         n_draft_rows = sum(draft_rows)
         if n_drafting:  # prompts have to be caught up with as well
             n_draft_rows += self._fed * n_drafting / len(drafters)
-        outlook.seconds = self.costs.target.of(
-            outlook.passes, outlook.rows
-        ) + self.costs.drafting(n_draft_decodes, n_draft_rows)
+        outlook.seconds = self.costs.target.of(outlook.passes, outlook.rows) + self.costs.drafting(
+            n_draft_decodes, n_draft_rows
+        )
         return outlook
 
     def _passes(self, outlook: _Outlook) -> float:

@@ -421,6 +421,28 @@ def test_a_plan_says_who_never_drafts() -> None:
     assert [admission.drafts for admission in plan.admit] == [False, True, True]
 
 
+@pytest.mark.parametrize(("depth", "kept"), [(None, False), (0, False), (1, True)])
+def test_prompts_are_kept_for_who_drafts_in_any_case(depth: int | None, *, kept: bool) -> None:
+    """Where drafts are not expected to pay."""
+    backend = ScriptedBackend(n_seq=2, n_draft_max=2)
+    scheduler = Scheduler(backend.facts)
+    speculator = scheduler._speculator
+    speculator.choice = replace(speculator.choice, keep_prompts=False)
+    scheduler.add(make_sequence(backend, "r", [5], depth=depth))
+    assert hand_over(scheduler, backend).keep_prompts == kept
+
+
+def test_a_prompt_that_others_begin_with_is_kept_for_the_head() -> None:
+    """Where drafts are not expected to pay: who begins with it later may draft."""
+    backend = ScriptedBackend(n_seq=2, n_batch=40)
+    scheduler = Scheduler(backend.facts, snapshot_bytes=1 << 20)
+    speculator = scheduler._speculator
+    speculator.choice = replace(speculator.choice, keep_prompts=False)
+    for name in ("first", "second"):
+        scheduler.add(make_sequence(backend, name, [60] * 70 + [len(name)]))
+    assert hand_over(scheduler, backend).keep_prompts
+
+
 def test_a_small_batch_cuts_drafts_before_it_leaves_anyone_out() -> None:
     backend = ScriptedBackend(lambda _: "x" * 50, n_seq=3, n_batch=5, acceptance=0.0)
     scheduler = Scheduler(backend.facts)

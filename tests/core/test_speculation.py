@@ -561,6 +561,15 @@ def test_it_stays_with_a_depth_that_is_nearly_as_good(gain: float, moves: bool) 
     assert depths == ({1} if moves else {0})
 
 
+@pytest.mark.parametrize(("right", "draft", "keeps"), [(never, 0.012, False), (always, 1e-3, True)])
+def test_prompts_are_kept_for_the_head_where_drafts_may_pay(
+    right: Callable[[int], int], draft: float, *, keeps: bool
+) -> None:
+    crowd = Crowd(right, draft=draft)
+    assert crowd.speculator.choice.keep_prompts, "nothing is known yet"
+    assert {choice.keep_prompts for choice in crowd.run(2, 600)[400:]} == {keeps}
+
+
 def test_who_comes_makes_it_choose_at_once() -> None:
     """Alone a row costs little; beside many others it costs as much as a token brings."""
     crowd = Crowd(every_second, depth=1, draft=1e-3)
