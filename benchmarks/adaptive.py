@@ -8,14 +8,15 @@ and all of them mixed; 1 to 32 clients, each of which sends its next request whe
 Then clients come and go: one by one up to the most and back, and between few and many. Answers have
 different lengths, so that requests do not stay in step with each other.
 
-Steady loads are so much work instead of so much time: the same requests for each depth. It ends when
-a client finds none left, so that all clients are busy until then. Prompts are in it.
+Steady loads are so much work instead of so much time: the same requests for each depth. It ends
+when a client finds none left, so that all clients are busy until then. Prompts are in it.
 
-Each depth has an engine in a process of its own, all side by side; who is not measured is idle. For
-each load they are measured in turn, and again in each round: a machine whose speed drifts hurts them
-alike. Ratios are taken within a round; what counts is the median over rounds, with the least and the
-greatest beside it. The adaptive engine has to find out about each load in its first round.
-``--parts`` prints what the time went into. Keep the machine quiet.
+Each depth has an engine in a process of its own, all side by side; who is not measured is idle.
+For each load they are measured in turn, and again in each round: a machine whose speed drifts hurts
+them alike. Ratios are taken within a round; what counts is the median over rounds, with the least
+and the greatest beside it. The adaptive engine has to find out about each load in its first round.
+The ratio by processor time, which counts Python and all threads, is steadier where the machine is
+shared. ``--parts`` prints what the time went into. Keep the machine quiet.
 """
 
 from __future__ import annotations
@@ -353,7 +354,7 @@ class Comparison:
         ]
 
     def _row(self, speeds: dict[Depth, list[float]]) -> list[str]:
-        cells = [f"{statistics.median(speeds[depth]):.0f}" for depth in (*self._fixed, ADAPTIVE)]
+        cells = [f"{statistics.median(rounds):.0f}" for rounds in speeds.values()]
         return [*cells, *self._ratios(speeds)]
 
     def _ratios(self, speeds: dict[Depth, list[float]]) -> list[str]:

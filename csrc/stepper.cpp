@@ -195,7 +195,7 @@ void Stepper::step(const Plan & plan, bool repeated, Step & out) try {
     form_groups();
     for (size_t g = 0; g < n_groups_; ++g) {
         const Group & group = groups_[g];
-        const bool keep = drafts_from(group) && !leaves_out_prompts(group, plan);
+        const bool    keep  = drafts_from(group) && !leaves_out_prompts(group, plan);
         target_->keep_hidden(keep);
         target_->decode(group.rows);
         out.report.n_target_tokens += static_cast<int32_t>(group.rows.size());

@@ -510,13 +510,13 @@ class Speculator:
     State: what :meth:`observe` learns from results: ``costs``, ``calibration``, ``everybody``'s
     habit, ``_fed``, rows of prompts in a step, and ``_n_lengths``, how many different lengths the
     drafts of a step have, by the greatest of them. And what :meth:`review` decides: the ``choice``
-    in force, ``_credit``, seconds that trials may still lose, and ``_load``, the number of sequences
-    of about which there have been since the step ``_load_since``.
+    in force, ``_credit``, seconds that trials may still lose, and ``_load``: about as many
+    sequences have run since the step ``_load_since``.
     """
 
     _STEPS: Final = 2  # between reviews, while about as many sequences run
-    # Of steps between reviews, too, for they cost time: while some draft, and while nobody does, who
-    # could show anything new.
+    # Of steps between reviews, too, for they cost time: while some draft, and while nobody does,
+    # which shows nothing new.
     _SECONDS: Final = (0.03, 0.2)
     _FEW: Final = 0.25  # of them may come or go
     _STAYS: Final = 1.01  # how much better another depth must look
@@ -740,12 +740,13 @@ class Speculator:
         # Who has little to catch up with loses least.
         adaptive = sorted((s for s in sequences if s.wish.adaptive), key=lambda s: s.habit.behind)
         best = loses = 0.0
-        trial: tuple[int, Items[Drafter]] | None = None
+        trial: tuple[int, list[Drafter]] | None = None
         for then in outlooks:
             if then is now:
                 continue
             better = math.log(then.speed / now.speed / self._STAYS)
-            for subjects in (adaptive[: self._TRIED_WITH], adaptive):
+            for n in {min(self._TRIED_WITH, len(adaptive)), len(adaptive)}:
+                subjects = adaptive[:n]
                 doubt = self._doubt_of_gains(then, now, 2 * len(subjects))
                 if len(subjects) == len(adaptive):  # then it shows what such steps take
                     doubt = math.hypot(doubt, self._doubt_of_costs(then, now))
@@ -758,8 +759,8 @@ class Speculator:
         if trial is None:
             return choice
         self._credit -= loses
-        depth, subjects = trial
-        on_trial = frozenset(s.request_id for s in subjects)
+        depth, tried = trial
+        on_trial = frozenset(s.request_id for s in tried)
         return msgspec.structs.replace(choice, trial=depth, on_trial=on_trial)
 
     def _loss(self, depth: int, now: _Outlook, subjects: Items[Drafter]) -> float:
