@@ -102,7 +102,7 @@ class Cost:
     _LEAST_ROOT: Final = 1 / 64
     _LEAST_NOISE: Final = 1e-3  # about 3 %
     _NOISE_PACE: Final = 0.05
-    _DRIFT: Final = (2e-3, 2e-4)  # what variances grow by with each; of the root, in units of it
+    _DRIFT: Final = (2e-3, 5e-5)  # what variances grow by with each; of the root, in units of it
     _LEAST_DRIFTING: Final = 0.2  # as if the root was not smaller
     _SURPRISE: Final = 0.7  # at most, of a logarithm: a step in which the machine did other things
     _SIZE: Final = 0.01  # variance of what a size adds: about 10 %
@@ -134,15 +134,16 @@ class Cost:
             self._sizes.get(size, self._UNKNOWN)[1] for size in sizes
         )
 
-    @property
-    def per_pass(self) -> float:
-        """Seconds."""
-        return self._pass
+    def parts(self, passes: float, rows: float) -> tuple[float, float]:
+        """Seconds of a pass, and of a row, where there are so many."""
+        added, _ = self._sizes.get(_size(passes, rows), self._UNKNOWN)
+        per_pass = self._pass * math.exp(added)
+        return per_pass, per_pass * self._root**2
 
     @property
-    def per_row(self) -> float:
-        """Seconds."""
-        return self._pass * self._root**2
+    def known(self) -> bool:
+        """Whether anything was observed."""
+        return self._pass > 0
 
     def observe(self, passes: int, rows: int, seconds: float) -> None:
         """Take in how long so many passes took, with so many rows in all; 0 says nothing."""
@@ -210,7 +211,7 @@ class CostModel:
 
     def drafting(self, decodes: float, rows: float) -> float:
         """Seconds of so many decodes of the draft context, with so many rows in all."""
-        if not self.draft.per_pass:  # none was timed yet
+        if not self.draft.known:
             return self._DRAFT * self.target.of(decodes, rows)
         return self.draft.of(decodes, rows)
 
@@ -473,7 +474,8 @@ class _Outlook:
     """What one depth would come to in a step: sums over the sequences, then what follows."""
 
     __slots__ = (
-        *("depth", "tokens", "rows", "passes", "draft_rows", "seconds", "left_out"),
+        *("depth", "tokens", "rows", "passes", "seconds", "left_out"),
+        *("draft_rows", "n_draft_decodes", "n_draft_rows"),
         *("n_sequences", "n_drafting", "n_verifying"),
     )
 
@@ -487,6 +489,8 @@ class _Outlook:
         self.left_out: list[str] = []
         self.rows = 0.0
         self.passes = 1.0
+        self.n_draft_decodes = 0.0
+        self.n_draft_rows = 0.0
         self.seconds = 0.0
 
     @property
@@ -498,20 +502,21 @@ class Speculator:
     """Chooses depth and prices for the requests that leave them to the engine.
 
     It looks at every depth from 0 on: what a step would give and take, by the costs and habits as
-    they are known. It begins without drafts. Another depth is taken if it is better though what is
-    uncertain of it turned out badly, and gains in some steps what the head has to catch up with.
+    they are known. Another than the present one is taken if it is better though what is uncertain
+    of it turned out badly, and gains in some steps what the head has to catch up with.
 
     How long a step of another depth takes, and how much would be accepted, is tried out with a few
     sequences for a step or two, if what that may find out is worth more than it costs: little is
     known and the depth may well be better, and it looks as if there was time to use it, because
     about as many sequences have run for some time. What it is expected to lose is at most a
-    hundredth of the time.
+    hundredth of the time, and while load and depth stay as they are, trials become rarer.
 
     State: what :meth:`observe` learns from results: ``costs``, ``calibration``, ``everybody``'s
     habit, ``_fed``, rows of prompts in a step, and ``_n_lengths``, how many different lengths the
     drafts of a step have, by the greatest of them. And what :meth:`review` decides: the ``choice``
     in force, ``_credit``, seconds that trials may still lose, and ``_load``: about as many
-    sequences have run since the step ``_load_since``.
+    sequences have run since the step ``_load_since``; and that there is no trial before the step
+    ``_next_trial``, nor one more in the ``_pause`` steps after that.
     """
 
     _STEPS: Final = 2  # between reviews, while about as many sequences run
@@ -520,10 +525,12 @@ class Speculator:
     _SECONDS: Final = (0.03, 0.2)
     _FEW: Final = 0.25  # of them may come or go
     _STAYS: Final = 1.01  # how much better another depth must look
+    _WARY: Final = 0.5  # by how much of its doubt worse than it does
     _TRIALS: Final = 0.01  # of the time may be lost by trials
     _MOST_TRIALS: Final = 4  # steps' time that may be lost at a stretch, as at the beginning
     _TRIED_WITH: Final = 4  # sequences at most
     _PLANS: Final = 3e-4  # seconds that the plans of a trial cost
+    _PAUSES: Final = (4, 512)  # steps between trials, at first and in the end
     _LASTS: Final = (256, 1024)  # steps that a load is taken to go on, at least and at most
     _PAYS_WITHIN: Final = 64  # steps
     _LENGTHS_PACE: Final = 0.05
@@ -539,7 +546,7 @@ class Speculator:
         self.everybody = Habit.guess(facts.n_draft_max, self._SHARED_MEMORY[0])
         chances = self.calibration.chances
         terms = Terms(0.0, 0.0, 0.0, 0.0, chances[:N_CONFIDENCES], chances[N_CONFIDENCES:])
-        self.choice = Choice(0, terms)
+        self.choice = Choice(facts.n_draft_max, terms)
         self._n_lengths = [1.0] * len(self._depths)
         self._fed = 0.0
         self._credit = math.inf
@@ -549,6 +556,8 @@ class Speculator:
         self._n_reviewed = 0  # sequences at the last review
         self._load = 0
         self._load_since = 0
+        self._next_trial = 0
+        self._pause = self._PAUSES[0]
 
     def new_habit(self, n_prompt: int) -> Habit:
         """For a sequence that begins, with a prompt of so many tokens."""
@@ -607,6 +616,7 @@ class Speculator:
             return False
         if not 0.5 <= len(sequences) / max(1, self._load) <= 2:
             self._load, self._load_since = len(sequences), self._n_steps
+            self._pause = self._PAUSES[0]
         outlooks = self._outlooks(sequences, self.choice.terms)
         now = outlooks[self.choice.depth]
         outlook = max(outlooks, key=lambda then: self._at_worst(then, now, sequences))
@@ -616,7 +626,9 @@ class Speculator:
             frozenset(outlook.left_out),
             keep_prompts=any(self._may_draft(then, outlook) for then in outlooks),
         )
-        if self.choice.trial is None:
+        if choice.depth != self.choice.depth:
+            self._pause = self._PAUSES[0]
+        if self.choice.trial is None and self._n_steps >= self._next_trial:
             choice = self._with_trial(choice, outlooks, sequences)
         if not choice.differs(self.choice):
             return False
@@ -633,7 +645,7 @@ class Speculator:
         """Tokens per second of another depth than the present one, if things turn out badly."""
         if then is now:
             return now.speed
-        speed = then.speed * math.exp(-self._doubt(then, now)) / self._STAYS
+        speed = then.speed * math.exp(-self._WARY * self._doubt(then, now)) / self._STAYS
         if now.depth:
             return speed
         behind = sum(s.habit.behind for s in sequences if s.wish.adaptive)
@@ -697,12 +709,12 @@ class Speculator:
         outlook.rows = rows + len(drafters)
         outlook.passes = self._passes(outlook)
         # A decode of less than a row happens that often.
-        n_draft_decodes = sum(min(1.0, n) for n in draft_rows)
-        n_draft_rows = sum(draft_rows)
+        outlook.n_draft_decodes = sum(min(1.0, n) for n in draft_rows)
+        outlook.n_draft_rows = sum(draft_rows)
         if n_drafting:  # prompts have to be caught up with as well
-            n_draft_rows += self._fed * n_drafting / len(drafters)
+            outlook.n_draft_rows += self._fed * n_drafting / len(drafters)
         outlook.seconds = self.costs.target.of(outlook.passes, outlook.rows) + self.costs.drafting(
-            n_draft_decodes, n_draft_rows
+            outlook.n_draft_decodes, outlook.n_draft_rows
         )
         return outlook
 
@@ -718,13 +730,16 @@ class Speculator:
 
     def _terms(self, outlook: _Outlook) -> Terms:
         """The prices where a step is as an outlook says."""
-        speed, target, draft = outlook.speed, self.costs.target, self.costs.draft
-        chances = self.calibration.chances
+        speed, chances = outlook.speed, self.calibration.chances
+        target_pass, target_row = self.costs.target.parts(outlook.passes, outlook.rows)
+        draft_decode, draft_row = self.costs.draft.parts(
+            outlook.n_draft_decodes, outlook.n_draft_rows
+        )
         return Terms(
-            target_row=speed * target.per_row,
-            target_pass=speed * target.per_pass,
-            draft_row=speed * draft.per_row,
-            draft_decode=speed * draft.per_pass,
+            target_row=speed * target_row,
+            target_pass=speed * target_pass,
+            draft_row=speed * draft_row,
+            draft_decode=speed * draft_decode,
             greedy=chances[:N_CONFIDENCES],
             sampled=chances[N_CONFIDENCES:],
         )
@@ -759,6 +774,8 @@ class Speculator:
         if trial is None:
             return choice
         self._credit -= loses
+        self._next_trial = self._n_steps + self._pause
+        self._pause = min(2 * self._pause, self._PAUSES[1])
         depth, tried = trial
         on_trial = frozenset(s.request_id for s in tried)
         return msgspec.structs.replace(choice, trial=depth, on_trial=on_trial)

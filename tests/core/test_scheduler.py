@@ -391,7 +391,7 @@ def test_the_next_chunk_of_a_prompt_is_planned_while_this_one_runs() -> None:
 def test_a_plan_is_made_only_when_something_is_new() -> None:
     backend = ScriptedBackend(lambda _: "x" * 50, n_seq=2, acceptance=0.0)
     scheduler = Scheduler(backend.facts)
-    scheduler.add(make_sequence(backend, "r0", [65]))
+    scheduler.add(make_sequence(backend, "r0", [65], depth=3))
     first = hand_over(scheduler, backend)
     for _ in range(5):
         assert len(step(scheduler, backend)) == 1

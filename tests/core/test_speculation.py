@@ -153,7 +153,7 @@ def test_whatever_times_come_costs_stay_positive_numbers(
         cost.observe(passes, max(rows, passes), seconds)
     known = any(seconds > 0 for *_, seconds in steps)
     assert (0 < cost.of(1, 8) < float("inf")) == known
-    assert 0 <= cost.per_row <= cost.of(1, 1)
+    assert 0 <= cost.parts(1, 1)[1] <= cost.of(1, 1)
 
 
 # --------------------------------------------------------------------- what drafts are worth
@@ -333,13 +333,12 @@ def test_steps_during_which_requests_are_taken_in_do_not_count() -> None:
     costs = CostModel(facts(3))
     for turn in range(600):
         costs.observe(step(8 + 8 * (turn % 2)), [8 * (turn % 2 == 0), 8 * (turn % 2), 0, 0], 0)
-    rows, passes = costs.target.per_row, costs.target.per_pass
+    passes, rows = costs.target.parts(1, 8)
     for _ in range(300):
         for _ in range(4):
             costs.observe(step(8), [8, 0, 0, 0], 0)
         costs.observe(step(16), [7, 0, 0, 0], 0)
-    assert costs.target.per_row == pytest.approx(rows, rel=0.05)
-    assert costs.target.per_pass == pytest.approx(passes, rel=0.05)
+    assert costs.target.parts(1, 8) == pytest.approx((passes, rows), rel=0.05)
     for _ in range(300):  # until there are no others
         for n in (8, 7):
             costs.observe(step(2 * n), [n, 0, 0, 0], 0)
@@ -357,12 +356,12 @@ def test_fixed_wishes_are_left_alone() -> None:
     assert [speculator.wish_for(s).limit for s in fixed] == [0, 2]
 
 
-def test_before_anything_was_timed_it_does_not_draft() -> None:
+def test_before_anything_was_timed_it_drafts_as_deep_as_it_can() -> None:
     speculator = Speculator(facts(3))
     [new] = [Drafting("new", DraftWish(3, adaptive=True), speculator.new_habit(10))]
     speculator.observe(StepResult(1, (), 10, 1, 0, 0, 0.0, 0.0, 0.1, 0.0), [0, 0, 0, 0], 10)
     assert not speculator.review([new])
-    assert speculator.wish_for(new) == DraftWish(0, adaptive=True)
+    assert speculator.wish_for(new) == DraftWish(3, adaptive=True)
 
 
 def test_chunks_of_prompts_follow_from_what_a_step_and_a_row_take() -> None:
@@ -549,15 +548,15 @@ def test_a_depth_is_tried_by_few_or_by_all_who_draft_to_it_in_any_case() -> None
     assert n_trials >= 2
 
 
-@pytest.mark.parametrize(("gain", "moves"), [(1.0, False), (1.06, True)])
+@pytest.mark.parametrize(("gain", "moves"), [(1.005, False), (1.06, True)])
 def test_it_stays_with_a_depth_that_is_nearly_as_good(gain: float, moves: bool) -> None:
-    """It begins without drafts, of which half would be right; with them it is somewhat faster."""
+    """It begins with drafts, of which half are right; without them it is somewhat faster."""
     target, row = 0.01, Crowd.ROW
     # Per step of 4, of which 2 gain a token: 6 tokens, 8 rows, 6 of the head.
-    draft = target * (6 / 4 / gain * (1 + 4 * row) - (1 + 8 * row)) / (1 + 6 * row)
+    draft = target * (gain * 6 / 4 * (1 + 4 * row) - (1 + 8 * row)) / (1 + 6 * row)
     crowd = Crowd(every_second, target=target, draft=draft)
     depths = {choice.depth for choice in crowd.run(4, 3000)[1500:]}
-    assert depths == ({1} if moves else {0})
+    assert depths == ({0} if moves else {1})
 
 
 @pytest.mark.parametrize(("right", "draft", "keeps"), [(never, 0.012, False), (always, 1e-3, True)])
