@@ -458,8 +458,8 @@ class Choice(Struct, frozen=True):
 
     def differs(self, other: Choice) -> bool:
         """Whether it is worth a new plan."""
-        if (self.depth, self.left_out, self.trial, self.on_trial, self.keep_prompts) != (
-            *(other.depth, other.left_out, other.trial, other.on_trial, other.keep_prompts),
+        if (self.depth, self.left_out, self.trial, self.on_trial) != (
+            *(other.depth, other.left_out, other.trial, other.on_trial),
         ):
             return True
         one, two = self.terms, other.terms
@@ -630,7 +630,8 @@ class Speculator:
             self._pause = self._PAUSES[0]
         if self.choice.trial is None and self._n_steps >= self._next_trial:
             choice = self._with_trial(choice, outlooks, sequences)
-        if not choice.differs(self.choice):
+        if not choice.differs(self.choice):  # prompts that come have a plan of their own
+            self.choice = msgspec.structs.replace(self.choice, keep_prompts=choice.keep_prompts)
             return False
         self.choice = choice
         return True
