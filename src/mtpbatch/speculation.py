@@ -306,10 +306,10 @@ class Habit:
         self._forget()
 
     @classmethod
-    def guess(cls, n_draft_max: int, memory: float = 1.0) -> Habit:
+    def guess(cls, n_draft_max: int, memory: float = 1.0, acceptance: float = 0.75) -> Habit:
         """Before anything is known: three of four drafts are accepted."""
-        gained = [0.75 ** (d + 1) for d in range(n_draft_max)]
-        return cls([1.0] * n_draft_max, gained, 0.75, memory)
+        gained = [acceptance ** (d + 1) for d in range(n_draft_max)]
+        return cls([1.0] * n_draft_max, gained, acceptance, memory)
 
     def copy(self, memory: float, behind: int) -> Habit:
         """One that begins with this one's figures."""
@@ -507,8 +507,9 @@ class Speculator:
 
     How long a step of another depth takes, and how much would be accepted, is tried out with a few
     sequences for a step or two, if what that may find out is worth more than it costs: little is
-    known and the depth may well be better, and it looks as if there was time to use it, because
-    about as many sequences have run for some time. What it is expected to lose is at most a
+    known and the depth may well be better, or requests have begun since drafts were tried last,
+    which may be of another kind; and it looks as if there was time to use it, because about as many
+    sequences have run for some time. What it is expected to lose is at most a
     hundredth of the time, and while load and depth stay as they are, trials become rarer.
 
     State: what :meth:`observe` learns from results: ``costs``, ``calibration``, ``everybody``'s
@@ -530,7 +531,9 @@ class Speculator:
     _MOST_TRIALS: Final = 4  # steps' time that may be lost at a stretch, as at the beginning
     _TRIED_WITH: Final = 4  # sequences at most
     _PLANS: Final = 3e-4  # seconds that the plans of a trial cost
-    _PAUSES: Final = (4, 512)  # steps between trials, at first and in the end
+    _PAUSES: Final = (4, 128)  # steps between trials, at first and in the end
+    _OTHER_TEXT: Final = 0.05  # how probably a request has a text of another kind than those before
+    _GOOD_TEXT: Final = 0.9  # of the first drafts of one that drafts are good at, so many are right
     _LASTS: Final = (256, 1024)  # steps that a load is taken to go on, at least and at most
     _PAYS_WITHIN: Final = 64  # steps
     _LENGTHS_PACE: Final = 0.05
@@ -557,10 +560,13 @@ class Speculator:
         self._load = 0
         self._load_since = 0
         self._next_trial = 0
+        self._n_begun = 0
+        self._good = Habit.guess(facts.n_draft_max, acceptance=self._GOOD_TEXT)
         self._pause = self._PAUSES[0]
 
     def new_habit(self, n_prompt: int) -> Habit:
         """For a sequence that begins, with a prompt of so many tokens."""
+        self._n_begun += 1
         return self.everybody.copy(self._OWN_MEMORY, n_prompt)
 
     def wish_for(self, sequence: Drafter) -> DraftWish:
@@ -608,6 +614,8 @@ class Speculator:
         steps, steps_each = self._SHARED_MEMORY
         self.everybody.memory = steps + steps_each * len(sequences)
         self.everybody.fade(n_new)
+        if self.choice.depth or self.choice.trial:  # new requests show what they have
+            self._n_begun = 0
         adaptive = False
         for sequence in sequences:
             adaptive = adaptive or sequence.wish.adaptive
@@ -757,16 +765,18 @@ class Speculator:
         adaptive = sorted((s for s in sequences if s.wish.adaptive), key=lambda s: s.habit.behind)
         best = loses = 0.0
         trial: tuple[int, list[Drafter]] | None = None
+        other = 1 - (1 - self._OTHER_TEXT) ** self._n_begun
         for then in outlooks:
             if then is now:
                 continue
             better = math.log(then.speed / now.speed / self._STAYS)
+            changed = other * self._better_if_good(then.depth, now, adaptive) if other else 0.0
             for n in {min(self._TRIED_WITH, len(adaptive)), len(adaptive)}:
                 subjects = adaptive[:n]
                 doubt = self._doubt_of_gains(then, now, 2 * len(subjects))
                 if len(subjects) == len(adaptive):  # then it shows what such steps take
                     doubt = math.hypot(doubt, self._doubt_of_costs(then, now))
-                found = lasts * _hope(better, doubt)
+                found = lasts * (_hope(better, doubt) + changed)
                 if found <= best + self._PLANS:
                     continue
                 lost = self._loss(then.depth, now, subjects)
@@ -780,6 +790,15 @@ class Speculator:
         depth, tried = trial
         on_trial = frozenset(s.request_id for s in tried)
         return msgspec.structs.replace(choice, trial=depth, on_trial=on_trial)
+
+    def _better_if_good(self, depth: int, now: _Outlook, sequences: Items[Drafter]) -> float:
+        """How much better a depth would be, as a logarithm, if drafts were mostly right."""
+        if depth < now.depth:
+            return 0.0
+        good = self._good
+        drafters = [(s.request_id, s.wish, good.reached, good.ahead) for s in sequences]
+        speed = self._outlook(depth, drafters, None).speed
+        return max(0.0, math.log(speed / now.speed)) if speed else 0.0
 
     def _loss(self, depth: int, now: _Outlook, subjects: Items[Drafter]) -> float:
         """Seconds that a trial is expected to lose."""
