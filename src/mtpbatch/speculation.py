@@ -290,7 +290,7 @@ class Habit:
         *("_allowed", "_drafted", "_gained", "_n_refused", "_ahead"),
     )
     _PRIOR: Final = 4.0  # steps, and drafts, that what it begins with counts as
-    _FADES: Final = 2000.0  # steps
+    _FADES: Final = 4.0  # turns
 
     def __init__(
         self, reached: Items[float], gained: Items[float], acceptance: float, memory: float
@@ -317,9 +317,9 @@ class Habit:
         habit.behind = behind
         return habit
 
-    def fade(self, n_steps: int) -> None:
-        """So many steps went by: what was known before counts less."""
-        kept = math.exp(-n_steps / self._FADES)
+    def fade(self, n_turns: float) -> None:
+        """All sequences were replaced so many times: what was known of them counts less."""
+        kept = math.exp(-n_turns / self._FADES)
         self._weight = [self._PRIOR + (w - self._PRIOR) * kept for w in self._weight]
 
     def doubt(self, depth: int, n_steps: float = math.inf) -> float:
@@ -529,7 +529,7 @@ class Speculator:
     _WARY: Final = 0.5  # by how much of its doubt worse than it does
     _TRIALS: Final = 0.01  # of the time may be lost by trials
     _MOST_TRIALS: Final = 4  # steps' time that may be lost at a stretch, as at the beginning
-    _TRIED_WITH: Final = 4  # sequences at most
+    _TRIED_WITH: Final = 4  # sequences at most, or all
     _PLANS: Final = 3e-4  # seconds that the plans of a trial cost
     _PAUSES: Final = (4, 128)  # steps between trials, at first and in the end
     _OTHER_TEXT: Final = 0.05  # how probably a request has a text of another kind than those before
@@ -538,7 +538,7 @@ class Speculator:
     _PAYS_WITHIN: Final = 64  # steps
     _LENGTHS_PACE: Final = 0.05
     _FED_PACE: Final = 0.005
-    _SHARED_MEMORY: Final = (64.0, 8.0)  # steps of sequences: so many, and for each that runs
+    _SHARED_MEMORY: Final = (16.0, 12.0)  # steps of sequences: so many, and for each that runs
     _OWN_MEMORY: Final = 24.0  # steps of one
 
     def __init__(self, facts: ModelFacts) -> None:
@@ -567,6 +567,8 @@ class Speculator:
     def new_habit(self, n_prompt: int) -> Habit:
         """For a sequence that begins, with a prompt of so many tokens."""
         self._n_begun += 1
+        if not self.choice.depth:  # of these nothing is seen
+            self.everybody.fade(1 / max(1, self._n_reviewed))
         return self.everybody.copy(self._OWN_MEMORY, n_prompt)
 
     def wish_for(self, sequence: Drafter) -> DraftWish:
@@ -602,9 +604,11 @@ class Speculator:
     def review(self, sequences: Collection[Drafter]) -> bool:
         """Choose anew if it is time to; whether the choice is another one now."""
         n_new = self._n_steps - self._n_steps_reviewed
-        enough = self.choice.trial is not None or (
-            n_new >= self._STEPS and self._since_review >= self._SECONDS[not self.choice.depth]
-        )
+        if self.choice.trial is not None:
+            enough = n_new >= self._trial_steps(len(self.choice.on_trial))
+        else:
+            seconds = self._SECONDS[not self.choice.depth]
+            enough = n_new >= self._STEPS and self._since_review >= seconds
         change = abs(len(sequences) - self._n_reviewed)
         if not n_new or not (enough or change > self._FEW * self._n_reviewed):
             return False
@@ -613,7 +617,6 @@ class Speculator:
         self._since_review = 0.0
         steps, steps_each = self._SHARED_MEMORY
         self.everybody.memory = steps + steps_each * len(sequences)
-        self.everybody.fade(n_new)
         if self.choice.depth or self.choice.trial:  # new requests show what they have
             self._n_begun = 0
         adaptive = False
@@ -773,7 +776,8 @@ class Speculator:
             changed = other * self._better_if_good(then.depth, now, adaptive) if other else 0.0
             for n in {min(self._TRIED_WITH, len(adaptive)), len(adaptive)}:
                 subjects = adaptive[:n]
-                doubt = self._doubt_of_gains(then, now, 2 * len(subjects))
+                n_steps = n * self._trial_steps(n)
+                doubt = self._doubt_of_gains(then, now, n_steps)
                 if len(subjects) == len(adaptive):  # then it shows what such steps take
                     doubt = math.hypot(doubt, self._doubt_of_costs(then, now))
                 found = lasts * (_hope(better, doubt) + changed)
@@ -791,6 +795,10 @@ class Speculator:
         on_trial = frozenset(s.request_id for s in tried)
         return msgspec.structs.replace(choice, trial=depth, on_trial=on_trial)
 
+    def _trial_steps(self, n_subjects: int) -> int:
+        """Steps of a trial, so that some drafts are seen; while one runs another has begun."""
+        return 2 if n_subjects > 1 else 3
+
     def _better_if_good(self, depth: int, now: _Outlook, sequences: Items[Drafter]) -> float:
         """How much better a depth would be, as a logarithm, if drafts were mostly right."""
         if depth < now.depth:
@@ -804,8 +812,8 @@ class Speculator:
         """Seconds that a trial is expected to lose."""
         alone = self._outlooks(subjects, terms=None)
         then, usual = alone[depth], alone[now.depth]
-        # Another step goes by until it is known how the first went.
-        lost = 2 * (then.seconds - usual.seconds - (then.tokens - usual.tokens) / now.speed)
+        lost = then.seconds - usual.seconds - (then.tokens - usual.tokens) / now.speed
+        lost *= self._trial_steps(len(subjects))
         if not now.depth:
             lost += self.costs.drafting(1, sum(s.habit.behind for s in subjects))
         return max(lost, 0.0) + self._PLANS

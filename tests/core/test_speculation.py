@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import msgspec
 import pytest
@@ -436,6 +437,7 @@ class Crowd:
         self.stops_at: dict[int, int] = {}  # sequences whose head is not sure of more
         self.sequences: list[Drafting] = []
         self.turn = 0
+        self.n_tokens = 0
         self._right = right
         self._depth = depth
         self._recurrent = recurrent
@@ -456,7 +458,9 @@ class Crowd:
             length = min(allowed, self.stops_at.get(number, allowed))
             for d in range(length):
                 rows[d] += 1 if d else max(1, sequence.habit.behind)
-            sequence.habit.note(allowed, length, min(length, self._right(self.turn + number)))
+            accepted = min(length, self._right(self.turn + number))
+            sequence.habit.note(allowed, length, accepted)
+            self.n_tokens += 1 + accepted
             lengths[length] += 1
         self.turn += 1
         return choice, self._take(lengths, [n_rows for n_rows in rows if n_rows])
@@ -517,11 +521,11 @@ def test_trials_become_rarer() -> None:
     target, row = 0.01, Crowd.ROW
     draft = target * (6 / 4 * (1 + 4 * row) - (1 + 8 * row)) / (1 + 6 * row)
     crowd = Crowd(every_second, target=target, draft=draft)
-    choices = crowd.run(4, 6000)
-    n_trials = [sum(c.trial is not None for c in choices[n : n + 2000]) for n in (0, 2000, 4000)]
-    assert n_trials[0] > 0
-    assert n_trials[0] >= n_trials[1] >= n_trials[2]
-    assert n_trials[2] < 20
+    tried = [choice.trial is not None for choice in crowd.run(4, 3000)]
+    begins = [n for n, (before, now) in enumerate(pairwise(tried)) if now and not before]
+    pauses = [later - earlier for earlier, later in pairwise(begins)]
+    assert pauses[0] < 20
+    assert all(pause > 100 for pause in pauses[8:])
 
 
 def test_hopeless_depths_are_not_tried() -> None:
@@ -566,6 +570,24 @@ def test_prompts_are_kept_for_the_head_where_drafts_may_pay(
     crowd = Crowd(right, draft=draft)
     assert crowd.speculator.choice.keep_prompts, "nothing is known yet"
     assert {choice.keep_prompts for choice in crowd.run(2, 600)[400:]} == {keeps}
+
+
+def test_texts_that_drafts_are_good_at_are_noticed_after_many_that_they_are_poor_at() -> None:
+    """One request after another; alone, drafts cost little."""
+    good = False
+    crowd = Crowd(lambda _: 9 * good, depth=3, target=0.02)
+
+    def requests(n: int) -> float:
+        """Tokens per step of the last of so many."""
+        for _ in range(n):
+            crowd.sequences.clear()
+            before = crowd.n_tokens
+            crowd.run(1, 40)
+        return (crowd.n_tokens - before) / 40
+
+    assert requests(60) < 1.1
+    good = True
+    assert requests(20) > 2.5
 
 
 def test_who_comes_makes_it_choose_at_once() -> None:
