@@ -3,16 +3,20 @@
     python tools/widen_model.py wide.gguf
     python -m benchmarks.adaptive src/mtpbatch/models/demo.gguf wide.gguf
 
-Texts that repeat themselves, prose picked greedily, prose sampled, and texts that drafts are poor
-at; 1 to 32 clients, each of which sends its next request when its last one ends. Then clients come
-and go: one by one up to the most and back, and between few and many. Answers have different
-lengths, so that requests do not stay in step with each other.
+Texts that repeat themselves, prose picked greedily, prose sampled, texts that drafts are poor at,
+and all of them mixed; 1 to 32 clients, each of which sends its next request when its last one ends.
+Then clients come and go: one by one up to the most and back, and between few and many. Answers have
+different lengths, so that requests do not stay in step with each other.
 
-Each depth has an engine in a process of its own, all side by side; who is not measured is idle. For
-each text and number of clients they are measured in turn, for a short time and again in each round:
-a machine whose speed drifts hurts them alike. Ratios are taken within a round; what counts is the
-median over rounds, with the least and the greatest beside it. The adaptive engine has to find out
-about each text and number of clients in its first round. Keep the machine quiet.
+Steady loads are so much work instead of so much time: the same requests for each depth. It ends
+when a client finds none left, so that all clients are busy until then. Prompts are in it.
+
+Each depth has an engine in a process of its own, all side by side; who is not measured is idle.
+For each load they are measured in turn, and again in each round: a machine whose speed drifts hurts
+them alike. Ratios are taken within a round; what counts is the median over rounds, with the least
+and the greatest beside it. The adaptive engine has to find out about each load in its first round.
+The ratio by processor time, which counts Python and all threads, is steadier where the machine is
+shared. ``--parts`` prints what the time went into. Keep the machine quiet.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, TypeAlias
 
@@ -60,12 +64,45 @@ class Setup(Struct, frozen=True):
     tokens: int
 
 
-class Job(Struct, frozen=True):
-    """What a process is to measure next; it comes as a line of JSON."""
+class Work(Struct, frozen=True, tag="work"):
+    """So many requests, by so many clients. It comes as a line of JSON."""
 
     text: Text
+    clients: int
+    requests: int
+
+
+class Changes(Struct, frozen=True, tag="changes"):
+    """Clients that come and go. It comes as a line of JSON."""
+
     stages: tuple[tuple[int, float], ...]
     """Clients and seconds, one stage after another."""
+
+
+class Figures(Struct, frozen=True):
+    """What a process did while it was measured. Durations are seconds."""
+
+    seconds: float
+    processor: float
+    """Of all of its threads."""
+    tokens: int
+    drafted: int
+    accepted: int
+    steps: int
+    draft: float
+    target: float
+    sample: float
+    gap: float
+
+    @property
+    def speed(self) -> float:
+        """Tokens per second; 0 while the machine stands still."""
+        return self.tokens / self.seconds
+
+    def since(self, before: Figures) -> Figures:
+        """What was added."""
+        fields = self.__struct_fields__
+        return Figures(*(getattr(self, name) - getattr(before, name) for name in fields))
 
 
 class Requests:
@@ -76,16 +113,28 @@ class Requests:
         self._text = text
         self._depth = depth
         self._tokens = tokens
-        self._n = 0
+        self.n = 0
+        """That were sent."""
 
-    @property
-    def generated(self) -> int:
-        """Tokens so far, also of requests that have not ended."""
-        return self._engine.stats().generated_tokens
+    def figures(self) -> Figures:
+        """Of the process, so far; also of requests that have not ended."""
+        stats = self._engine.stats()
+        return Figures(
+            time.perf_counter(),
+            time.process_time(),
+            stats.generated_tokens,
+            stats.drafted,
+            stats.accepted,
+            stats.steps,
+            stats.draft_time,
+            stats.target_time,
+            stats.sample_time,
+            stats.gap_time,
+        )
 
     async def send(self) -> None:
         """One request, to its end."""
-        n, self._n = self._n, self._n + 1
+        n, self.n = self.n, self.n + 1
         text = TEXTS[n % 4] if self._text == "mixed" else self._text
         prompt = 3 * _REFRAIN if text == "repetitive" else PROMPTS[n % len(PROMPTS)]
         await self._engine.generate(
@@ -99,33 +148,47 @@ class Requests:
         )
 
 
-async def measure(requests: Requests, stages: Sequence[tuple[int, float]]) -> list[float]:
-    """Tokens per second of each stage."""
-    speeds = []
+async def do(requests: Requests, work: Work) -> list[Figures]:
+    """Figures of the work, from the first request until none is left for a client."""
+    before = requests.figures()
+    after = before
+
+    async def client(group: anyio.abc.TaskGroup) -> None:
+        nonlocal after
+        while requests.n < work.requests:
+            await requests.send()
+        after = requests.figures()
+        group.cancel_scope.cancel()
+
+    async with anyio.create_task_group() as group:
+        for _ in range(work.clients):
+            group.start_soon(client, group)
+    return [after.since(before)]
+
+
+async def follow(requests: Requests, changes: Changes) -> list[Figures]:
+    """Figures of each stage."""
+    figures = []
     wanted = 0
+    working: set[int] = set()
 
     async def client(number: int) -> None:
         while number < wanted:
             await requests.send()
-
-    working: set[int] = set()
-
-    async def keep(number: int) -> None:
-        await client(number)
         working.discard(number)
 
     async with anyio.create_task_group() as group:
-        for clients, seconds in stages:
+        for clients, seconds in changes.stages:
             wanted = clients
             for number in range(clients):
                 if number not in working:
                     working.add(number)
-                    group.start_soon(keep, number)
-            before, begin = requests.generated, time.perf_counter()
+                    group.start_soon(client, number)
+            before = requests.figures()
             await anyio.sleep(seconds)
-            speeds.append((requests.generated - before) / (time.perf_counter() - begin))
+            figures.append(requests.figures().since(before))
         group.cancel_scope.cancel()
-    return speeds
+    return figures
 
 
 async def serve(setup: Setup) -> None:
@@ -138,10 +201,14 @@ async def serve(setup: Setup) -> None:
         n_threads=setup.threads,
     ) as engine:
         while line := await anyio.to_thread.run_sync(sys.stdin.readline):
-            job = msgspec.json.decode(line, type=Job)
-            requests = Requests(engine, job.text, setup.depth, setup.tokens)
-            speeds = await measure(requests, job.stages)
-            print(msgspec.json.encode(speeds).decode(), flush=True)
+            job = msgspec.json.decode(line, type=Work | Changes)
+            text = job.text if isinstance(job, Work) else "mixed"
+            requests = Requests(engine, text, setup.depth, setup.tokens)
+            if isinstance(job, Work):
+                figures = await do(requests, job)
+            else:
+                figures = await follow(requests, job)
+            print(msgspec.json.encode(figures).decode(), flush=True)
 
 
 class Process:
@@ -157,8 +224,8 @@ class Process:
             text=True,
         )
 
-    def measure(self, job: Job) -> list[float]:
-        """Tokens per second of each stage."""
+    def measure(self, job: Work | Changes) -> list[Figures]:
+        """Figures of each of its stages."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(msgspec.json.encode(job).decode() + "\n")
@@ -166,7 +233,7 @@ class Process:
         line = self._process.stdout.readline()
         if not line:
             raise RuntimeError(f"a process ended with {self._process.wait()}")
-        return msgspec.json.decode(line, type=list[float])
+        return msgspec.json.decode(line, type=list[Figures])
 
     def end(self) -> None:
         assert self._process.stdin is not None
@@ -175,11 +242,11 @@ class Process:
 
 
 class Outcome(Struct):
-    """What was measured of one depth: tokens per second, round by round."""
+    """What was measured of one depth, round by round."""
 
-    steady: dict[str, dict[int, list[float]]] = {}
+    steady: dict[str, dict[int, list[Figures]]] = {}
     """By text and clients."""
-    changing: dict[str, list[list[float]]] = {}
+    changing: dict[str, list[list[Figures]]] = {}
     """By shape: of each stage."""
 
 
@@ -187,8 +254,9 @@ def compare(
     model: Path, depths: Sequence[Depth], options: argparse.Namespace
 ) -> dict[Depth, Outcome]:
     """Measure all depths, in turn at each load."""
-    changes = shapes(max(options.concurrency), options.stage)
-    most = max(*options.concurrency, *(c for stages in changes.values() for c, _ in stages))
+    changes = shapes(max(options.concurrency), options.stage) if options.stage else {}
+    stages = itertools.chain.from_iterable(changes.values())
+    most = max(*options.concurrency, *(clients for clients, _ in stages))
     n_draft_max = max(options.depths)
     processes = {
         depth: Process(
@@ -201,16 +269,15 @@ def compare(
         for text in options.texts:
             for clients in options.concurrency:
                 print(f"{model.name}: {text}, {clients} clients", file=sys.stderr)
-                steady = ((clients, options.window / 4), (clients, options.window))
+                work = Work(text, clients, max(options.least, options.turns * clients))
                 for _, depth in itertools.product(range(options.rounds), depths):
-                    [_, speed] = processes[depth].measure(Job(text, steady))
                     by_clients = outcomes[depth].steady.setdefault(text, {})
-                    by_clients.setdefault(clients, []).append(speed)
-        for name, stages in changes.items():
+                    by_clients.setdefault(clients, []).extend(processes[depth].measure(work))
+        for name, shape in changes.items():
             print(f"{model.name}: {name}", file=sys.stderr)
             for _, depth in itertools.product(range(options.rounds), depths):
-                speeds = processes[depth].measure(Job("mixed", stages))
-                outcomes[depth].changing.setdefault(name, []).append(speeds)
+                figures = processes[depth].measure(Changes(shape))
+                outcomes[depth].changing.setdefault(name, []).append(figures)
     finally:
         for process in processes.values():
             process.end()
@@ -228,21 +295,57 @@ class Comparison:
         rows = []
         for text, by_clients in self._outcomes[ADAPTIVE].steady.items():
             for clients in by_clients:
-                speeds = {d: outcome.steady[text][clients] for d, outcome in self._outcomes.items()}
-                rows.append([text, str(clients), *self._row(speeds)])
-        return table(["text", "clients", *self._head()], rows)
+                figures = {d: o.steady[text][clients] for d, o in self._outcomes.items()}
+                speeds = {d: [each.speed for each in rounds] for d, rounds in figures.items()}
+                per_processor = {
+                    d: [each.tokens / each.processor for each in rounds]
+                    for d, rounds in figures.items()
+                }
+                best, _ = self._ratios(per_processor)
+                rows.append([text, str(clients), *self._row(speeds), best])
+        head = ["text", "clients", *self._head(), "the same by processor time"]
+        return table(head, rows)
 
     def changing(self) -> str:
         """The mean over the stages, and the worst stage of the adaptive one."""
         rows = []
         for name, rounds in self._outcomes[ADAPTIVE].changing.items():
             speeds = {
-                depth: [statistics.mean(stages) for stages in outcome.changing[name]]
+                depth: [
+                    sum(stage.tokens for stage in stages) / sum(stage.seconds for stage in stages)
+                    for stages in outcome.changing[name]
+                ]
                 for depth, outcome in self._outcomes.items()
             }
             worst = min(self._stage(name, stage) for stage in range(len(rounds[0])))
             rows.append([name, *self._row(speeds), f"{worst:.2f}"])
         return table(["clients", *self._head(), "worst stage / best fixed there"], rows)
+
+    def parts(self) -> str:
+        """What the time went into, for each token."""
+        head = ["text", "clients", "depth", "drafts", "accepted", "steps"]
+        head += ["µs: draft", "target", "sample", "gap", "processor", "all"]
+        rows = []
+        for depth, outcome in self._outcomes.items():
+            for text, by_clients in outcome.steady.items():
+                for clients, figures in by_clients.items():
+                    rows.append([text, str(clients), str(depth), *self._parts(figures)])
+        return table(head, sorted(rows, key=lambda row: (row[0], int(row[1]))))
+
+    def _parts(self, figures: Sequence[Figures]) -> list[str]:
+        def each(value: Callable[[Figures], float]) -> float:
+            return statistics.median(value(f) / f.tokens for f in figures)
+
+        counts = (each(lambda f: f.drafted), each(lambda f: f.accepted), each(lambda f: f.steps))
+        times = (
+            each(lambda f: f.draft),
+            each(lambda f: f.target),
+            each(lambda f: f.sample),
+            each(lambda f: f.gap),
+            each(lambda f: f.processor),
+            each(lambda f: f.seconds),
+        )
+        return [f"{n:.3f}" for n in counts] + [f"{1e6 * t:.0f}" for t in times]
 
     def _head(self) -> list[str]:
         return [
@@ -251,9 +354,13 @@ class Comparison:
         ]
 
     def _row(self, speeds: dict[Depth, list[float]]) -> list[str]:
+        cells = [f"{statistics.median(rounds):.0f}" for rounds in speeds.values()]
+        return [*cells, *self._ratios(speeds)]
+
+    def _ratios(self, speeds: dict[Depth, list[float]]) -> list[str]:
+        """Adaptive over the best fixed depth, and over none, of each round."""
         best = max(self._fixed, key=lambda depth: statistics.median(speeds[depth]))
-        cells = [f"{statistics.median(speeds[depth]):.0f}" for depth in self._fixed]
-        cells.append(f"{statistics.median(speeds[ADAPTIVE]):.0f}")
+        cells = []
         for other in (best, 0):
             pairs = zip(speeds[ADAPTIVE], speeds[other], strict=True)
             # Nothing at all is generated while the machine stands still.
@@ -265,7 +372,7 @@ class Comparison:
     def _stage(self, name: str, stage: int) -> float:
         """Of one stage: adaptive over the best fixed depth, by the medians."""
         median = {
-            depth: statistics.median(stages[stage] for stages in outcome.changing[name])
+            depth: statistics.median(stages[stage].speed for stages in outcome.changing[name])
             for depth, outcome in self._outcomes.items()
         }
         return median[ADAPTIVE] / max(median[depth] for depth in self._fixed)
@@ -286,12 +393,16 @@ def shapes(most: int, seconds: float) -> dict[str, tuple[tuple[int, float], ...]
 def main() -> None:
     parser = command_line.parser(__doc__)
     command_line.add_models(parser)
-    command_line.add_work(parser, rounds=7, concurrency=[1, 2, 4, 8, 16, 32], tokens=64)
+    command_line.add_work(parser, rounds=5, concurrency=[1, 2, 4, 8, 16, 32], tokens=64)
     command_line.add_threads(parser)
     parser.add_argument("--depths", type=int, nargs="+", default=[0, 1, 2, 3], metavar="N")
     parser.add_argument("--texts", nargs="+", choices=TEXTS, default=TEXTS)
-    parser.add_argument("--window", type=float, default=0.5, help="seconds of each measurement")
-    parser.add_argument("--stage", type=float, default=2.0, help="seconds, while clients change")
+    parser.add_argument("--turns", type=int, default=2, help="requests of each client")
+    parser.add_argument("--least", type=int, default=8, help="requests of all clients")
+    parser.add_argument(
+        "--stage", type=float, default=2.0, help="seconds, while clients change; 0: they do not"
+    )
+    parser.add_argument("--parts", action="store_true", help="print what the time went into")
     parser.add_argument("--json", type=Path, help="write all figures there")
     options = parser.parse_args()
     if 0 not in options.depths:
@@ -308,7 +419,12 @@ def main() -> None:
         if options.json:
             options.json.write_text(json.dumps({"conditions": facts, "figures": figures}, indent=1))
         comparison = Comparison(outcomes)
-        text += f"\n\n## {model.name}\n\n{comparison.steady()}\n\n{comparison.changing()}"
+        sections = [f"## {model.name}", comparison.steady()]
+        if options.stage:
+            sections.append(comparison.changing())
+        if options.parts:
+            sections.append(comparison.parts())
+        text = "\n\n".join([text, *sections])
     print(text)
 
 

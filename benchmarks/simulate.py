@@ -1,13 +1,14 @@
 """What engines would do under a load: studies with the simulator of ``mtpbatch.testing``.
 
     python -m benchmarks.simulate policies     # sequences and draft depths, on bursty traffic
+    python -m benchmarks.simulate texts        # the adaptive depth beside fixed ones, text by text
     python -m benchmarks.simulate changes      # draft depths while the number of clients changes
     python -m benchmarks.simulate replicas     # several engines at a thousand requests per second
     python -m benchmarks.simulate million      # a million requests, for the simulator's own speed
 
 Prints tables, and with ``--plots FOLDER`` writes SVG files there (``pip install '.[bench]'``). What
 a step costs is given as four times in milliseconds: of a forward pass and of each of its tokens, of
-a draft decode and of each of its tokens. The default of the first two studies is about the wide
+a draft decode and of each of its tokens. The default of the first three studies is about the wide
 model on two CPUs, that of the others an attention-only model on some GPU: an example, not measured.
 
 No model runs, and the figures are the same on every machine, but for those of ``million``.
@@ -34,6 +35,7 @@ from mtpbatch.testing import (
     SimulationReport,
     StepCost,
     Summary,
+    Uniform,
     ramp,
     simulate,
     square_wave,
@@ -125,6 +127,37 @@ def _columns(report: SimulationReport) -> list[str]:
         f"{1000 * report.per_token.p50:.1f} · {1000 * report.per_token.p99:.1f}",
         _spread(report.total),
     ]
+
+
+def texts(options: argparse.Namespace) -> None:
+    """The adaptive depth over the best fixed one, by text and clients, from the first step on."""
+    drafts = {
+        "repetitive": [Drafts(0.97, 0.3, 0.98)],
+        "prose": [Drafts(0.88, 0.5, 0.93)],
+        "sampled": [Drafts(0.5, 0.4, 0.85)],
+        "poor": [Drafts(0.06, 0.2, 0.8)],
+    }
+    drafts["mixed"] = [one for [one] in drafts.values()]
+    prompt, answer = Uniform(35, 55), Uniform(32, 96)
+
+    def speed(name: str, clients: int, depth: Speculation) -> float:
+        return simulate(
+            ClosedLoop(steady(clients)),
+            [RequestKind(prompt=prompt, answer=answer, drafts=one) for one in drafts[name]],
+            facts(32, recurrent=options.recurrent),
+            step_cost(options.cost),
+            n_requests=options.turns * max(clients, 4),
+            speculation=depth,
+        ).throughput
+
+    rows = []
+    for name in drafts:
+        cells = []
+        for clients in options.clients:
+            best = max(speed(name, clients, d) for d in options.depths if d != "auto")
+            cells.append(f"{speed(name, clients, 'auto') / best:.3f}")
+        rows.append([name, *cells])
+    print(table(["text", *(f"{clients} clients" for clients in options.clients)], rows))
 
 
 def changes(options: argparse.Namespace) -> None:
@@ -293,7 +326,7 @@ def _parser() -> argparse.ArgumentParser:
             metavar="DEPTH",
             help='fixed draft depths, and "auto"',
         )
-        if run is not million:
+        if run not in (million, texts):
             added.add_argument("--plots", type=_svg_folder, metavar="FOLDER", help="for SVG files")
         return added
 
@@ -308,6 +341,12 @@ def _parser() -> argparse.ArgumentParser:
     bursty.add_argument("--variation", default=3.0, **variation)
     bursty.add_argument("--sequences", default=[4, 8, 16], help="of the engine", **several_counts)
     bursty.add_argument("--requests", default=2000, **requests)
+
+    by_text = study(texts, recurrent=True, depths=(0, 1, 2, 3, "auto"))
+    by_text.add_argument(
+        "--clients", default=[1, 2, 4, 8, 16, 32], help="at once", **several_counts
+    )
+    by_text.add_argument("--turns", type=int, default=10, help="requests of each client")
 
     changing = study(changes, recurrent=True)
     changing.add_argument("--seconds", type=float, default=1200.0, help="of the virtual clock")

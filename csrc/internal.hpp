@@ -274,8 +274,9 @@ class Session {
     void begin(llama_seq_id seq_id, int32_t n_prompt);
     // Whether anything is kept of a sequence to draft from.
     bool keeps(llama_seq_id seq_id) const { return !sequences_[seq_id].ignored; }
-    // Takes in the batch that the target decoded last.
-    void process();
+    // Takes in the batch that the target decoded last. Its hidden rows may be `left_out`: the MTP head
+    // then pairs these tokens with zeros, as it does the first one of a sequence.
+    void process(bool left_out = false);
     // `terms` and `pool`, which looks through the logits, may be null if no request is selective.
     void draft(std::vector<Request> requests, const mtpbatch_terms * terms, Pool * pool, std::vector<Draft> & drafts);
     void accept(llama_seq_id seq_id, int32_t n_accepted);

@@ -389,6 +389,9 @@ typedef struct mtpbatch_plan {
     // Whether each step's result is waited for. Otherwise they come together, every 50 ms, but for
     // those of the plan's first step and of steps in which a sequence ends.
     bool followed;
+    // Whether the MTP head is to pair the tokens of prompts with their hidden rows. Without these a prompt
+    // takes less time, and drafts after it are accepted less often.
+    bool keep_prompts;
     // Memory. In this order: save, park, release, drop and forget, admit, resume.
     int32_t                 n_save;
     const mtpbatch_save *   save;

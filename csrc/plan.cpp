@@ -28,6 +28,7 @@ Plan::Plan(const mtpbatch_plan & given)
       terms(given.terms ? std::optional(*given.terms) : std::nullopt),
       run_ahead(given.run_ahead),
       followed(given.followed),
+      keep_prompts(given.keep_prompts),
       save(given.save, given.save + given.n_save),
       park(given.park, given.park + given.n_park),
       drop(given.drop, given.drop + given.n_drop),

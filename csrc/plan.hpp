@@ -49,6 +49,7 @@ struct Plan {
     std::optional<mtpbatch_terms> terms;
     int32_t                       run_ahead;
     bool                          followed;
+    bool                          keep_prompts;
 
     std::vector<mtpbatch_save>   save;
     std::vector<mtpbatch_park>   park;

@@ -352,7 +352,7 @@ void Session::begin(llama_seq_id seq_id, int32_t n_prompt) {
     }
 }
 
-void Session::process() {
+void Session::process(bool left_out) {
     Stopwatch    watch;
     const auto & rows = target_->last_batch();
     if (rows.empty()) {
@@ -376,7 +376,7 @@ void Session::process() {
                             "truncated to what was accepted");
         }
         const bool begins_anew = rows[i].position == 0 && s.n_past > 0;
-        if (!target_->kept_hidden() && (!s.ignored || begins_anew)) {
+        if (!left_out && !target_->kept_hidden() && (!s.ignored || begins_anew)) {
             throw Error(MTPBATCH_SESSION_PROCESS, "an executor without this session decoded the batch: its hidden " +
                                                       std::string("rows were not kept"));
         }
@@ -388,7 +388,7 @@ void Session::process() {
     }
 
     n_seen_                          = target_->n_decodes();
-    const float *             hidden = target_->hidden();
+    const float *             hidden = left_out ? nullptr : target_->hidden();
     std::vector<llama_seq_id> full;
     for (size_t begin = 0, end; begin < rows.size(); begin = end) {
         const llama_seq_id seq_id = rows[begin].seq_id;
@@ -405,7 +405,7 @@ void Session::process() {
     statistics_.process_us += watch.lap();
 }
 
-// Takes in one sequence's rows of a batch, given the hidden rows of all of it.
+// Takes in one sequence's rows of a batch, given the hidden rows of all of it, or nullptr for zeros.
 void Session::take_in(const std::vector<Row> & rows, size_t begin, size_t end, const float * hidden) {
     const llama_seq_id seq_id = rows[begin].seq_id;
     auto &             s      = sequences_[seq_id];
@@ -432,9 +432,16 @@ void Session::take_in(const std::vector<Row> & rows, size_t begin, size_t end, c
             s.waiting_hidden.insert(s.waiting_hidden.end(), s.hidden.begin(), s.hidden.end());
             i += 1;
         }
-        s.waiting_hidden.insert(s.waiting_hidden.end(), hidden + (i - 1) * n_embd_, hidden + (end - 1) * n_embd_);
+        if (hidden) {
+            s.waiting_hidden.insert(s.waiting_hidden.end(), hidden + (i - 1) * n_embd_, hidden + (end - 1) * n_embd_);
+        }
+        s.waiting_hidden.resize(s.waiting.size() * n_embd_);
     }
-    s.hidden.assign(hidden + (end - 1) * n_embd_, hidden + end * n_embd_);
+    if (hidden) {
+        s.hidden.assign(hidden + (end - 1) * n_embd_, hidden + end * n_embd_);
+    } else {
+        s.hidden.assign(n_embd_, 0);
+    }
     s.n_past     = rows[end - 1].position + 1;
     s.n_verified = s.n_drafted > 0 ? static_cast<int32_t>(end - begin) : 0;
 }

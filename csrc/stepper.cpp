@@ -195,12 +195,13 @@ void Stepper::step(const Plan & plan, bool repeated, Step & out) try {
     form_groups();
     for (size_t g = 0; g < n_groups_; ++g) {
         const Group & group = groups_[g];
-        target_->keep_hidden(drafts_from(group));
+        const bool    keep  = drafts_from(group) && !leaves_out_prompts(group, plan);
+        target_->keep_hidden(keep);
         target_->decode(group.rows);
         out.report.n_target_tokens += static_cast<int32_t>(group.rows.size());
         out.report.target_us += watch.lap();
         if (session_) {
-            session_->process();
+            session_->process(/*left_out*/ !keep);
         }
         out.report.draft_us += watch.lap();
         sample(group);
@@ -237,6 +238,16 @@ void Stepper::lose(llama_seq_id seq_id) {
 bool Stepper::drafts_from(const Group & group) const {
     return session_ && std::any_of(group.parts.begin(), group.parts.end(),
                                    [&](size_t p) { return session_->keeps(parts_[p].seq_id); });
+}
+
+// Whether the plan does not care for the hidden rows of a group that has prompts. A draft that is to be
+// verified needs them.
+bool Stepper::leaves_out_prompts(const Group & group, const Plan & plan) const {
+    const auto any = [&](auto && of) {
+        return std::any_of(group.parts.begin(), group.parts.end(), [&](size_t p) { return of(parts_[p]); });
+    };
+    return !plan.keep_prompts && any([](const Part & part) { return part.prompt != nullptr; }) &&
+           !any([](const Part & part) { return part.drafted; });
 }
 
 void Stepper::begin(const Plan & plan, bool repeated) {

@@ -101,6 +101,7 @@ class Stepper {
     void    even_out(const Plan & plan);
     void    form_groups();
     bool    drafts_from(const Group & group) const;
+    bool    leaves_out_prompts(const Group & group, const Plan & plan) const;
     void    append_rows(Part & part, std::vector<Row> & rows) const;
     void    sample(const Group & group);
     void    score(const Group & group);

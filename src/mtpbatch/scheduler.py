@@ -272,6 +272,8 @@ class Scheduler:
             number=self._n_plans,
             run_ahead=self._cells.plan(running, _RUN_AHEAD),
             followed=self._n_followed > 0,
+            keep_prompts=self._speculator.choice.keep_prompts
+            or any(s.save_points or s.wish.always for s, _ in chunks),
             save=save,
             park=(*park, *move),
             drop=drop,

@@ -16,7 +16,6 @@ accepted every second time.
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections.abc import Collection, Iterable
 from collections.abc import Sequence as Items
@@ -44,6 +43,11 @@ class DraftWish(Struct, frozen=True, gc=False):
     """Most tokens per step."""
     adaptive: bool
     """As many as pay, instead of always as many as the limit."""
+
+    @property
+    def always(self) -> bool:
+        """Whether it drafts in any case."""
+        return self.limit > 0 and not self.adaptive
 
 
 def draft_wish(requested: Speculation | None, config: EngineConfig, facts: ModelFacts) -> DraftWish:
@@ -78,16 +82,19 @@ def _refusal(wish: int, facts: ModelFacts) -> str:
 
 
 class Cost:
-    """Seconds that a decode takes: so much for a pass, and so much for each of its rows.
+    """Seconds that a decode takes: so much for a pass, so much for each of its rows, and what
+    passes of about that many rows take more or less than that.
 
-    Follows what decodes took as a Kalman filter does, with the logarithm of the seconds of a pass
-    and the root of a row's share in them as its state. So it knows what it cannot tell from decodes
-    of always the same size, and takes it up quickly when other sizes come: a machine that becomes
-    slower changes the pass, and the row with it; the share changes slowly. (With the share itself,
-    steps towards a small one overshoot; with its logarithm, a small one never grows again.)
+    Follows what decodes took as a Kalman filter does, with three parts of the logarithm of the
+    seconds as its state: of a pass, of the root of a row's share in it, and, for each size, what
+    that size adds. So it knows what it cannot tell from decodes of always the same size, and takes
+    it up quickly when other sizes come: a machine that becomes slower changes the pass, and all
+    sizes with it; what is particular to a size is remembered while others come. (With the share
+    itself, steps towards a small one overshoot; with its logarithm, a small one never grows again.)
 
     State: ``_pass`` and ``_root``; what of them is uncertain, as variances and covariance of
-    the logarithm and the root; and ``_noise``, how much the logarithms of observations scatter.
+    the logarithm and the root; ``_sizes``, by class of size, what that adds to the logarithm, and
+    the variance of it; and ``_noise``, how much the logarithms of observations scatter.
     :meth:`observe` changes them.
     """
 
@@ -95,9 +102,12 @@ class Cost:
     _LEAST_ROOT: Final = 1 / 64
     _LEAST_NOISE: Final = 1e-3  # about 3 %
     _NOISE_PACE: Final = 0.05
-    _DRIFT: Final = (2e-3, 2e-4)  # what variances grow by with each; of the root, in units of it
+    _DRIFT: Final = (2e-3, 5e-5)  # what variances grow by with each; of the root, in units of it
     _LEAST_DRIFTING: Final = 0.2  # as if the root was not smaller
     _SURPRISE: Final = 0.7  # at most, of a logarithm: a step in which the machine did other things
+    _SIZE: Final = 0.01  # variance of what a size adds: about 10 %
+    _SIZE_DRIFT: Final = 1e-5
+    _UNKNOWN: Final = (0.0, _SIZE)
 
     def __init__(self) -> None:
         self._pass = 0.0  # 0: nothing was observed
@@ -105,47 +115,70 @@ class Cost:
         self._var_pass = 25.0  # it may be anything
         self._var_root = 0.5 * self._FIRST_ROOT**2
         self._covar = 0.0
+        self._sizes: dict[int, tuple[float, float]] = {}
         self._noise = 0.02  # about 14 %
 
     def of(self, passes: float, rows: float) -> float:
         """Seconds of so many passes, with so many rows in all."""
-        return self._pass * (passes + self._root**2 * rows)
+        added, _ = self._sizes.get(_size(passes, rows), self._UNKNOWN)
+        return self._pass * (passes + self._root**2 * rows) * math.exp(added)
+
+    def doubt(self, one: tuple[float, float], other: tuple[float, float]) -> float:
+        """Variance of the logarithm of what one takes, over what the other takes: each is so many
+        passes, with so many rows in all."""
+        sizes = {_size(*one), _size(*other)}
+        if len(sizes) == 1:
+            return 0.0
+        weights = [2 * self._root * rows / (n + self._root**2 * rows) for n, rows in (one, other)]
+        return (weights[0] - weights[1]) ** 2 * self._var_root + sum(
+            self._sizes.get(size, self._UNKNOWN)[1] for size in sizes
+        )
+
+    def parts(self, passes: float, rows: float) -> tuple[float, float]:
+        """Seconds of a pass, and of a row, where there are so many."""
+        added, _ = self._sizes.get(_size(passes, rows), self._UNKNOWN)
+        per_pass = self._pass * math.exp(added)
+        return per_pass, per_pass * self._root**2
 
     @property
-    def per_pass(self) -> float:
-        """Seconds."""
-        return self._pass
-
-    @property
-    def per_row(self) -> float:
-        """Seconds."""
-        return self._pass * self._root**2
+    def known(self) -> bool:
+        """Whether anything was observed."""
+        return self._pass > 0
 
     def observe(self, passes: int, rows: int, seconds: float) -> None:
         """Take in how long so many passes took, with so many rows in all; 0 says nothing."""
         if seconds <= 0:
             return
-        root = self._root
+        root, size = self._root, _size(passes, rows)
         in_passes = passes + root**2 * rows
         if not self._pass:
             self._pass = seconds / in_passes
         weight = 2 * root * rows / in_passes  # of the root in the logarithm of the seconds
-        surprise = math.log(seconds / (self._pass * in_passes))
+        added, var_added = self._sizes.get(size, self._UNKNOWN)
+        surprise = math.log(seconds / (self._pass * in_passes)) - added
         surprise = min(max(surprise, -self._SURPRISE), self._SURPRISE)
         self._noise += self._NOISE_PACE * (surprise * surprise - self._noise)
         noise = max(self._noise, self._LEAST_NOISE)
         drift_pass, drift_root = self._DRIFT
         self._var_pass += drift_pass
         self._var_root += drift_root * max(root, self._LEAST_DRIFTING) ** 2
+        var_added = min(var_added + self._SIZE_DRIFT, self._SIZE)
         with_pass = self._var_pass + weight * self._covar
         with_root = self._covar + weight * self._var_root
-        variance = with_pass + weight * with_root + noise
+        variance = with_pass + weight * with_root + var_added + noise
         gain_pass, gain_root = with_pass / variance, with_root / variance
+        gain_added = var_added / variance
         self._pass *= math.exp(gain_pass * surprise)
         self._root = max(root + gain_root * surprise, self._LEAST_ROOT)
+        self._sizes[size] = added + gain_added * surprise, (1 - gain_added) * var_added
         self._var_pass -= gain_pass * with_pass
         self._var_root -= gain_root * with_root
         self._covar -= gain_pass * with_root
+
+
+def _size(passes: float, rows: float) -> int:
+    """The class of a pass's rows: two classes each time they double."""
+    return round(2 * math.log2(max(1.0, rows / passes))) if passes else 0
 
 
 class CostModel:
@@ -163,6 +196,7 @@ class CostModel:
     _PACE: Final = 0.1
     _CHUNK_STEPS: Final = 2  # steps' time that a chunk of a prompt may take
     _ENOUGH: Final = 0.25  # of the steps undisturbed: the others need not count
+    _DRAFT: Final = 0.125  # of what the target takes: a guess
     _LEAST_CHUNK: Final = 32  # rows: smaller ones take too many passes
 
     def __init__(self, facts: ModelFacts) -> None:
@@ -174,6 +208,12 @@ class CostModel:
         self._n_decoding = 0
         self._undisturbed = 0.0
         self.step = 0.0
+
+    def drafting(self, decodes: float, rows: float) -> float:
+        """Seconds of so many decodes of the draft context, with so many rows in all."""
+        if not self.draft.known:
+            return self._DRAFT * self.target.of(decodes, rows)
+        return self.draft.of(decodes, rows)
 
     def chunk(self, most: int, prompts: float) -> int:
         """Rows of prompts in a step beside sequences that generate, to each of which there are so
@@ -246,10 +286,11 @@ class Habit:
     """
 
     __slots__ = (
-        *("reached", "gained", "acceptance", "behind", "_memory", "_weight", "_n_tried"),
+        *("reached", "gained", "acceptance", "behind", "memory", "_weight", "_n_tried"),
         *("_allowed", "_drafted", "_gained", "_n_refused", "_ahead"),
     )
     _PRIOR: Final = 4.0  # steps, and drafts, that what it begins with counts as
+    _FADES: Final = 4.0  # turns
 
     def __init__(
         self, reached: Items[float], gained: Items[float], acceptance: float, memory: float
@@ -258,23 +299,37 @@ class Habit:
         self.gained = list(gained)
         self.acceptance = acceptance
         self.behind = 0
-        self._memory = memory  # steps that count at most
+        self.memory = memory  # steps that count at most
         self._weight = [self._PRIOR] * len(self.reached)  # steps that count so far
         self._n_tried = self._PRIOR  # drafts that do
         self._ahead: list[tuple[float, float, float]] | None = None  # if it was asked for
         self._forget()
 
     @classmethod
-    def guess(cls, n_draft_max: int, memory: float = 1.0) -> Habit:
+    def guess(cls, n_draft_max: int, memory: float = 1.0, acceptance: float = 0.75) -> Habit:
         """Before anything is known: three of four drafts are accepted."""
-        gained = [0.75 ** (d + 1) for d in range(n_draft_max)]
-        return cls([1.0] * n_draft_max, gained, 0.75, memory)
+        gained = [acceptance ** (d + 1) for d in range(n_draft_max)]
+        return cls([1.0] * n_draft_max, gained, acceptance, memory)
 
     def copy(self, memory: float, behind: int) -> Habit:
         """One that begins with this one's figures."""
         habit = Habit(self.reached, self.gained, self.acceptance, memory)
         habit.behind = behind
         return habit
+
+    def fade(self, n_turns: float) -> None:
+        """All sequences were replaced so many times: what was known of them counts less."""
+        kept = math.exp(-n_turns / self._FADES)
+        self._weight = [self._PRIOR + (w - self._PRIOR) * kept for w in self._weight]
+
+    def doubt(self, depth: int, n_steps: float = math.inf) -> float:
+        """Standard deviation of how many of so many drafts are accepted; or, of it, how much may
+        turn out in so many steps."""
+        return sum(
+            math.sqrt((gained * w + 1) * ((1 - gained) * w + 1) / (w + 3) / (1 + w / n_steps))
+            / (w + 2)
+            for gained, w in zip(self.gained[:depth], self._weight, strict=False)
+        )
 
     def note(self, allowed: int, drafted: int, accepted: int) -> None:
         """Take in a step that may draft ``allowed`` tokens."""
@@ -319,13 +374,13 @@ class Habit:
         """Of each depth: steps, and the shares of them that reached and that gained it."""
         self._ahead = None
         for d, (n_steps, reached, gained) in enumerate(by_depth):
-            self._weight[d] = weight = min(self._weight[d] + n_steps, self._memory)
+            self._weight[d] = weight = min(self._weight[d] + n_steps, self.memory)
             pace = min(1.0, n_steps / weight)
             self.reached[d] += (reached - self.reached[d]) * pace
             self.gained[d] += (gained - self.gained[d]) * pace
 
     def _take_tried(self, tried: int, accepted: int) -> None:
-        self._n_tried = min(self._n_tried + tried, self._memory)
+        self._n_tried = min(self._n_tried + tried, self.memory)
         pace = min(1.0, tried / self._n_tried)
         self.acceptance += (accepted / tried - self.acceptance) * pace
 
@@ -398,6 +453,8 @@ class Choice(Struct, frozen=True):
     """A depth to try out."""
     on_trial: frozenset[str] = frozenset()
     """Requests that draft to it, whatever that costs."""
+    keep_prompts: bool = True
+    """Whether the head may have to take in the prompts of now."""
 
     def differs(self, other: Choice) -> bool:
         """Whether it is worth a new plan."""
@@ -417,7 +474,8 @@ class _Outlook:
     """What one depth would come to in a step: sums over the sequences, then what follows."""
 
     __slots__ = (
-        *("depth", "tokens", "rows", "draft_rows", "seconds", "left_out"),
+        *("depth", "tokens", "rows", "passes", "seconds", "left_out"),
+        *("draft_rows", "n_draft_decodes", "n_draft_rows"),
         *("n_sequences", "n_drafting", "n_verifying"),
     )
 
@@ -430,6 +488,9 @@ class _Outlook:
         self.draft_rows = [0.0] * n_decodes  # by decode of the draft context
         self.left_out: list[str] = []
         self.rows = 0.0
+        self.passes = 1.0
+        self.n_draft_decodes = 0.0
+        self.n_draft_rows = 0.0
         self.seconds = 0.0
 
     @property
@@ -441,30 +502,43 @@ class Speculator:
     """Chooses depth and prices for the requests that leave them to the engine.
 
     It looks at every depth from 0 on: what a step would give and take, by the costs and habits as
-    they are known. Of depths that are nearly as good the present one stays. What would have to be
-    known to be sure, how long a step of another depth takes and how much would be accepted, is
-    tried out with a few sequences for a step or two: each depth at first, and then ever more
-    rarely, until twice or half as many sequences run. What that is expected to lose is at most a
-    hundredth of the time.
+    they are known. Another than the present one is taken if it is better though what is uncertain
+    of it turned out badly, and gains in some steps what the head has to catch up with.
+
+    How long a step of another depth takes, and how much would be accepted, is tried out with a few
+    sequences for a step or two, if what that may find out is worth more than it costs: little is
+    known and the depth may well be better, or requests have begun since drafts were tried last,
+    which may be of another kind; and it looks as if there was time to use it, because about as many
+    sequences have run for some time. What it is expected to lose is at most a
+    hundredth of the time, and while load and depth stay as they are, trials become rarer.
 
     State: what :meth:`observe` learns from results: ``costs``, ``calibration``, ``everybody``'s
-    habit, and ``_n_lengths``, how many different lengths the drafts of a step have, by the
-    greatest of them. And what :meth:`review` decides: the ``choice`` in force, ``_credit``, seconds
-    that trials may still lose, for each depth ``_next_trial``, in steps so far, and ``_pause``,
-    steps from that to the one after, and ``_n_for_trials``, the sequences that all these are for.
+    habit, ``_fed``, rows of prompts in a step, and ``_n_lengths``, how many different lengths the
+    drafts of a step have, by the greatest of them. And what :meth:`review` decides: the ``choice``
+    in force, ``_credit``, seconds that trials may still lose, and ``_load``: about as many
+    sequences have run since the step ``_load_since``; and that there is no trial before the step
+    ``_next_trial``, nor one more in the ``_pause`` steps after that.
     """
 
-    _STEPS: Final = 8  # between reviews, while about as many sequences run
-    _SECONDS: Final = 0.03  # of steps between reviews, too: they cost time
+    _STEPS: Final = 2  # between reviews, while about as many sequences run
+    # Of steps between reviews, too, for they cost time: while some draft, and while nobody does,
+    # which shows nothing new.
+    _SECONDS: Final = (0.03, 0.2)
     _FEW: Final = 0.25  # of them may come or go
-    _STAYS: Final = 1.03  # how much better another depth must look
+    _STAYS: Final = 1.01  # how much better another depth must look
+    _WARY: Final = 0.5  # by how much of its doubt worse than it does
     _TRIALS: Final = 0.01  # of the time may be lost by trials
     _MOST_TRIALS: Final = 4  # steps' time that may be lost at a stretch, as at the beginning
-    _TRIED_WITH: Final = 4  # sequences at most
-    _WORTH_A_TRIAL: Final = 0.6  # of the best speed that a depth must promise
-    _PAUSES: Final = (64, 1024)  # steps between trials of a depth, at first and in the end
-    _LENGTHS_PACE: Final = 0.02
-    _SHARED_MEMORY: Final = 400.0  # steps of all sequences together
+    _TRIED_WITH: Final = 4  # sequences at most, or all
+    _PLANS: Final = 3e-4  # seconds that the plans of a trial cost
+    _PAUSES: Final = (4, 128)  # steps between trials, at first and in the end
+    _OTHER_TEXT: Final = 0.05  # how probably a request has a text of another kind than those before
+    _GOOD_TEXT: Final = 0.9  # of the first drafts of one that drafts are good at, so many are right
+    _LASTS: Final = (256, 1024)  # steps that a load is taken to go on, at least and at most
+    _PAYS_WITHIN: Final = 64  # steps
+    _LENGTHS_PACE: Final = 0.05
+    _FED_PACE: Final = 0.005
+    _SHARED_MEMORY: Final = (16.0, 12.0)  # steps of sequences: so many, and for each that runs
     _OWN_MEMORY: Final = 24.0  # steps of one
 
     def __init__(self, facts: ModelFacts) -> None:
@@ -472,20 +546,29 @@ class Speculator:
         self._recurrent = facts.recurrent
         self.costs = CostModel(facts)
         self.calibration = Calibration()
-        self.everybody = Habit.guess(facts.n_draft_max, self._SHARED_MEMORY)
+        self.everybody = Habit.guess(facts.n_draft_max, self._SHARED_MEMORY[0])
         chances = self.calibration.chances
         terms = Terms(0.0, 0.0, 0.0, 0.0, chances[:N_CONFIDENCES], chances[N_CONFIDENCES:])
         self.choice = Choice(facts.n_draft_max, terms)
-        self._n_lengths = [float(depth > 0) for depth in self._depths]
+        self._n_lengths = [1.0] * len(self._depths)
+        self._fed = 0.0
         self._credit = math.inf
         self._n_steps = 0
         self._n_steps_reviewed = 0
         self._since_review = 0.0
         self._n_reviewed = 0  # sequences at the last review
-        self._try_all_anew(0)
+        self._load = 0
+        self._load_since = 0
+        self._next_trial = 0
+        self._n_begun = 0
+        self._good = Habit.guess(facts.n_draft_max, acceptance=self._GOOD_TEXT)
+        self._pause = self._PAUSES[0]
 
     def new_habit(self, n_prompt: int) -> Habit:
         """For a sequence that begins, with a prompt of so many tokens."""
+        self._n_begun += 1
+        if not self.choice.depth:  # of these nothing is seen
+            self.everybody.fade(1 / max(1, self._n_reviewed))
         return self.everybody.copy(self._OWN_MEMORY, n_prompt)
 
     def wish_for(self, sequence: Drafter) -> DraftWish:
@@ -503,11 +586,13 @@ class Speculator:
         """Take in a step: see :meth:`CostModel.observe`."""
         self.costs.observe(result, lengths, n_prompt)
         longest = max((n for n, count in enumerate(lengths) if count), default=0)
-        n_lengths = sum(count > 0 for count in lengths[1:])
-        self._n_lengths[longest] += (n_lengths - self._n_lengths[longest]) * self._LENGTHS_PACE
+        if self.choice.trial is None:
+            n_lengths = sum(count > 0 for count in lengths)
+            self._n_lengths[longest] += (n_lengths - self._n_lengths[longest]) * self._LENGTHS_PACE
         if result.trials:
             self.calibration.observe(result.trials)
         seconds = result.draft_time + result.target_time + result.sample_time
+        self._fed += (n_prompt - self._fed) * self._FED_PACE
         self._credit += self._TRIALS * seconds
         self._since_review += seconds
         self._n_steps += 1
@@ -519,38 +604,93 @@ class Speculator:
     def review(self, sequences: Collection[Drafter]) -> bool:
         """Choose anew if it is time to; whether the choice is another one now."""
         n_new = self._n_steps - self._n_steps_reviewed
-        enough = self.choice.trial is not None or (
-            n_new >= self._STEPS and self._since_review >= self._SECONDS
-        )
+        if self.choice.trial is not None:
+            enough = n_new >= self._trial_steps(len(self.choice.on_trial))
+        else:
+            seconds = self._SECONDS[not self.choice.depth]
+            enough = n_new >= self._STEPS and self._since_review >= seconds
         change = abs(len(sequences) - self._n_reviewed)
         if not n_new or not (enough or change > self._FEW * self._n_reviewed):
             return False
         self._n_reviewed = len(sequences)
         self._n_steps_reviewed = self._n_steps
         self._since_review = 0.0
+        steps, steps_each = self._SHARED_MEMORY
+        self.everybody.memory = steps + steps_each * len(sequences)
+        if self.choice.depth or self.choice.trial:  # new requests show what they have
+            self._n_begun = 0
         adaptive = False
         for sequence in sequences:
             adaptive = adaptive or sequence.wish.adaptive
             sequence.habit.settle(self.everybody)
         if not adaptive or not self.costs.step:  # nothing but prompts was timed yet
             return False
+        if not 0.5 <= len(sequences) / max(1, self._load) <= 2:
+            self._load, self._load_since = len(sequences), self._n_steps
+            self._pause = self._PAUSES[0]
         outlooks = self._outlooks(sequences, self.choice.terms)
-        depth = max(self._depths, key=lambda depth: outlooks[depth].speed)
-        if outlooks[depth].speed < self._STAYS * outlooks[self.choice.depth].speed:
-            depth = self.choice.depth
-        outlook = outlooks[depth]
-        choice = Choice(depth, self._terms(outlook), frozenset(outlook.left_out))
-        if self.choice.trial is None:
-            choice = self._with_trial(choice, outlook, sequences)
-        if not choice.differs(self.choice):
+        now = outlooks[self.choice.depth]
+        outlook = max(outlooks, key=lambda then: self._at_worst(then, now, sequences))
+        choice = Choice(
+            outlook.depth,
+            self._terms(outlook),
+            frozenset(outlook.left_out),
+            keep_prompts=any(self._may_draft(then, outlook) for then in outlooks),
+        )
+        if choice.depth != self.choice.depth:
+            self._pause = self._PAUSES[0]
+        if self.choice.trial is None and self._n_steps >= self._next_trial:
+            choice = self._with_trial(choice, outlooks, sequences)
+        if not choice.differs(self.choice):  # prompts that come have a plan of their own
+            self.choice = msgspec.structs.replace(self.choice, keep_prompts=choice.keep_prompts)
             return False
         self.choice = choice
         return True
 
+    def _may_draft(self, then: _Outlook, now: _Outlook) -> bool:
+        """Whether it drafts, or would if what is uncertain turned out well."""
+        if then is now:
+            return now.depth > 0
+        return then.speed * math.exp(self._doubt(then, now)) > now.speed
+
+    def _at_worst(self, then: _Outlook, now: _Outlook, sequences: Collection[Drafter]) -> float:
+        """Tokens per second of another depth than the present one, if things turn out badly."""
+        if then is now:
+            return now.speed
+        speed = then.speed * math.exp(-self._WARY * self._doubt(then, now)) / self._STAYS
+        if now.depth:
+            return speed
+        behind = sum(s.habit.behind for s in sequences if s.wish.adaptive)
+        seconds = self._PAYS_WITHIN * then.seconds
+        return speed * seconds / (seconds + self.costs.drafting(1, behind))
+
+    # How uncertain it is how much faster one depth is than another: standard deviations of the
+    # logarithm.
+
+    def _doubt(self, then: _Outlook, now: _Outlook) -> float:
+        return math.hypot(self._doubt_of_gains(then, now), self._doubt_of_costs(then, now))
+
+    def _doubt_of_gains(self, then: _Outlook, now: _Outlook, n_steps: float = math.inf) -> float:
+        """By what drafts give; or, of it, what may turn out in so many steps of a sequence."""
+        if then.depth <= now.depth:
+            return 0.0
+        doubt = self.everybody.doubt(then.depth, n_steps) - self.everybody.doubt(now.depth, n_steps)
+        return doubt * then.n_drafting / then.tokens
+
+    def _doubt_of_costs(self, then: _Outlook, now: _Outlook) -> float:
+        """By what steps of another size take."""
+        return math.sqrt(self.costs.target.doubt((then.passes, then.rows), (now.passes, now.rows)))
+
     def _outlooks(self, sequences: Collection[Drafter], terms: Terms | None) -> list[_Outlook]:
-        """What a step would come to, by depth. With terms, those draft for whom it pays."""
+        """What a step would come to, by depth. With terms, those draft for whom it pays, unless
+        it is better that all do."""
         drafters = [(s.request_id, s.wish, s.habit.reached, s.habit.ahead) for s in sequences]
-        return [self._outlook(depth, drafters, terms) for depth in self._depths]
+        outlooks = [self._outlook(depth, drafters, terms) for depth in self._depths]
+        for depth, outlook in enumerate(outlooks):
+            if outlook.left_out:
+                with_all = self._outlook(depth, drafters, None)
+                outlooks[depth] = max(outlook, with_all, key=lambda one: one.speed)
+        return outlooks
 
     def _outlook(self, depth: int, drafters: Items[_Drafter], terms: Terms | None) -> _Outlook:
         target_row, draft_row = (terms.target_row, terms.draft_row) if terms else (-1.0, -1.0)
@@ -579,76 +719,113 @@ class Speculator:
         outlook.n_verifying = verifying
         outlook.tokens = tokens + len(drafters)
         outlook.rows = rows + len(drafters)
+        outlook.passes = self._passes(outlook)
         # A decode of less than a row happens that often.
-        n_draft_decodes = sum(min(1.0, n) for n in draft_rows)
-        outlook.seconds = self.costs.target.of(
-            self._passes(outlook), outlook.rows
-        ) + self.costs.draft.of(n_draft_decodes, sum(draft_rows))
+        outlook.n_draft_decodes = sum(min(1.0, n) for n in draft_rows)
+        outlook.n_draft_rows = sum(draft_rows)
+        if n_drafting:  # prompts have to be caught up with as well
+            outlook.n_draft_rows += self._fed * n_drafting / len(drafters)
+        outlook.seconds = self.costs.target.of(outlook.passes, outlook.rows) + self.costs.drafting(
+            outlook.n_draft_decodes, outlook.n_draft_rows
+        )
         return outlook
 
     def _passes(self, outlook: _Outlook) -> float:
         """Passes of the target, as far as drafts make a difference."""
         if not self._recurrent or not outlook.n_drafting:
             return 1.0
-        # Drafts are cut to few lengths, to none now and then. Who does not draft takes part in a
-        # pass of its own then.
-        share = outlook.n_verifying / outlook.n_drafting
+        # Who does not draft takes part in a pass of its own, if anybody else finds something worth
+        # it; and drafts are cut to few lengths.
         others = outlook.n_sequences - outlook.n_drafting
         n_lengths = self._n_lengths[outlook.depth] if outlook.n_drafting > 1 else 1.0
-        return 1 + share * (min(1.0, others) + n_lengths - 1)
+        return max(n_lengths, 1 + min(1.0, others) * min(1.0, outlook.n_verifying))
 
     def _terms(self, outlook: _Outlook) -> Terms:
         """The prices where a step is as an outlook says."""
-        speed, target, draft = outlook.speed, self.costs.target, self.costs.draft
-        chances = self.calibration.chances
+        speed, chances = outlook.speed, self.calibration.chances
+        target_pass, target_row = self.costs.target.parts(outlook.passes, outlook.rows)
+        draft_decode, draft_row = self.costs.draft.parts(
+            outlook.n_draft_decodes, outlook.n_draft_rows
+        )
         return Terms(
-            target_row=speed * target.per_row,
-            target_pass=speed * target.per_pass,
-            draft_row=speed * draft.per_row,
-            draft_decode=speed * draft.per_pass,
+            target_row=speed * target_row,
+            target_pass=speed * target_pass,
+            draft_row=speed * draft_row,
+            draft_decode=speed * draft_decode,
             greedy=chances[:N_CONFIDENCES],
             sampled=chances[N_CONFIDENCES:],
         )
 
     def _with_trial(
-        self, choice: Choice, outlook: _Outlook, sequences: Iterable[Drafter]
+        self, choice: Choice, outlooks: Items[_Outlook], sequences: Iterable[Drafter]
     ) -> Choice:
-        """The choice, with another depth to try out if one is due and can be afforded."""
-        if not 0.5 <= self._n_reviewed / max(1, self._n_for_trials) <= 2:
-            self._try_all_anew(self._n_reviewed)
-        due = [
-            d for d in self._depths if self._n_steps >= self._next_trial[d] and d != choice.depth
-        ]
-        if not due:
-            return choice
-        self._credit = min(self._credit, self._MOST_TRIALS * outlook.seconds)
+        """The choice, with another depth to try out if that is worth what it costs."""
+        now = outlooks[choice.depth]
+        least, most = self._LASTS
+        lasts = now.seconds * min(max(self._n_steps - self._load_since, least), most)
+        self._credit = min(self._credit, self._MOST_TRIALS * now.seconds)
         # Who has little to catch up with loses least.
-        adaptive = (s for s in sequences if s.wish.adaptive)
-        subjects = heapq.nsmallest(self._TRIED_WITH, adaptive, key=lambda s: s.habit.behind)
-        alone = self._outlooks(subjects, terms=None)
-        now = alone[choice.depth]
-        behind = sum(s.habit.behind for s in subjects)
-        for depth in due:
-            self._next_trial[depth] = self._n_steps + self._pause[depth]
-            then = alone[depth]
-            if then.speed < self._WORTH_A_TRIAL * now.speed:
+        adaptive = sorted((s for s in sequences if s.wish.adaptive), key=lambda s: s.habit.behind)
+        best = loses = 0.0
+        trial: tuple[int, list[Drafter]] | None = None
+        other = 1 - (1 - self._OTHER_TEXT) ** self._n_begun
+        for then in outlooks:
+            if then is now:
                 continue
-            # Another step goes by until it is known how the first went.
-            lost = 2 * (then.seconds - now.seconds - (then.tokens - now.tokens) / outlook.speed)
-            if depth > choice.depth == 0:
-                lost += self.costs.draft.of(1, behind)
-            if lost <= self._credit:
-                self._credit -= max(0.0, lost)
-                self._pause[depth] = min(2 * self._pause[depth], self._PAUSES[1])
-                on_trial = frozenset(s.request_id for s in subjects)
-                return msgspec.structs.replace(choice, trial=depth, on_trial=on_trial)
-        return choice
+            better = math.log(then.speed / now.speed / self._STAYS)
+            changed = other * self._better_if_good(then.depth, now, adaptive) if other else 0.0
+            for n in {min(self._TRIED_WITH, len(adaptive)), len(adaptive)}:
+                subjects = adaptive[:n]
+                n_steps = n * self._trial_steps(n)
+                doubt = self._doubt_of_gains(then, now, n_steps)
+                if len(subjects) == len(adaptive):  # then it shows what such steps take
+                    doubt = math.hypot(doubt, self._doubt_of_costs(then, now))
+                found = lasts * (_hope(better, doubt) + changed)
+                if found <= best + self._PLANS:
+                    continue
+                lost = self._loss(then.depth, now, subjects)
+                if lost <= self._credit and found - lost > best:
+                    best, loses, trial = found - lost, lost, (then.depth, subjects)
+        if trial is None:
+            return choice
+        self._credit -= loses
+        self._next_trial = self._n_steps + self._pause
+        self._pause = min(2 * self._pause, self._PAUSES[1])
+        depth, tried = trial
+        on_trial = frozenset(s.request_id for s in tried)
+        return msgspec.structs.replace(choice, trial=depth, on_trial=on_trial)
 
-    def _try_all_anew(self, n_sequences: int) -> None:
-        """What was learnt was learnt with so many fewer or more."""
-        self._n_for_trials = n_sequences
-        self._next_trial = [self._n_steps] * len(self._depths)
-        self._pause = [self._PAUSES[0]] * len(self._depths)
+    def _trial_steps(self, n_subjects: int) -> int:
+        """Steps of a trial, so that some drafts are seen; while one runs another has begun."""
+        return 2 if n_subjects > 1 else 3
+
+    def _better_if_good(self, depth: int, now: _Outlook, sequences: Items[Drafter]) -> float:
+        """How much better a depth would be, as a logarithm, if drafts were mostly right."""
+        if depth < now.depth:
+            return 0.0
+        good = self._good
+        drafters = [(s.request_id, s.wish, good.reached, good.ahead) for s in sequences]
+        speed = self._outlook(depth, drafters, None).speed
+        return max(0.0, math.log(speed / now.speed)) if speed else 0.0
+
+    def _loss(self, depth: int, now: _Outlook, subjects: Items[Drafter]) -> float:
+        """Seconds that a trial is expected to lose."""
+        alone = self._outlooks(subjects, terms=None)
+        then, usual = alone[depth], alone[now.depth]
+        lost = then.seconds - usual.seconds - (then.tokens - usual.tokens) / now.speed
+        lost *= self._trial_steps(len(subjects))
+        if not now.depth:
+            lost += self.costs.drafting(1, sum(s.habit.behind for s in subjects))
+        return max(lost, 0.0) + self._PLANS
+
+
+def _hope(mean: float, deviation: float) -> float:
+    """What is to be gained on average if a thing, normally distributed, counts only above 0."""
+    if not deviation:
+        return max(mean, 0.0)
+    z = mean / deviation
+    below = (1 + math.erf(z / math.sqrt(2))) / 2
+    return mean * below + deviation * math.exp(-z * z / 2) / math.sqrt(2 * math.pi)
 
 
 def at_least(counts: list[int]) -> tuple[int, ...]:

@@ -391,7 +391,7 @@ def test_the_next_chunk_of_a_prompt_is_planned_while_this_one_runs() -> None:
 def test_a_plan_is_made_only_when_something_is_new() -> None:
     backend = ScriptedBackend(lambda _: "x" * 50, n_seq=2, acceptance=0.0)
     scheduler = Scheduler(backend.facts)
-    scheduler.add(make_sequence(backend, "r0", [65]))
+    scheduler.add(make_sequence(backend, "r0", [65], depth=3))
     first = hand_over(scheduler, backend)
     for _ in range(5):
         assert len(step(scheduler, backend)) == 1
@@ -419,6 +419,28 @@ def test_a_plan_says_who_never_drafts() -> None:
         scheduler.add(make_sequence(backend, f"depth {depth}", [5], depth=depth))
     plan = hand_over(scheduler, backend)
     assert [admission.drafts for admission in plan.admit] == [False, True, True]
+
+
+@pytest.mark.parametrize(("depth", "kept"), [(None, False), (0, False), (1, True)])
+def test_prompts_are_kept_for_who_drafts_in_any_case(depth: int | None, *, kept: bool) -> None:
+    """Where drafts are not expected to pay."""
+    backend = ScriptedBackend(n_seq=2, n_draft_max=2)
+    scheduler = Scheduler(backend.facts)
+    speculator = scheduler._speculator
+    speculator.choice = replace(speculator.choice, keep_prompts=False)
+    scheduler.add(make_sequence(backend, "r", [5], depth=depth))
+    assert hand_over(scheduler, backend).keep_prompts == kept
+
+
+def test_a_prompt_that_others_begin_with_is_kept_for_the_head() -> None:
+    """Where drafts are not expected to pay: who begins with it later may draft."""
+    backend = ScriptedBackend(n_seq=2, n_batch=40)
+    scheduler = Scheduler(backend.facts, snapshot_bytes=1 << 20)
+    speculator = scheduler._speculator
+    speculator.choice = replace(speculator.choice, keep_prompts=False)
+    for name in ("first", "second"):
+        scheduler.add(make_sequence(backend, name, [60] * 70 + [len(name)]))
+    assert hand_over(scheduler, backend).keep_prompts
 
 
 def test_a_small_batch_cuts_drafts_before_it_leaves_anyone_out() -> None:

@@ -108,6 +108,20 @@ def test_passes_of_one_size_leave_open_what_other_sizes_take() -> None:
     assert cost.of(1, 64) == pytest.approx(26.4e-3, rel=0.15)
 
 
+def test_what_a_size_takes_is_remembered_while_others_come() -> None:
+    """Not all machines take their time by rows: here one and two take as long."""
+    cost = Cost()
+    for _ in range(40):
+        for rows, seconds in ((1, 20e-3), (2, 20e-3), (4, 25e-3), (8, 40e-3)):
+            cost.observe(1, rows, seconds)
+    assert cost.of(1, 2) == pytest.approx(20e-3, rel=0.03)
+    for _ in range(1000):
+        cost.observe(1, 16, 75e-3)
+    for rows, seconds in ((1, 20e-3), (2, 20e-3), (4, 25e-3), (8, 40e-3)):
+        assert cost.of(1, rows) == pytest.approx(seconds, rel=0.1)
+    assert cost.doubt((1, 1), (1, 2)) < cost.doubt((1, 64), (1, 128)) / 2
+
+
 def test_a_machine_that_becomes_slower_is_slower_for_all_sizes() -> None:
     cost = taught(Cost(), [4, 32], 300, a=5e-3, b=1e-3, noise=0.0)
     taught(cost, [4], 40, a=10e-3, b=2e-3, noise=0.0)
@@ -140,7 +154,7 @@ def test_whatever_times_come_costs_stay_positive_numbers(
         cost.observe(passes, max(rows, passes), seconds)
     known = any(seconds > 0 for *_, seconds in steps)
     assert (0 < cost.of(1, 8) < float("inf")) == known
-    assert 0 <= cost.per_row <= cost.of(1, 1)
+    assert 0 <= cost.parts(1, 1)[1] <= cost.of(1, 1)
 
 
 # --------------------------------------------------------------------- what drafts are worth
@@ -320,13 +334,12 @@ def test_steps_during_which_requests_are_taken_in_do_not_count() -> None:
     costs = CostModel(facts(3))
     for turn in range(600):
         costs.observe(step(8 + 8 * (turn % 2)), [8 * (turn % 2 == 0), 8 * (turn % 2), 0, 0], 0)
-    rows, passes = costs.target.per_row, costs.target.per_pass
+    passes, rows = costs.target.parts(1, 8)
     for _ in range(300):
         for _ in range(4):
             costs.observe(step(8), [8, 0, 0, 0], 0)
         costs.observe(step(16), [7, 0, 0, 0], 0)
-    assert costs.target.per_row == pytest.approx(rows, rel=0.05)
-    assert costs.target.per_pass == pytest.approx(passes, rel=0.05)
+    assert costs.target.parts(1, 8) == pytest.approx((passes, rows), rel=0.05)
     for _ in range(300):  # until there are no others
         for n in (8, 7):
             costs.observe(step(2 * n), [n, 0, 0, 0], 0)
@@ -363,7 +376,7 @@ def test_chunks_of_prompts_follow_from_what_a_step_and_a_row_take() -> None:
     assert costs.chunk(512, 100.0) == 512
 
 
-@settings(max_examples=50)
+@settings(max_examples=50, deadline=None)
 @given(st.data())
 def test_reviews_survive_whatever_steps_take(data: st.DataObject) -> None:
     """Any times, also none; requests of all kinds that come and go."""
@@ -424,6 +437,7 @@ class Crowd:
         self.stops_at: dict[int, int] = {}  # sequences whose head is not sure of more
         self.sequences: list[Drafting] = []
         self.turn = 0
+        self.n_tokens = 0
         self._right = right
         self._depth = depth
         self._recurrent = recurrent
@@ -444,7 +458,9 @@ class Crowd:
             length = min(allowed, self.stops_at.get(number, allowed))
             for d in range(length):
                 rows[d] += 1 if d else max(1, sequence.habit.behind)
-            sequence.habit.note(allowed, length, min(length, self._right(self.turn + number)))
+            accepted = min(length, self._right(self.turn + number))
+            sequence.habit.note(allowed, length, accepted)
+            self.n_tokens += 1 + accepted
             lengths[length] += 1
         self.turn += 1
         return choice, self._take(lengths, [n_rows for n_rows in rows if n_rows])
@@ -481,7 +497,7 @@ def every_second(turn: int) -> int:
 
 @pytest.mark.parametrize("draft", [1e-3, 3e-3])
 def test_trials_lose_at_most_a_hundredth_of_the_time(draft: float) -> None:
-    """Drafts are all wrong, and as many sequences run as to have every depth tried all the time."""
+    """Drafts are all wrong, and the load and those who make it change all the time."""
     crowd = Crowd(never, depth=3, draft=draft)
     spent = lost = 0.0
     n_trials = 0
@@ -494,18 +510,22 @@ def test_trials_lose_at_most_a_hundredth_of_the_time(draft: float) -> None:
         if choice.trial and not choice.depth:
             n_trials += 1
             lost += seconds - crowd.target * (1 + crowd.ROW * n)
-    assert n_trials > 10
+    assert n_trials > 0
     # What four steps take may be lost at a stretch, as at the beginning.
     assert lost < 0.01 * spent + 4 * crowd.target * (1 + crowd.ROW * 3)
 
 
-def test_trials_of_a_depth_become_rarer() -> None:
-    crowd = Crowd(always, depth=2)
-    turns = [turn for turn, choice in enumerate(crowd.run(2, 6000)) if choice.trial == 1]
-    pauses = [later - earlier for earlier, later in pairwise(turns)]
-    assert pauses == sorted(pauses)
-    assert pauses[0] < 100
-    assert pauses[-1] > 1000
+def test_trials_become_rarer() -> None:
+    """The more is known the less there is to find out: a depth that gives and takes as much as the
+    present one is tried when it may be better, and not for ever."""
+    target, row = 0.01, Crowd.ROW
+    draft = target * (6 / 4 * (1 + 4 * row) - (1 + 8 * row)) / (1 + 6 * row)
+    crowd = Crowd(every_second, target=target, draft=draft)
+    tried = [choice.trial is not None for choice in crowd.run(4, 3000)]
+    begins = [n for n, (before, now) in enumerate(pairwise(tried)) if now and not before]
+    pauses = [later - earlier for earlier, later in pairwise(begins)]
+    assert pauses[0] < 20
+    assert all(pause > 100 for pause in pauses[8:])
 
 
 def test_hopeless_depths_are_not_tried() -> None:
@@ -516,15 +536,8 @@ def test_hopeless_depths_are_not_tried() -> None:
     assert {(choice.depth, choice.trial) for choice in choices} == {(0, None)}
 
 
-def test_all_depths_are_tried_anew_when_twice_as_many_sequences_run() -> None:
-    crowd = Crowd(always, depth=3)
-    crowd.run(4, 4000)
-    for n in (9, 4):
-        tried = {choice.trial for choice in crowd.run(n, 100)}
-        assert tried == {None, 0, 1, 2}
-
-
-def test_a_depth_is_tried_by_few_who_draft_to_it_in_any_case() -> None:
+def test_a_depth_is_tried_by_few_or_by_all_who_draft_to_it_in_any_case() -> None:
+    """Few show what is accepted, all show what such steps take."""
     crowd = Crowd(always, depth=2)
     n_trials = 0
     for _ in range(300):
@@ -534,20 +547,47 @@ def test_a_depth_is_tried_by_few_who_draft_to_it_in_any_case() -> None:
         on_trial = {name for name, wish in wishes.items() if not wish.adaptive}
         assert on_trial == choice.on_trial
         assert {wishes[name].limit for name in on_trial} <= {choice.trial}
-        n_trials += len(on_trial) == 4
-        assert len(on_trial) in (0, 4)
+        n_trials += len(on_trial) > 0
+        assert len(on_trial) in (0, 4, 12)
     assert n_trials >= 2
 
 
-@pytest.mark.parametrize(("gain", "moves"), [(1.01, False), (1.06, True)])
+@pytest.mark.parametrize(("gain", "moves"), [(1.005, False), (1.06, True)])
 def test_it_stays_with_a_depth_that_is_nearly_as_good(gain: float, moves: bool) -> None:
     """It begins with drafts, of which half are right; without them it is somewhat faster."""
     target, row = 0.01, Crowd.ROW
     # Per step of 4, of which 2 gain a token: 6 tokens, 8 rows, 6 of the head.
     draft = target * (gain * 6 / 4 * (1 + 4 * row) - (1 + 8 * row)) / (1 + 6 * row)
     crowd = Crowd(every_second, target=target, draft=draft)
-    depths = {choice.depth for choice in crowd.run(4, 1500)[500:]}
+    depths = {choice.depth for choice in crowd.run(4, 3000)[1500:]}
     assert depths == ({0} if moves else {1})
+
+
+@pytest.mark.parametrize(("right", "draft", "keeps"), [(never, 0.012, False), (always, 1e-3, True)])
+def test_prompts_are_kept_for_the_head_where_drafts_may_pay(
+    right: Callable[[int], int], draft: float, *, keeps: bool
+) -> None:
+    crowd = Crowd(right, draft=draft)
+    assert crowd.speculator.choice.keep_prompts, "nothing is known yet"
+    assert {choice.keep_prompts for choice in crowd.run(2, 600)[400:]} == {keeps}
+
+
+def test_texts_that_drafts_are_good_at_are_noticed_after_many_that_they_are_poor_at() -> None:
+    """One request after another; alone, drafts cost little."""
+    good = False
+    crowd = Crowd(lambda _: 9 * good, depth=3, target=0.02)
+
+    def requests(n: int) -> float:
+        """Tokens per step of the last of so many."""
+        for _ in range(n):
+            crowd.sequences.clear()
+            before = crowd.n_tokens
+            crowd.run(1, 40)
+        return (crowd.n_tokens - before) / 40
+
+    assert requests(60) < 1.1
+    good = True
+    assert requests(20) > 2.5
 
 
 def test_who_comes_makes_it_choose_at_once() -> None:

@@ -411,7 +411,9 @@ def test_random_plans_give_what_undrafted_decoding_gives(
             else:
                 entries.append(step(s, draw.randint(0, DEPTH)))
                 room -= 1 + entries[-1].n_draft
-        results = loops.execute(executor, Plan(release, tuple(admissions), tuple(entries))).entries
+        keep = draw.random() < 0.5
+        plan = Plan(release, tuple(admissions), tuple(entries), keep_prompts=keep)
+        results = loops.execute(executor, plan).entries
         for entry, result in zip(entries, results, strict=True):
             request = active[entry.seq_id]
             request.tokens += result.token_ids
@@ -476,8 +478,11 @@ def test_an_id_drafts_or_never_does_from_one_request_to_the_next(tiny: Model) ->
         loops.execute(executor, Plan((0, 1), (), ()))
 
 
-def long_prompt(path: Path, *, drafts: bool, width: int, ff: int) -> tuple[MtpSession, StepResult]:
-    """What a prompt of 300 tokens costs, of a request that may draft or never does."""
+def long_prompt(
+    path: Path, *, width: int, ff: int, drafts: bool = True, keep: bool = True
+) -> tuple[MtpSession, StepResult]:
+    """What a prompt of 300 tokens costs, of a request that may draft or never does, if its hidden
+    rows are kept or not."""
     if not path.exists():
         shape: dict[str, Any] = {"layers": 1, "mtp_heads": 1, "heads": 1, "vocab": 300}
         random_model.write_random_step35(path, width=width, ff=ff, **shape)
@@ -485,7 +490,7 @@ def long_prompt(path: Path, *, drafts: bool, width: int, ff: int) -> tuple[MtpSe
     session = MtpSession(target, Context.mtp(target), target.n_seq, DEPTH)
     admission = msgspec.structs.replace(admit(0, 2), drafts=drafts)
     with Executor(target, session) as executor:
-        plan = Plan((), (admission,), (prefill(0, [50] * 300),))
+        plan = Plan((), (admission,), (prefill(0, [50] * 300),), keep_prompts=keep)
         return session, loops.execute(executor, plan)
 
 
@@ -501,18 +506,45 @@ def test_nothing_is_decoded_nor_kept_for_who_never_drafts(tmp_path: Path) -> Non
         session.draft(0, 300, 60)
 
 
-def test_hidden_rows_are_computed_only_for_who_may_draft(tmp_path: Path) -> None:
+def test_hidden_rows_are_computed_only_for_who_may_draft_and_is_to_keep_them(
+    tmp_path: Path,
+) -> None:
     """Without them the end of the last layer is computed for one row of the prompt, not for all.
 
     That is nearly all there is to compute here, so that it makes a difference of many times; the
     best of some tries must show the half.
     """
     thick = partial(long_prompt, tmp_path / "thick.gguf", width=64, ff=8192)
-    times = {
-        drafts: min(thick(drafts=drafts)[1].target_time for _ in range(5))
-        for drafts in (True, False)
+    variants: dict[str, dict[str, bool]] = {
+        "kept": {},
+        "never drafts": {"drafts": False},
+        "left out": {"keep": False},
     }
-    assert times[False] < times[True] / 2
+    times = {
+        name: min(thick(**variant)[1].target_time for _ in range(5))
+        for name, variant in variants.items()
+    }
+    assert times["never drafts"] < times["kept"] / 2
+    assert times["left out"] < times["kept"] / 2
+
+
+def test_a_draft_has_its_hidden_rows_kept_though_a_prompt_beside_it_does_not(
+    tmp_path: Path,
+) -> None:
+    """Without recurrent state one decode takes both. No draft after it is the worse for that."""
+    random_model.write_random_step35(tmp_path / "step35.gguf", vocab=300, mix=0.3)
+    accepted = {True: 0, False: 0}
+    with Model(tmp_path / "step35.gguf") as model:
+        for keep in accepted:
+            target, executor = make(model, n_rs_seq=0, n_ctx=128, kv_unified=False)
+            with executor:
+                loops.execute(executor, Plan((), (admit(0, 90),), (prefill(0),)))
+                while target.length(0) < 80:
+                    entries = (step(0, DEPTH), prefill(1, [9] * 9))
+                    plan = Plan((), (admit(1),), entries, keep_prompts=keep)
+                    accepted[keep] += loops.execute(executor, plan).entries[0].n_accepted
+                    loops.execute(executor, Plan((1,), (), ()))
+    assert accepted[True] == accepted[False] > 10
 
 
 # ---------------------------------------------------------------------------------- sampling

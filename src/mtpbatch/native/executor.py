@@ -264,5 +264,6 @@ def _native_plan(plan: Plan, dry_for: DryMaker) -> tuple[Any, list[Any]]:
         "terms": terms,
         "run_ahead": plan.run_ahead,
         "followed": plan.followed,
+        "keep_prompts": plan.keep_prompts,
     }
     return ffi.new("mtpbatch_plan *", arrays | sizes | rest), references
