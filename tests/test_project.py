@@ -6,7 +6,10 @@ import re
 import runpy
 from pathlib import Path
 
+import msgspec
 import pytest
+
+from mtpbatch import EngineConfig, SamplingParams
 
 ROOT = Path(__file__).parents[1]
 
@@ -52,3 +55,19 @@ def test_the_packaged_model_is_small_and_documented() -> None:
     for word in ("held out", "accepted at depth 1", "per character", "licence", "limits"):
         assert word in card
     assert (models / "LICENSE").read_text().strip()
+
+
+def test_every_parameter_stands_in_a_table_with_a_test_that_exists() -> None:
+    lines = (ROOT / "docs" / "requests.md").read_text().splitlines()
+    rows = {
+        match[1]: line.count("|")
+        for line in lines
+        if (match := re.match(r"\| `(\w+)`.* \|", line)) is not None
+    }
+    names = {
+        f.name for kind in (EngineConfig, SamplingParams) for f in msgspec.structs.fields(kind)
+    }
+    assert names <= rows.keys()
+    assert {rows[name] for name in names} == {7}, "six columns"
+    for path in re.findall(r"`(tests/[\w/]+\.py)`", "\n".join(lines)):
+        assert (ROOT / path).exists(), path
