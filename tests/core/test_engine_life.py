@@ -8,7 +8,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -25,16 +25,12 @@ from mtpbatch import (
     InvalidParameterError,
 )
 from mtpbatch.testing import ScriptedBackend, StepGate
+from patience import until
 
 pytestmark = pytest.mark.anyio
 
 FOREVER = 10**6
 ENDLESS: dict[str, Any] = {"max_tokens": FOREVER, "ignore_eos": True}
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await anyio.lowlevel.checkpoint()
 
 
 @asynccontextmanager

@@ -27,15 +27,11 @@ from mtpbatch import (
 )
 from mtpbatch.testing import ScriptedBackend, StepGate, open_scripted_engine
 from mtpbatch.types import Plan, StepResult
+from patience import until
 
 pytestmark = pytest.mark.anyio
 
 ENDLESS: dict[str, Any] = {"max_tokens": 10**6, "ignore_eos": True}
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await anyio.lowlevel.checkpoint()
 
 
 async def until_there_are(n_requests: int, engine: Engine) -> None:

@@ -40,6 +40,7 @@ from mtpbatch import (
 from mtpbatch._loops import EventLoop
 from mtpbatch.testing import ScriptedBackend, open_scripted_engine
 from mtpbatch.types import Plan, StepResult
+from patience import until
 
 pytestmark = pytest.mark.anyio
 
@@ -56,11 +57,6 @@ def engine_threads() -> list[str]:
 def _no_thread_left() -> Any:
     yield
     assert engine_threads() == []
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await anyio.lowlevel.checkpoint()
 
 
 # --------------------------------------------------------------------------- generating

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import anyio
@@ -15,6 +15,7 @@ from mtpbatch import EngineClosedError, InvalidParameterError, PromptTooLongErro
 from mtpbatch._slices import SLICE, slices
 from mtpbatch.testing import ScriptedBackend, open_scripted_engine
 from mtpbatch.tokenizing import LONG
+from patience import until
 
 pytestmark = pytest.mark.anyio
 
@@ -75,11 +76,6 @@ def naps(monkeypatch: pytest.MonkeyPatch, looks: list[str]) -> list[int]:
 
     monkeypatch.setattr(_slices, "time", Time)
     return taken
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await anyio.lowlevel.checkpoint()
 
 
 @pytest.mark.parametrize("n", [0, 1, SLICE, SLICE + 1, 3 * SLICE, 10 * SLICE + 7])

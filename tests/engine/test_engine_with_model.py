@@ -13,6 +13,7 @@ import pytest
 
 import mtpbatch
 import random_model
+from patience import until
 
 pytestmark = pytest.mark.anyio
 
@@ -189,7 +190,8 @@ async def test_a_timeout_does_not_wait_for_the_step_under_way(demo_path: Path) -
     async with mtpbatch.Engine.open(
         demo_path, n_seq=1, n_ctx=4096, n_batch=4096, n_ubatch=4096, n_threads=1
     ) as engine:
-        running = engine.submit([5] * 4000, max_tokens=5, timeout=0.02)  # a step of a second or so
+        running = engine.submit([5] * 4000, max_tokens=5, timeout=0.2)  # a step of a second or so
+        await until(lambda: engine.stats().running == 1 or running.completion is not None)
         for waiting in (engine.submit("In the", queue_timeout=0.01), running):
             done = await waiting
             assert (done.finish_reason, done.token_ids) == ("timeout", ())

@@ -147,5 +147,6 @@ def test_tokens_are_picked_among_those_that_may_come(
         else:
             assert regex.fullmatch(params["regex"], done.text, partial=True)
     assert n_ended > len(found) / 2
-    assert any(done.accepted for done in found) == (speculation != 0)
+    if speculation != "auto":  # which drafts where it pays
+        assert any(done.accepted for done in found) == (speculation != 0)
     assert free.finish_reason == "length"
