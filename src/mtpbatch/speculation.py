@@ -513,8 +513,8 @@ class Speculator:
     most a hundredth of the time, and while load and depth stay as they are, they become rarer.
 
     State: what :meth:`observe` learns from results: ``costs``, ``calibration``, ``everybody``'s
-    habit, ``_fed``, rows of prompts in a step, and ``_n_lengths``, how many different lengths drafts
-    have in a step, none included, by the greatest of them; ``_n_begun`` requests since any were
+    habit, ``_fed``, rows of prompts in a step, and ``_n_lengths``, how many lengths drafts have
+    in a step, that of none included, by the greatest of them; ``_n_begun`` requests since any were
     seen to draft. And what :meth:`review` decides: the ``choice`` in force; ``_credit``, seconds
     that trials may still lose; ``_load``, about as many sequences as have run since the step
     ``_load_since``; ``_next_trial``, the step before which there is none, and ``_pause``, the steps
