@@ -506,18 +506,19 @@ class Speculator:
     of it turned out badly, and gains in some steps what the head has to catch up with.
 
     How long a step of another depth takes, and how much would be accepted, is tried out with a few
-    sequences for a step or two, if what that may find out is worth more than it costs: little is
-    known and the depth may well be better, or requests have begun since drafts were tried last,
-    which may be of another kind; and it looks as if there was time to use it, because about as many
-    sequences have run for some time. What it is expected to lose is at most a
-    hundredth of the time, and while load and depth stay as they are, trials become rarer.
+    sequences or with all, for two steps or three, if what that may find out is worth more than it
+    costs: little is known and the depth may well be better, or requests have begun since drafts
+    were seen last, whose texts may be of another kind; and it looks as if there was time to use it,
+    because about as many sequences have run for some time. What trials are expected to lose is at
+    most a hundredth of the time, and while load and depth stay as they are, they become rarer.
 
     State: what :meth:`observe` learns from results: ``costs``, ``calibration``, ``everybody``'s
-    habit, ``_fed``, rows of prompts in a step, and ``_n_lengths``, how many different lengths the
-    drafts of a step have, by the greatest of them. And what :meth:`review` decides: the ``choice``
-    in force, ``_credit``, seconds that trials may still lose, and ``_load``: about as many
-    sequences have run since the step ``_load_since``; and that there is no trial before the step
-    ``_next_trial``, nor one more in the ``_pause`` steps after that.
+    habit, ``_fed``, rows of prompts in a step, and ``_n_lengths``, how many lengths drafts have
+    in a step, that of none included, by the greatest of them; ``_n_begun`` requests since any were
+    seen to draft. And what :meth:`review` decides: the ``choice`` in force; ``_credit``, seconds
+    that trials may still lose; ``_load``, about as many sequences as have run since the step
+    ``_load_since``; ``_next_trial``, the step before which there is none, and ``_pause``, the steps
+    from that one to the next.
     """
 
     _STEPS: Final = 2  # between reviews, while about as many sequences run
