@@ -11,82 +11,63 @@ Guarantees:
 - The engine's thread never waits for an event loop, and a loop never waits for a step.
 - A step waits for neither: while one runs, the engine's thread takes in the results of the last
   and hands over the next plan; if it comes too late, the backend goes on without it.
-- Every request that was taken in gets exactly one last event. Who removes it from ``_live``
+- Every request that was taken in gets exactly one last event. Who removes it from ``Intake.live``
   sends that event, and only who has the turn removes; but for a request that could not be handed
   to the tokenizer's thread, of which its caller hears at once.
 - The turn, ``_turn``, is the engine's thread's whenever that is not in a native call. Scheduler and
   sequences belong to who has it. So requests can be ended while a native call does not.
-- The backend is made, used and closed on the engine's thread; ``tokenize`` and ``detokenize``
-  alone run elsewhere (see ``tokenizing``), and closing waits for them; embeddings have a thread
-  and a context of their own, which end before the backend does.
+- The backend is made, used and closed on the engine's thread; the ``Tokenizer`` alone uses it
+  elsewhere, and closing waits for it; embeddings have a thread and a context of their own, which
+  end before the backend does.
 
-What threads share, besides the inbox: ``_draining``, ``_closing`` and ``_failure`` change only
-under ``_gate``, which is held for moments, and under which requests enter and leave ``_live``,
-``_backlog`` and ``_timeouts``, and loops get their ``_mailboxes``, which live as long as requests
-of theirs; ``_stats`` is an immutable snapshot, replaced as a whole.
+What threads share, besides the inbox, stands in :class:`Gate` and :class:`Intake`, and changes only
+under the gate's lock; ``_stats`` is an immutable snapshot, replaced as a whole.
 """
 
 from __future__ import annotations
 
 import atexit
-import itertools
-import math
 import os
-import secrets
 import threading
 import time
 from collections import abc
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
+from contextlib import asynccontextmanager
 from functools import partial
-from importlib import resources
-from pathlib import Path
-from queue import SimpleQueue
-from typing import Any, Final, Literal, NamedTuple, TypeAlias
-from weakref import WeakValueDictionary
+from typing import Any, Final, Literal
 
 import anyio
 import anyio.to_thread
 import msgspec
 
-from mtpbatch._log import RequestLog, log
-from mtpbatch._loops import EventLoop, Mailbox, ThreadEvent
-from mtpbatch._process import HomeProcess
+from mtpbatch._log import log
+from mtpbatch._loops import ThreadEvent
 from mtpbatch.backend import Backend, BackendFactory
-from mtpbatch.backlog import Backlog
 from mtpbatch.chat import ChatCompletion, ChatPrompt, ChatTemplate
 from mtpbatch.chat.generation import ChatGeneration
 from mtpbatch.embedding import EmbeddingThread
 from mtpbatch.exceptions import (
     ChatTemplateError,
-    EngineClosedError,
-    EngineDeadError,
     EngineStalledError,
-    InternalError,
     InvalidParameterError,
-    InvalidRequestError,
     MtpBatchError,
 )
+from mtpbatch.gate import Gate
 from mtpbatch.generation import Generation
+from mtpbatch.intake import Intake, Live, Post, drawn_seed
+from mtpbatch.loading import Loading, model_path
 from mtpbatch.scheduler import Event, Scheduler
-from mtpbatch.sequence import Sequence
-from mtpbatch.speculation import DraftWish, draft_wish
-from mtpbatch.structured.source import grammar_source
-from mtpbatch.text import TextAssembler
-from mtpbatch.timeouts import Timeouts
-from mtpbatch.tokenizing import LONG, Prompt, Tokenizer, snapshot
+from mtpbatch.speculation import draft_wish
+from mtpbatch.tokenizing import Prompt, Tokenizer, snapshot
 from mtpbatch.types import (
-    Admission,
     Completion,
     Embeddings,
     EngineConfig,
     EngineStats,
-    GrammarSource,
     ModelFacts,
     SamplingParams,
     StepResult,
     TemplateSource,
-    has_dry,
     parse,
 )
 
@@ -133,7 +114,7 @@ class Engine:
             raise InvalidParameterError(
                 "progress", f"must be a function of the loaded share, or None; got {progress!r}"
             )
-        with _model_path(model) as path:
+        with model_path(model) as path:
 
             def load(report: Callable[[float], bool]) -> Backend:
                 from mtpbatch.native import NativeBackend  # only here: it loads llama.cpp
@@ -144,24 +125,16 @@ class Engine:
             try:
                 yield engine
             finally:
-                if engine._home.here:  # a forked child that leaves the block has nothing to close
+                if (
+                    engine._gate.home.here
+                ):  # a forked child that leaves the block has nothing to close
                     await engine.aclose()
 
     def __init__(self, make_backend: Callable[[], Backend], clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._home = HomeProcess()
-        self._tickets = itertools.count(1)
-        self._inbox: SimpleQueue[_Message] = SimpleQueue()
-        self._live: dict[str, _Live] = {}
-        self._mailboxes: WeakValueDictionary[EventLoop, _Mailbox] = WeakValueDictionary()
-        self._timeouts = Timeouts()
-        self._gate = threading.RLock()
+        self._gate = Gate()
         self._turn = threading.Lock()
-        self._draining = False
-        self._closing = False
         self._left_behind = False
-        self._failure: BaseException | None = None
-        self._busy_since = 0.0  # when a request came while there was none
         self._last_step = 0.0  # when the results of one were taken in
         self._ready = ThreadEvent()
         self._drained = ThreadEvent()
@@ -185,11 +158,11 @@ class Engine:
         clock: Callable[[], float] = time.monotonic,
     ) -> Engine:
         """An engine that is ready; it is closed again if anything prevents that."""
-        loading = _Loading(progress)
+        loading = Loading(progress)
         engine = cls(partial(make_backend, loading.report), clock)
         try:
             await engine._ready.wait()
-            failure = loading.failure or engine._failure
+            failure = loading.failure or engine._gate.failure
             if failure is not None:
                 raise failure
             draft_wish(None, engine.config, engine.model)  # is the config's wish one it can have?
@@ -208,13 +181,11 @@ class Engine:
         else goes on as before, until the engine is closed. Called again, it waits for the same
         end, with a deadline of its own. If the waiting task is cancelled, requests run on.
         """
-        self._check_alive()
+        self._gate.check_alive()
         _check_seconds("timeout", timeout)
-        with self._gate:
-            first, self._draining = not self._draining, True
-        if first:
-            log.info("engine.draining", requests=len(self._live), timeout=timeout)
-        if not self._live:
+        if self._gate.drain():
+            log.info("engine.draining", requests=len(self._intake.live), timeout=timeout)
+        if not self._intake.live:
             self._drained.set()
         with anyio.move_on_after(timeout):
             await self._drained.wait()
@@ -230,7 +201,7 @@ class Engine:
         end all the same. Harmless when called again, or by several tasks; goes on when the task is
         cancelled.
         """
-        self._home.check("engine")
+        self._gate.home.check("engine")
         _check_seconds("timeout", timeout)
         self._stop()
         if self._left_behind and not self._ended.is_set():
@@ -246,7 +217,7 @@ class Engine:
     @property
     def closed(self) -> bool:
         """Whether it was closed, or has died."""
-        return self._closing
+        return self._gate.closing
 
     def check_health(self, stall_timeout: float = 60.0) -> None:
         """Raise if the engine does not work as it should; the error says why.
@@ -260,9 +231,9 @@ class Engine:
         ``stall_timeout`` seconds.
         """
         _check_seconds("stall_timeout", stall_timeout)
-        self._check_open()
-        n_requests = len(self._live)
-        seconds = self._clock() - max(self._busy_since, self._last_step)
+        self._gate.check_open()
+        n_requests = len(self._intake.live)
+        seconds = self._clock() - max(self._intake.busy_since, self._last_step)
         if n_requests and seconds > stall_timeout:
             raise EngineStalledError(seconds, stall_timeout, n_requests)
 
@@ -277,7 +248,7 @@ class Engine:
         Raises :class:`~mtpbatch.DecodeError` if a step it took part in failed, and
         :class:`~mtpbatch.EngineOverloaded` if it was rejected.
         """
-        return await self._submit(prompt, parse(SamplingParams, params), streaming=False)
+        return await self._intake.submit(prompt, parse(SamplingParams, params), followed=False)
 
     async def generate_many(self, prompts: Iterable[Prompt], **params: Any) -> list[Completion]:
         """Generate after many prompts at once; completions come in the order of the prompts.
@@ -292,7 +263,9 @@ class Engine:
                 f"must be a list of prompts, got one {kind}; for one prompt there is generate()",
             )
         parsed = parse(SamplingParams, params)
-        return await self._all(self._submit(prompt, parsed, streaming=False) for prompt in prompts)
+        return await self._all(
+            self._intake.submit(prompt, parsed, followed=False) for prompt in prompts
+        )
 
     async def generate_n(self, prompt: Prompt, n: int, **params: Any) -> list[Completion]:
         """Generate ``n`` answers to one prompt, at least 1, which is computed once.
@@ -308,18 +281,19 @@ class Engine:
         if isinstance(n, bool) or not isinstance(n, int) or n < 1:
             raise InvalidParameterError("n", f"must be a whole number, at least 1, got {n!r}")
         parsed = parse(SamplingParams, params)
-        self._check_accepting()
+        self._gate.check_accepting()
         token_ids = await self._tokenizer.prompt(prompt)
-        first = _seed(parsed)
+        first = drawn_seed(parsed)
         each = (msgspec.structs.replace(parsed, seed=(first + i) % 2**32) for i in range(n))
         return await self._all(
-            self._submit(token_ids, of_one, streaming=False, shares_prompt=n > 1) for of_one in each
+            self._intake.submit(token_ids, of_one, followed=False, shares_prompt=n > 1)
+            for of_one in each
         )
 
     async def _all(self, submitted: Iterable[Generation]) -> list[Completion]:
         """The completions of requests. Each is submitted when it is taken, which has to be waited
         for where there is no room."""
-        self._check_accepting()
+        self._gate.check_accepting()
         generations: list[Generation] = []
         try:
             async with anyio.create_task_group() as group:
@@ -351,7 +325,7 @@ class Engine:
 
         Entering the block waits for room, as :meth:`generate` does.
         """
-        generation = self._submit(prompt, parse(SamplingParams, params), streaming=True)
+        generation = self._intake.submit(prompt, parse(SamplingParams, params), followed=True)
         try:
             await generation._entered()
             yield generation
@@ -367,7 +341,9 @@ class Engine:
         Raises :class:`~mtpbatch.EngineOverloaded` if too many requests wait already. Where that
         depends on the tokens of a long text, waiting for the generation raises it.
         """
-        return self._submit(prompt, parse(SamplingParams, params), streaming=True, waits=False)
+        return self._intake.submit(
+            prompt, parse(SamplingParams, params), followed=True, waits=False
+        )
 
     # ----------------------------------------------------------------------------- chat
 
@@ -393,7 +369,7 @@ class Engine:
         """
         parsed = parse(SamplingParams, params)
         prompt = await self._chat_prompt(messages, tools, template_args)
-        generation = self._submit(prompt.text, parsed, streaming=False, add_special=False)
+        generation = self._intake.submit(prompt.text, parsed, followed=False, add_special=False)
         return prompt.answer.read(await generation)
 
     @asynccontextmanager
@@ -416,7 +392,7 @@ class Engine:
         """
         parsed = parse(SamplingParams, params)
         prompt = await self._chat_prompt(messages, tools, template_args)
-        generation = self._submit(prompt.text, parsed, streaming=True, add_special=False)
+        generation = self._intake.submit(prompt.text, parsed, followed=True, add_special=False)
         try:
             await generation._entered()
             yield ChatGeneration(generation, prompt.answer)
@@ -453,7 +429,7 @@ class Engine:
 
     @property
     def _chat_template(self) -> ChatTemplate:
-        self._check_open()
+        self._gate.check_open()
         if self._template is None:
             raise ChatTemplateError(
                 "the model file carries no chat template; make the prompt yourself, for generate()"
@@ -478,7 +454,7 @@ class Engine:
         if isinstance(texts, str) or not isinstance(texts, Iterable):
             kind = type(texts).__name__
             raise InvalidParameterError("texts", f"must be a list of texts, got one {kind}")
-        self._check_open()
+        self._gate.check_open()
         given = [text if isinstance(text, str) else snapshot("texts", text) for text in texts]
         return await self._embedding.embed(given, normalize=normalize)
 
@@ -491,30 +467,30 @@ class Engine:
         its begin. Special tokens that the text names are always read as such. Long texts do not
         hold up the event loop.
         """
-        self._check_open()
+        self._gate.check_open()
         return await self._tokenizer.tokenize(text, add_special=add_special)
 
     async def detokenize(self, token_ids: abc.Sequence[int]) -> str:
         """The text of ``token_ids``; bytes that are not UTF-8 become U+FFFD."""
-        self._check_open()
+        self._gate.check_open()
         return await self._tokenizer.detokenize(token_ids)
 
     @property
     def token_bytes(self) -> abc.Sequence[bytes]:
         """The bytes of each token of the vocabulary; of control tokens, none."""
-        return self._token_bytes
+        return self._backend.token_bytes
 
     # -------------------------------------------------------------------------- figures
 
     @property
     def config(self) -> EngineConfig:
         """What the engine was opened with; what was left open is filled in."""
-        return self._config
+        return self._backend.config
 
     @property
     def model(self) -> ModelFacts:
         """The sizes of the loaded model and what it can do."""
-        return self._facts
+        return self._backend.facts
 
     def stats(self) -> EngineStats:
         """How many requests run and wait, and totals since the opening.
@@ -522,226 +498,38 @@ class Engine:
         They are of a moment ago: at most 50 ms, or the step under way. Works after closing, but
         raises :class:`~mtpbatch.EngineDeadError` if the engine has died.
         """
-        self._check_alive()
+        self._gate.check_alive()
         return msgspec.structs.replace(self._stats, waiting=self._n_waiting)
 
     def __repr__(self) -> str:
-        if not hasattr(self, "_facts"):
+        if not self._loaded:
             return "<Engine: not loaded>"
-        settings = ", ".join(f"{k}={v!r}" for k, v in msgspec.structs.asdict(self._config).items())
+        settings = ", ".join(f"{k}={v!r}" for k, v in msgspec.structs.asdict(self.config).items())
         running = self._stats.running
-        state = "closed" if self._closing else f"{running} running, {self._n_waiting} waiting"
-        if self._draining and not self._closing:
+        state = f"{running} running, {self._n_waiting} waiting"
+        if self.closed:
+            state = "closed"
+        elif self._gate.draining:
             state = f"draining, {state}"
-        return f"<Engine {self._description}: {settings}; {state}>"
+        return f"<Engine {self._backend.description}: {settings}; {state}>"
 
     @property
     def _n_waiting(self) -> int:
-        return max(0, len(self._live) - self._stats.running)
+        return max(0, len(self._intake.live) - self._stats.running)
 
-    # ---------------------------------------------------------- on the callers' threads
+    # ------------------------------------------------------------------- how it ends
 
-    def _check_alive(self) -> None:
-        self._home.check("engine")
-        if self._failure is not None:
-            raise EngineDeadError(_died_of(self._failure)) from self._failure
-
-    def _check_open(self) -> None:
-        self._check_alive()
-        if self._closing:
-            raise EngineClosedError("the engine is closed; open another one")
-
-    def _check_accepting(self) -> None:
-        self._check_open()
-        if self._draining:
-            raise EngineClosedError(
-                "the engine is draining: it takes no new requests; send them to another one"
-            )
-
-    def _submit(
-        self,
-        prompt: Prompt,
-        params: SamplingParams,
-        *,
-        streaming: bool,
-        waits: bool = True,
-        add_special: bool = True,
-        shares_prompt: bool = False,
-    ) -> Generation:
-        """``waits``: it stands in line if there is no room, unless the config says otherwise."""
-        self._check_accepting()
-        try:
-            loop = EventLoop.current()
-        except RuntimeError:
-            raise InvalidRequestError(
-                "requests need a running event loop in their thread; call this from a coroutine"
-            ) from None
-        given = prompt if isinstance(prompt, str) else snapshot("prompt", prompt)
-        self._tokenizer.check_ids("stop_token_ids", params.stop_token_ids)
-        self._tokenizer.check_ids("logit_bias", tuple(params.logit_bias))
-        wish = draft_wish(params.speculation, self._config, self._facts)
-        submitted = self._clock()
-        ticket = next(self._tickets)
-        request_id = _name(ticket)
-        build = partial(
-            self._build,
-            request_id,
-            ticket,
-            params,
-            wish,
-            _seed(params),
-            followed=streaming,
-            submitted=submitted,
-            shares_prompt=shares_prompt,
-        )
-        source = grammar_source(params)
-        cancel = partial(self._cancel, request_id, ticket)
-        generation = Generation(request_id, loop, self._home, cancel)
-        waits = waits and self._config.on_full == "wait"
-        own_log = RequestLog.of(request_id, params.metadata)
-        live = _Live(generation, self._mailbox(loop), streaming, waits, build, own_log)
-        start: Callable[[], object]
-        if source is None and not _takes_long(given, params):
-            token_ids = self._tokenizer.prompt_ids(given, add_special=add_special)
-            start = partial(self._enter, build(token_ids, self._tokenizer.prepare(params)))
-        else:
-            prepare = partial(
-                self._prepare, request_id, given, params, source, build, add_special=add_special
-            )
-            compiles = source is not None or has_dry(params)
-            start = partial(self._tokenizer.submit, prepare, compiles=compiles)
-        live.log.debug("request.submitted", followed=streaming, max_tokens=params.max_tokens)
-        try:
-            self._let_in(live, start, params, submitted)
-        except MtpBatchError as error:
-            live.log.debug("request.ended", error=str(error))
-            raise
-        return generation
-
-    def _let_in(
-        self, live: _Live, start: Callable[[], object], params: SamplingParams, submitted: float
-    ) -> None:
-        """From here on a request counts, if there is room for it."""
-        request_id = live.generation.request_id
-        with self._gate:
-            self._check_accepting()
-            if not (live.waits or self._backlog.has_room(len(self._live))):
-                raise self._backlog.overloaded(len(self._live))
-            if not self._live:
-                self._busy_since = self._clock()
-            self._live[request_id] = live
-            self._timeouts.add(request_id, params, submitted)
-            try:
-                start()
-            except BaseException:  # no room for so many tokens, or no thread to be had
-                self._remove(request_id)
-                raise
-            self._backend.wake()  # it may be given up before anybody else is
-
-    def _mailbox(self, loop: EventLoop) -> _Mailbox:
-        with self._gate:
-            mailbox = self._mailboxes.get(loop)
-            if mailbox is None:
-                self._mailboxes[loop] = mailbox = Mailbox(loop, _receive)
-        return mailbox
-
-    def _prepare(
-        self,
-        request_id: str,
-        prompt: str | tuple[int, ...],
-        params: SamplingParams,
-        source: GrammarSource | None,
-        build: Callable[..., Sequence],
-        *,
-        add_special: bool,
-    ) -> None:
-        """Tokenise what is long, or compile a grammar, on a helper's thread."""
-        try:
-            token_ids = self._tokenizer.prompt_ids(prompt, add_special=add_special)
-            bad_words = self._tokenizer.prepare(params)
-            grammar = None if source is None else self._tokenizer.compile_grammar(source)
-            self._enter(build(token_ids, bad_words, grammar))
-        except (EngineClosedError, EngineDeadError):
-            pass  # the engine ends its requests itself
-        except MtpBatchError as error:
-            self._post(_Refuse(request_id, error))
-        except Exception as error:
-            failure = InternalError(f"preparing the request failed: {error!r}")
-            failure.__cause__ = error
-            self._post(_Refuse(request_id, failure))
-
-    def _enter(self, sequence: Sequence) -> None:
-        """Give a request, now that it has its tokens, the room that it needs."""
-        with self._gate:
-            live = self._live.get(sequence.request_id)
-            if live is None:  # it ended while it was tokenised
-                return
-            if self._backlog.enter(sequence):
-                live.generation._entry.set()
-                self._inbox.put(_Add(sequence))
-                self._backend.wake()
-            elif live.waits:
-                self._backlog.stand_in_line(sequence)
-            else:
-                raise self._backlog.overloaded(len(self._live) - 1)
-
-    def _remove(self, request_id: str) -> _Live:
-        """A request counts no more."""
-        with self._gate:
-            self._timeouts.remove(request_id)
-            self._backlog.leave(request_id)
-            return self._live.pop(request_id)
-
-    def _build(
-        self,
-        request_id: str,
-        ticket: int,
-        params: SamplingParams,
-        wish: DraftWish,
-        seed: int,
-        prompt: tuple[int, ...],
-        bad_words: tuple[tuple[int, ...], ...] = (),
-        grammar: object = None,
-        *,
-        followed: bool,
-        submitted: float,
-        shares_prompt: bool,
-    ) -> Sequence:
-        return Sequence(
-            request_id,
-            ticket,
-            prompt,
-            params,
-            seed=seed,
-            max_tokens=min(params.max_tokens, self._facts.n_ctx - len(prompt)),
-            bad_words=bad_words,
-            wish=wish,
-            n_draft_max=self._facts.n_draft_max,
-            followed=followed,
-            assembler=TextAssembler(self._token_bytes, params.stop, params.min_tokens),
-            submitted=submitted,
-            shares_prompt=shares_prompt,
-            grammar=grammar,
-        )
-
-    def _cancel(self, request_id: str, ticket: int) -> None:
-        # No lock: this also runs where the garbage collector closes a waiting coroutine. The
-        # backend is told as well, lest steps go on while the caller keeps the GIL.
-        self._inbox.put(_Cancel(request_id))
-        self._backend.cancel(ticket)
-
-    def _post(self, message: _Message) -> None:
-        self._inbox.put(message)
-        self._backend.wake()
+    @property
+    def _loaded(self) -> bool:
+        return hasattr(self, "_scheduler")
 
     def _stop(self) -> None:
-        with self._gate:
-            self._closing = True
-        if hasattr(self, "_backend"):  # else its thread looks before it waits
+        self._gate.close()
+        if self._loaded:  # else its thread looks before it waits
             self._backend.wake()
 
     def _stop_at_exit(self) -> None:
-        if self._home.here:
+        if self._gate.home.here:
             self._stop()
             self._thread.join(_CLOSING_TIME)
             if self._thread.is_alive():
@@ -750,18 +538,16 @@ class Engine:
     def _leave_behind(self, seconds: float) -> None:
         """Go on without the engine's thread, which a native call holds up."""
         self._left_behind = True
-        self._abort_all()
-        if hasattr(self, "_embedding"):
-            self._embedding.stop(self._end_error())
+        if self._loaded:
+            self._abort_all()
+            self._embedding.stop(self._gate.end_error())
         log.error("engine.left_behind", waited=seconds)
 
     def _abort_all(self) -> None:
         """End every request, in place of the engine's thread if need be."""
-        if not hasattr(self, "_scheduler"):
-            return  # still loading: there are none
         with self._turn:
-            everyone = [request_id for request_id, _ in self._requests()]
-            self._deliver(self._scheduler, self._end(self._scheduler, everyone, "abort"))
+            everyone = [request_id for request_id, _ in self._intake.everyone()]
+            self._deliver(self._end(everyone, "abort"))
         self._backend.wake()  # for it to free what they hold
 
     # ------------------------------------------------------------- on the engine's thread
@@ -769,41 +555,33 @@ class Engine:
     def _run(self, make_backend: Callable[[], Backend]) -> None:
         backend: Backend | None = None
         try:
-            backend = make_backend()
-            scheduler = Scheduler(backend.facts, backend.config.snapshot_memory << 20)
-            self._backend = backend
-            self._config = backend.config
-            self._facts = backend.facts
-            self._token_bytes = backend.token_bytes
+            self._backend = backend = make_backend()
             self._template = _chat_template(backend.chat_template)
-            self._description = backend.description
-            config = backend.config
-            self._backlog = Backlog(config.n_seq, config.max_waiting, config.max_waiting_tokens)
-            self._stats = scheduler.stats
-            self._tokenizer = Tokenizer(backend, self._check_open)
+            self._tokenizer = Tokenizer(backend, self._gate.check_open)
+            self._intake = Intake(backend, self._tokenizer, self._gate, self._clock)
             self._embedding = EmbeddingThread(
                 backend.open_embedder, partial(self._tokenizer.ids, "texts", add_special=True)
             )
-            self._scheduler = scheduler
+            scheduler = Scheduler(backend.facts, backend.config.snapshot_memory << 20)
+            self._stats = scheduler.stats
+            self._scheduler = scheduler  # last: from here on it is loaded
             log.info("engine.opened", model=backend.description, config=backend.config)
             self._ready.set()
-            self._serve(backend, scheduler)
+            self._serve()
         except BaseException as error:
             if self._ready.is_set():  # else whoever waits for the opening gets the error
                 log.error("engine.died", exc_info=error)
             if isinstance(error, MtpBatchError):
                 # Says enough by itself, and its frames would keep native memory from being freed.
                 error = error.with_traceback(None)
-            with self._gate:
-                self._failure = error
-                self._closing = True
+            self._gate.close(error)
             if self._ready.is_set():
                 with self._turn:
-                    self._bury(error)
+                    self._bury()
         try:
             if backend is not None:
-                if hasattr(self, "_embedding"):
-                    self._embedding.stop(self._end_error())
+                if self._loaded:
+                    self._embedding.stop(self._gate.end_error())
                     self._embedding.join()
                     self._tokenizer.close()
                 backend.close()
@@ -812,148 +590,104 @@ class Engine:
             self._ended.set()
             self._ready.set()
 
-    def _serve(self, backend: Backend, scheduler: Scheduler) -> None:
+    def _serve(self) -> None:
+        backend, scheduler, intake = self._backend, self._scheduler, self._intake
         while True:
             with self._turn:
-                if not self._drain_inbox(scheduler):
+                self._take_in_requests()
+                if self._gate.closing:
                     break
                 plan = scheduler.schedule(self._clock())
                 if plan is not None:
                     self._stats = scheduler.stats
-                    self._note_begun(plan.admit)
+                    intake.begin(plan.admit)
             # With a plan on its way there may be another one to make; without, it is time to wait.
-            results = backend.exchange(plan, wait=plan is None, timeout=self._until_timeout())
+            results = backend.exchange(plan, wait=plan is None, timeout=intake.until_timeout())
             if results:
                 with self._turn:
-                    self._take_in(scheduler, results)
+                    self._take_in_results(results)
         self._abort_all()
         # Closing may have to wait for users; steps need not run on for nobody meanwhile.
         with self._turn:
             plan = scheduler.schedule(self._clock())
         backend.exchange(plan, wait=False)
 
-    def _take_in(self, scheduler: Scheduler, results: list[StepResult]) -> None:
+    def _take_in_requests(self) -> None:
+        arrivals = self._intake.arrived()
+        for sequence in arrivals.entered:
+            self._scheduler.add(sequence)
+        if arrivals.refused:
+            self._deliver(arrivals.refused)  # first: who has ended cannot be aborted as well
+        if arrivals.cancelled:
+            self._deliver(self._end(arrivals.cancelled, "abort"))
+        if expired := self._intake.expired():
+            self._deliver(self._end(expired, "timeout"))
+        for sequence in self._intake.move_up():
+            self._scheduler.add(sequence)
+
+    def _take_in_results(self, results: list[StepResult]) -> None:
         events: list[Event] = []
         for result in results:
-            of_step = scheduler.update(result, self._clock())
+            of_step = self._scheduler.update(result, self._clock())
             if result.error is not None:
                 requests = [event.request_id for event in of_step]
                 log.warning("step.failed", requests=requests, error=str(result.error))
             events += of_step
         self._last_step = self._clock()
-        self._deliver(scheduler, events)
+        self._deliver(events)
 
-    def _drain_inbox(self, scheduler: Scheduler) -> bool:
-        """Take in what has come; ``False`` once the engine is to stop."""
-        cancelled: list[str] = []
-        refused: list[Event] = []
-        while not self._inbox.empty():
-            match self._inbox.get():
-                case _Add(sequence):
-                    if sequence.request_id in self._live:  # not cancelled while it was prepared
-                        scheduler.add(sequence)
-                case _Refuse(request_id, error):
-                    if request_id in self._live:
-                        refused.append(Event(request_id, error=error))
-                case _Cancel(request_id):
-                    cancelled.append(request_id)
-        if refused or cancelled:
-            self._deliver(scheduler, refused)  # first: who has ended cannot be aborted as well
-            self._deliver(scheduler, self._end(scheduler, cancelled, "abort"))
-        with self._gate:
-            expired = self._timeouts.expired(self._clock())
-        if expired:
-            self._deliver(scheduler, self._end(scheduler, expired, "timeout"))
-        with self._gate:
-            entered = self._backlog.move_up()
-        for sequence in entered:
-            scheduler.add(sequence)
-            self._live[sequence.request_id].generation._entry.set()
-        return not self._closing
-
-    def _note_begun(self, admissions: Iterable[Admission]) -> None:
-        with self._gate:
-            for admission in admissions:
-                request_id = _name(admission.ticket)
-                self._backlog.begin(request_id)
-                self._timeouts.begin(request_id)
-
-    def _until_timeout(self) -> float | None:
-        """Seconds until somebody is given up."""
-        with self._gate:
-            at = self._timeouts.next
-        return None if at == math.inf else max(0.0, at - self._clock())
-
-    def _end(
-        self,
-        scheduler: Scheduler,
-        request_ids: Iterable[str],
-        reason: Literal["abort", "timeout"],
-    ) -> list[Event]:
+    def _end(self, request_ids: Iterable[str], reason: Literal["abort", "timeout"]) -> list[Event]:
         events = []
         for request_id in dict.fromkeys(request_ids):
-            live = self._live.get(request_id)
-            if live is None:  # it ended before the cancellation came
+            if request_id not in self._intake.live:  # it ended before the cancellation came
                 continue
-            event = scheduler.abort(request_id, self._clock(), reason)
+            event = self._scheduler.abort(request_id, self._clock(), reason)
             if event is None:  # it stands in line, or is still being prepared
-                with self._gate:
-                    sequence = self._backlog.leave(request_id)
-                scheduler.add(sequence or live.build(()))
-                event = scheduler.abort(request_id, self._clock(), reason)
+                self._scheduler.add(self._intake.withdrawn(request_id))
+                event = self._scheduler.abort(request_id, self._clock(), reason)
             if event is not None:
                 events.append(event)
         return events
 
-    def _deliver(self, scheduler: Scheduler, events: list[Event]) -> None:
+    def _deliver(self, events: list[Event]) -> None:
         """Hand events over, together for each loop. A loop that is gone loses its requests."""
-        parcels: dict[_Mailbox, list[tuple[_Live, Event]]] = {}
+        parcels: dict[Post, list[tuple[Live, Event]]] = {}
         for event in events:
-            live = self._live[event.request_id]
+            live = self._intake.live[event.request_id]
             parcels.setdefault(live.mailbox, []).append((live, event))
             if event.last:
                 self._forget(event)
-        self._stats = scheduler.stats  # before anyone can learn of the events and look
+        self._stats = self._scheduler.stats  # before anyone can learn of the events and look
         for mailbox, parcel in parcels.items():
             if not mailbox.put(parcel):
-                orphans = [id_ for id_, live in self._requests() if live.mailbox is mailbox]
-                for event in self._end(scheduler, orphans, "abort"):
+                everyone = self._intake.everyone()
+                orphans = [request_id for request_id, live in everyone if live.mailbox is mailbox]
+                for event in self._end(orphans, "abort"):
                     self._forget(event)
-                self._stats = scheduler.stats
-        if self._draining and not self._live:
+                self._stats = self._scheduler.stats
+        if self._gate.draining and not self._intake.live:
             self._drained.set()
 
-    def _end_error(self) -> MtpBatchError:
-        """What whoever waits for embeddings is told at the end."""
-        if self._failure is None:
-            return EngineClosedError("the engine was closed")
-        error = EngineDeadError(_died_of(self._failure))
-        error.__cause__ = self._failure
-        return error
-
-    def _bury(self, cause: BaseException) -> None:
+    def _bury(self) -> None:
         """End every request because the engine has died."""
-        for request_id, live in self._requests():
-            error = EngineDeadError(_died_of(cause))
-            error.__cause__ = cause
-            error.completion = self._last_words(request_id, live)
+        for request_id, live in self._intake.everyone():
+            error = self._gate.end_error()
+            error.completion = self._last_words(request_id)
             event = Event(request_id, error=error)
             live.mailbox.put([(live, event)])
             self._forget(event)
         self._drained.set()
 
-    def _last_words(self, request_id: str, live: _Live) -> Completion:
+    def _last_words(self, request_id: str) -> Completion:
         """What came of a request before the engine died."""
-        with self._gate:
-            sequence = self._backlog.leave(request_id)
-        sequence = sequence or self._scheduler.let_go(request_id) or live.build(())
+        sequence = self._scheduler.let_go(request_id) or self._intake.withdrawn(request_id)
         if not sequence.finished:
             sequence.end("error", self._clock())
         return sequence.completion()
 
     def _forget(self, event: Event) -> None:
         """A request has had its last event."""
-        live = self._remove(event.request_id)
+        live = self._intake.remove(event.request_id)
         if event.completion is None:
             live.log.debug("request.ended", error=str(event.error))
         else:
@@ -964,109 +698,11 @@ class Engine:
                 timings=event.completion.timings,
             )
 
-    def _requests(self) -> list[tuple[str, _Live]]:
-        with self._gate:  # nobody enters while we look
-            return list(self._live.items())
-
-
-class _Live(NamedTuple):
-    """A request that has not had its last event."""
-
-    generation: Generation
-    mailbox: _Mailbox
-    streaming: bool
-    waits: bool
-    """Whether it stands in line if there is no room."""
-    build: Callable[..., Sequence]
-    """Makes its sequence of its prompt's tokens, those of its bad words, and its grammar if it has
-    one."""
-    log: RequestLog
-
-
-_Mailbox: TypeAlias = Mailbox[tuple[_Live, Event]]
-
-
-class _Add(NamedTuple):
-    sequence: Sequence
-
-
-class _Refuse(NamedTuple):
-    request_id: str
-    error: MtpBatchError
-
-
-class _Cancel(NamedTuple):
-    request_id: str
-
-
-_Message: TypeAlias = _Add | _Refuse | _Cancel
-
-
-def _receive(parcel: list[tuple[_Live, Event]]) -> None:
-    """On the loop of all of these requests."""
-    for live, event in parcel:
-        live.generation._receive(event, keep_delta=live.streaming)
-
-
-class _Loading:
-    """The task that waits for a model, and the thread that loads it."""
-
-    def __init__(self, progress: Callable[[float], object] | None) -> None:
-        self._loop = EventLoop.current()
-        self._progress = progress
-        self._given_up = False
-        self.failure: BaseException | None = None
-
-    def give_up(self) -> None:
-        """Stop loading at the next report."""
-        self._given_up = True
-
-    def report(self, share: float) -> bool:
-        """Called by the thread with the loaded share; whether to go on."""
-        if self._progress is not None and not self._loop.post(self._show, share):
-            self._given_up = True
-        return not self._given_up
-
-    def _show(self, share: float) -> None:
-        """Called on the loop, where nothing may escape: it is raised by whoever waits."""
-        if self._progress is None or self._given_up:
-            return
-        try:
-            self._progress(share)
-        except BaseException as error:
-            self.failure = error
-            self._given_up = True
-
-
-def _model_path(model: str | os.PathLike[str] | None) -> AbstractContextManager[Path]:
-    if model is None:
-        return resources.as_file(resources.files("mtpbatch") / "models" / "demo.gguf")
-    try:
-        return nullcontext(Path(os.fsdecode(model)))
-    except TypeError:
-        kind = type(model).__name__
-        raise InvalidParameterError(
-            "model", f"must be the path of a GGUF file, or None for the demo model; got {kind}"
-        ) from None
-
 
 def _chat_template(source: TemplateSource | None) -> ChatTemplate | None:
     if source is None:
         return None
     return ChatTemplate(source.text, source.special_tokens, tool_source=source.tool_text)
-
-
-def _name(ticket: int) -> str:
-    return f"req-{ticket}"
-
-
-def _takes_long(prompt: str | tuple[int, ...], params: SamplingParams) -> bool:
-    """Whether a request would hold up the event loop until it is tokenised and prepared."""
-    return len(prompt) + sum(map(len, params.bad_words)) > LONG or has_dry(params)
-
-
-def _seed(params: SamplingParams) -> int:
-    return secrets.randbits(32) if params.seed is None else params.seed
 
 
 def _check_seconds(parameter: str, seconds: float | None) -> None:
@@ -1076,7 +712,3 @@ def _check_seconds(parameter: str, seconds: float | None) -> None:
         raise InvalidParameterError(
             parameter, f"must be a number of seconds from 0 on, got {seconds!r}"
         )
-
-
-def _died_of(cause: BaseException) -> str:
-    return f"the engine died: {cause!r}; open another one"

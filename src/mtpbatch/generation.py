@@ -127,9 +127,9 @@ class Generation(AsyncIterator[Delta]):
             self.cancel()
             raise
 
-    def _receive(self, event: Event, *, keep_delta: bool) -> None:
+    def _receive(self, event: Event, *, followed: bool) -> None:
         """Take in what the engine delivers, on the loop that submitted."""
-        if keep_delta and event.delta is not None:
+        if followed and event.delta is not None:
             self._deltas.append(event.delta)
         self._outcome = event.error or event.completion
         if event.last:

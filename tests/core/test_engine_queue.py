@@ -153,9 +153,9 @@ class Scene:
         if self.stage in BEFORE_IT_BEGINS:
             assert stats.prompt_tokens == len(ends) - 1, "it was never prefilled"
         assert not self.backend.parked
-        assert engine._live == {}
-        assert len(engine._timeouts) == 0
-        assert len(engine._backlog) == 0
+        assert engine._intake.live == {}
+        assert len(engine._intake._timeouts) == 0
+        assert len(engine._intake._backlog) == 0
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -362,7 +362,7 @@ async def test_the_tokens_of_prompts_that_wait_are_bounded() -> None:
         running = engine.submit("a" * 1900, max_tokens=1)  # a sequence is free for it
         await gate.reached()
         fits = engine.submit("b" * 1500, max_tokens=1)
-        await until(lambda: engine._backlog._n_tokens == 1500)
+        await until(lambda: engine._intake._backlog._n_tokens == 1500)
         too_much = engine.submit("c" * 1500, max_tokens=1)
         await anyio.to_thread.run_sync(lambda: engine._tokenizer.submit(int).result())
         with pytest.raises(EngineOverloaded, match="1500 tokens"):
@@ -374,7 +374,7 @@ async def test_the_tokens_of_prompts_that_wait_are_bounded() -> None:
                 assert (await engine.generate("f" * 900, max_tokens=1)).text == "f"
 
             group.start_soon(wait)
-            await until(lambda: len(engine._backlog._line) == 1)
+            await until(lambda: len(engine._intake._backlog._line) == 1)
             gate.release()
         with pytest.raises(EngineOverloaded) as caught:
             await too_much
@@ -425,7 +425,7 @@ async def test_a_storm_of_tasks_that_come_and_go_loses_no_room() -> None:
         finished = engine.stats().finished
         assert finished["length"] + finished["abort"] == 121
         assert 1 <= finished["abort"] <= 40, "some may have ended by then"
-        assert len(engine._backlog) == 0
+        assert len(engine._intake._backlog) == 0
 
 
 @pytest.mark.parametrize("end", ["closed", "died"])

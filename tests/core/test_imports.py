@@ -47,24 +47,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "structured/trial_process": set(),  # a program of its own
     "machine": set(),
     "_llama_cpp": {"exceptions", "_built_with"},  # the latter is written by the build
+    "loading": {"_loops", "exceptions"},
+    "gate": {"_process", "exceptions"},
+    "intake": {
+        *("backend", "backlog", "gate", "generation", "scheduler", "sequence", "speculation"),
+        *("structured", "text", "timeouts", "tokenizing", "_loops", "_log", "types", "exceptions"),
+    },
     "engine": {
-        "backlog",
-        "timeouts",
-        "chat",
-        "generation",
-        "scheduler",
-        "sequence",
-        "speculation",
-        "structured",
-        "text",
-        "tokenizing",
-        "backend",
-        "embedding",
-        "_loops",
-        "_log",
-        "_process",
-        "types",
-        "exceptions",
+        *("backend", "chat", "embedding", "gate", "generation", "intake", "loading", "scheduler"),
+        *("speculation", "tokenizing", "_loops", "_log", "types", "exceptions"),
         "native",  # inside open() only
     },
     "testing/scripted": {"backend", "engine", "_loops", "types", "exceptions"},
