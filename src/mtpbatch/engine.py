@@ -125,9 +125,8 @@ class Engine:
             try:
                 yield engine
             finally:
-                if (
-                    engine._gate.home.here
-                ):  # a forked child that leaves the block has nothing to close
+                # A forked child that leaves the block has nothing to close.
+                if engine._gate.home.here:
                     await engine.aclose()
 
     def __init__(self, make_backend: Callable[[], Backend], clock: Callable[[], float]) -> None:

@@ -18,7 +18,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "in_words": set(),
     "types": {"in_words", "exceptions"},
     "text": set(),
-    "speculation": {"types", "exceptions"},
+    "costs": {"types"},
+    "speculation": {"costs", "types", "exceptions"},
     "sequence": {"speculation", "text", "types", "exceptions"},
     "waiting": {"sequence", "types", "exceptions"},
     "prefix": {"exceptions"},
@@ -119,7 +120,7 @@ def test_nothing_the_scheduler_imports_knows_time_threads_loops_or_native_code()
             closure.add(module)
             todo += own_imports(module)
     assert closure == {
-        *("scheduler", "memory", "prefix", "waiting", "sequence", "speculation"),
+        *("scheduler", "memory", "prefix", "waiting", "sequence", "speculation", "costs"),
         *("text", "types", "in_words", "exceptions"),
     }
     for module in closure:

@@ -11,12 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mtpbatch.costs import Cost, CostModel
 from mtpbatch.exceptions import InvalidParameterError
 from mtpbatch.speculation import (
     Calibration,
     Choice,
-    Cost,
-    CostModel,
     DraftWish,
     Habit,
     Speculator,
