@@ -3,7 +3,7 @@
 ::
 
     event loops                               engine thread
-    submit ─────────────── inbox ───────────▶ drain · schedule · exchange · update
+    submit ─────────────── inbox ───────────▶ take in · schedule · exchange · update
     Generation ◀── one mailbox for each loop ─ deliver
 
 Guarantees:

@@ -30,7 +30,7 @@ class Generation(AsyncIterator[Delta]):
     may be called from any thread.
     """
 
-    # All of this is touched on the loop that submitted, and only there.
+    # All but ``_entry`` is touched on the loop that submitted, and only there.
     __slots__ = (
         "_cancel",
         "_changed",

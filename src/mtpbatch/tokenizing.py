@@ -18,7 +18,7 @@ from functools import partial
 from typing import Final, TypeAlias, TypeVar
 
 from mtpbatch._loops import ThreadEvent
-from mtpbatch._slices import slices
+from mtpbatch._slices import encoded, slices
 from mtpbatch.backend import Backend
 from mtpbatch.exceptions import InternalError, InvalidParameterError, PromptTooLongError
 from mtpbatch.types import GrammarSource, SamplingParams, has_dry
@@ -150,7 +150,7 @@ class Tokenizer:
     # ------------------------------------------------------------------------ details
 
     def _tokenize(self, parameter: str, text: str, *, add_special: bool) -> list[int]:
-        check_unicode(parameter, text)
+        encoded(parameter, text)  # else the backend would refuse it, by a name of its own
         with self._using_backend() as backend:
             return backend.tokenize(text, add_special=add_special)
 
@@ -199,17 +199,3 @@ def snapshot(parameter: str, token_ids: abc.Sequence[int]) -> tuple[int, ...]:
             parameter, f"must be {what} of token ids, such as a list; got {kind}"
         )
     return tuple(token_ids)
-
-
-def check_unicode(parameter: str, text: str) -> None:
-    """Refuse a text with a lone surrogate, which no UTF-8 has."""
-    for part in slices(len(text)):
-        try:
-            text[part].encode()
-        except UnicodeEncodeError as error:
-            index = part.start + error.start
-            raise InvalidParameterError(
-                parameter,
-                f"is not valid Unicode: {text[index]!r} at index {index} is a lone surrogate; "
-                f"take it out, or decode the text with errors='replace' where it comes from",
-            ) from None

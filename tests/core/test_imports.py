@@ -33,7 +33,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "backend": {"types"},
     "_loops": set(),
     "_log": {"exceptions"},
-    "_slices": set(),
+    "_slices": {"exceptions"},
     "tokenizing": {"backend", "_loops", "_slices", "types", "exceptions"},
     "_process": {"exceptions"},
     "generation": {"scheduler", "_loops", "_process", "types", "exceptions"},

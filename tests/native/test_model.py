@@ -151,7 +151,7 @@ def test_an_empty_text_has_no_tokens(demo: Model) -> None:
 
 
 def test_a_lone_surrogate_is_refused(demo: Model) -> None:
-    with pytest.raises(InvalidParameterError, match="text: has a lone surrogate at index 2"):
+    with pytest.raises(InvalidParameterError, match=r"text: .* at index 2 is a lone surrogate"):
         demo.tokenize("ab\ud800")
 
 

@@ -10,7 +10,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-from mtpbatch._slices import slices
+from mtpbatch._slices import encoded, slices
 from mtpbatch.exceptions import InvalidParameterError, ModelLoadError
 from mtpbatch.native._library import Handle, call, ffi, lib
 
@@ -50,17 +50,6 @@ def _check_file(path: Path) -> None:
         raise ModelLoadError(f"{path}: cannot be read: {error.strerror}") from None
     if magic != b"GGUF":
         raise ModelLoadError(f"{path}: not a GGUF file (it starts with {magic!r})")
-
-
-def _encoded(text: str, part: slice) -> bytes:
-    try:
-        return text[part].encode()
-    except UnicodeEncodeError as error:
-        raise InvalidParameterError(
-            "text",
-            f"has a lone surrogate at index {part.start + error.start}, which is no character; "
-            f"take it out",
-        ) from None
 
 
 class Model(Handle):
@@ -220,7 +209,7 @@ class Model(Handle):
         ``add_special`` adds the tokens the model wants around a text; ``parse_special`` reads
         markup such as ``<|im_end|>`` as the control token it names.
         """
-        data = b"".join([_encoded(text, part) for part in slices(len(text))])
+        data = encoded("text", text)
         size = len(data) + 2  # a byte-level token has at least one byte; two special ones
         n = ffi.new("int32_t *")
         while True:
