@@ -112,8 +112,9 @@ class Context(Handle):
         kv_type: element type of the cells.
         kv_unified: one pool of cells for all sequences instead of an equal share for each.
         embeddings: every row is an output and gives its embedding; n_outputs_max counts for
-            nothing, and neither heads nor an executor can use the context. llama.cpp computes the
-            logits all the same and keeps them for a decode: n_batch times n_vocab floats.
+            nothing, and neither heads nor an executor can use the context. But on qwen35 and
+            qwen35moe models, llama.cpp computes the logits all the same and keeps them for a
+            decode: n_batch times n_vocab floats.
 
     Raises:
         ContextError: a value is out of range, or llama.cpp could not make the context.

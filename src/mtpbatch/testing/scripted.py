@@ -122,9 +122,8 @@ class ScriptedBackend:
 
     Each step takes ``step_time`` seconds of ``clock``, which the engine uses as well; where no step
     runs, time passes when the app advances it. Steps run when their results are asked for, one at
-    a time. ``lag=1`` lets each run before the result of
-    the one before it is given out, as a real model does that is quicker than Python; larger
-    numbers play an app that keeps Python busy.
+    a time. ``lag=1`` lets each run before the result of the one before it is given out, as a real
+    model does that is quicker than Python; larger numbers play an app that keeps Python busy.
 
     ``n_cells``, ``snapshot_memory`` (in MiB), ``max_waiting``, ``max_waiting_tokens``, ``on_full``
     and ``truncates`` are those of :class:`~mtpbatch.EngineConfig` and
