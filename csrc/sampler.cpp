@@ -377,7 +377,9 @@ Sampler::Sampler(const mtpbatch_sampling & params)
     if (params.xtc_probability > 0) {
         // Not the seed of the draws, which would depend on what XTC did before.
         const uint32_t seed = fixed(params.seed ^ XTC_SEED);
-        chain_.emplace_back(llama_sampler_init_xtc(params.xtc_probability, params.xtc_threshold, 1, seed));
+        // From 0 on, the least probable token would be one that cannot come.
+        const float threshold = std::max(params.xtc_threshold, std::numeric_limits<float>::min());
+        chain_.emplace_back(llama_sampler_init_xtc(params.xtc_probability, threshold, 1, seed));
     }
     // An infinite one would make impossible tokens possible.
     temperature_ = std::min(params.temperature, std::numeric_limits<float>::max());

@@ -204,7 +204,7 @@ void Stepper::step(const Plan & plan, bool repeated, Step & out) try {
             session_->process(/*left_out*/ !keep);
         }
         out.report.draft_us += watch.lap();
-        sample(group);
+        sample(group, out);
         score(group);
         for (const size_t p : group.parts) {
             count_trials(parts_[p]);
@@ -267,6 +267,7 @@ void Stepper::begin(const Plan & plan, bool repeated) {
         part.tokens.clear();
         part.n_accepted = 0;
         part.finish     = MTPBATCH_GOES_ON;
+        part.stuck      = false;
     }
 }
 
@@ -452,7 +453,7 @@ void Stepper::form_groups() {
 
 // Every row that can be sampled is looked at in parallel; then every sequence picks its tokens, in
 // order, from what is left of its rows.
-void Stepper::sample(const Group & group) {
+void Stepper::sample(const Group & group, Step & out) {
     struct Sampled {
         Part * part;
         size_t first;  // of its candidates
@@ -504,6 +505,12 @@ void Stepper::sample(const Group & group) {
             verify(*s.part, s.first);
         },
         n_left);
+    for (const auto & s : sampled) {
+        if (s.part->stuck) {
+            out.failures.emplace_back(s.part->seq_id, "all that may come next is forbidden by bad_words");
+            lose(s.part->seq_id);
+        }
+    }
 }
 
 // How probable tokens are, for those who asked. By the logits as the model gave them: what sampling
@@ -566,8 +573,14 @@ bool Stepper::completes_stop_text(Request & request, llama_token token) const {
 void Stepper::verify(Part & part, size_t first_candidates) {
     Request & request = *part.request;
     for (size_t k = 0;; ++k) {
-        const llama_token token = request.sampler.pick(candidates_[first_candidates + k]);
-        const bool        hit   = k < part.draft.tokens.size() && part.draft.tokens[k] == token;
+        Candidates &      candidates = candidates_[first_candidates + k];
+        const llama_token token      = request.sampler.pick(candidates);
+        if (request.matcher && !(candidates.logits[token] > -INFINITY)) {
+            part.stuck = true;
+            part.n_accepted -= k > 0;  // its last draft counts as sampled: each step gives one token more
+            return;
+        }
+        const bool hit = k < part.draft.tokens.size() && part.draft.tokens[k] == token;
         part.tokens.push_back(token);
         if (request.matcher) {
             request.matcher->take(token);

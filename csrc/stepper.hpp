@@ -77,6 +77,7 @@ class Stepper {
         std::vector<llama_token> tokens;
         int32_t                  n_accepted;
         mtpbatch_finish          finish;
+        bool                     stuck;  // of what its grammar allows nothing is left
     };
 
     // Parts that share a decode of the target.
@@ -103,7 +104,7 @@ class Stepper {
     bool    drafts_from(const Group & group) const;
     bool    leaves_out_prompts(const Group & group, const Plan & plan) const;
     void    append_rows(Part & part, std::vector<Row> & rows) const;
-    void    sample(const Group & group);
+    void    sample(const Group & group, Step & out);
     void    score(const Group & group);
     bool    completes_stop_text(Request & request, llama_token token) const;
     void    verify(Part & part, size_t first_candidates);

@@ -317,6 +317,12 @@ class Scheduler:
             if sequence is None or sequence.finished:  # since the step began
                 continue
             if entry.seq_id in stuck:
+                if outcome.token_ids:  # it was stuck after some drafts
+                    delta = sequence.absorb(entry, outcome, now, repeated=repeated)
+                    if delta is not None and delta.finish_reason is not None:
+                        events.append(Event(sequence.request_id, delta, self._retire(sequence)))
+                        continue
+                    events.append(Event(sequence.request_id, delta))
                 reason = f"the answer cannot go on by its grammar: {stuck[entry.seq_id]}"
                 events.append(self._end_by_error(sequence, GrammarError(reason), now))
                 continue

@@ -165,6 +165,54 @@ async def test_a_grammar_that_takes_too_much_later_ends_its_request_alone(
     assert (await engine.generate(PROMPT, choice=["yes"])).text == "yes"
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+async def test_an_answer_of_which_all_that_is_left_is_forbidden_ends_alone(
+    engine: mtpbatch.Engine, temperature: float
+) -> None:
+    """Not with "stop", and not by a word that is forbidden."""
+    word = "".join(engine.token_bytes[token].decode() for token in await engine.tokenize("self"))
+    asked: dict[str, Any] = {"temperature": temperature, "seed": 3, "max_tokens": 40}
+    alone = await engine.generate(PROMPT, **asked)
+    found = set()
+    for speculation in (0, 3):
+        neighbour = engine.submit(PROMPT, **asked)
+        generation = engine.submit(
+            PROMPT,
+            regex=f"(one two three )+{word}",
+            bad_words=["two", "tw", "t", "w", "o", word],
+            speculation=speculation,
+            **asked,
+        )
+        with pytest.raises(mtpbatch.GrammarError, match="forbidden by bad_words") as caught:
+            await generation
+        completion = caught.value.completion
+        assert completion is not None
+        assert completion.finish_reason == "error"
+        assert "".join([delta.text for delta in generation._deltas]) == completion.text
+        assert (await neighbour).token_ids == alone.token_ids
+        found.add((completion.text, completion.token_ids))
+    assert len(found) == 1
+    [(text, _)] = found
+    assert "one two three ".startswith(text)
+
+
+@pytest.mark.parametrize("form", [{"choice": ("yes", "no")}, {"min_tokens": 60}], ids=str)
+async def test_xtc_from_a_probability_of_0_on_takes_nothing_that_cannot_come(
+    engine: mtpbatch.Engine, form: dict[str, Any]
+) -> None:
+    done = await engine.generate(
+        PROMPT,
+        **form,
+        temperature=1.0,
+        seed=1,
+        xtc_probability=1.0,
+        xtc_threshold=0.0,
+        stop_token_ids=[0] if "min_tokens" in form else [],
+        max_tokens=60,
+    )
+    assert len(done.token_ids) == 60 if "min_tokens" in form else done.text in form["choice"]
+
+
 async def test_who_is_cancelled_while_its_grammar_is_compiled_ends_at_once(
     engine: mtpbatch.Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
