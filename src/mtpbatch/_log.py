@@ -8,6 +8,8 @@ those of whoever submitted it, and its ``request_id``.
 from __future__ import annotations
 
 import logging
+import sys
+import traceback
 from collections.abc import Mapping
 from contextvars import Context, copy_context
 from typing import Any, NamedTuple
@@ -27,12 +29,26 @@ def _render(
     return (" ".join(words),), {"exc_info": exc_info}
 
 
+class _Logger(structlog.stdlib.BoundLogger):
+    """What the app's handlers and filters raise, and values of its own that cannot be shown, ends
+    neither the engine's thread nor a request: it is told as :mod:`logging` tells its errors."""
+
+    def _proxy_to_logger(
+        self, method_name: str, event: str | None = None, *event_args: str, **event_kw: Any
+    ) -> Any:
+        try:
+            return super()._proxy_to_logger(method_name, event, *event_args, **event_kw)
+        except Exception:
+            if logging.raiseExceptions and sys.stderr is not None:
+                traceback.print_exc()
+
+
 _standard = logging.getLogger("mtpbatch")
 _standard.addHandler(logging.NullHandler())
 
-log: structlog.stdlib.BoundLogger = structlog.wrap_logger(
+log: _Logger = structlog.wrap_logger(
     _standard,
-    wrapper_class=structlog.stdlib.BoundLogger,
+    wrapper_class=_Logger,
     processors=[structlog.stdlib.filter_by_level, merge_contextvars, _render],
 )
 

@@ -141,3 +141,27 @@ def test_a_level_that_is_none_is_refused() -> None:
     with pytest.raises(InvalidParameterError, match=r"^level: .*DEBUG.*got 'LOUD'"):
         mtpbatch.log_to_console("LOUD")
     assert logging.getLogger("mtpbatch").handlers == before
+
+
+async def test_handlers_that_raise_and_values_that_cannot_be_shown_end_nothing(
+    everything: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    class Unshowable:
+        def __repr__(self) -> str:
+            raise ValueError("cannot be shown")
+
+    def refuse(record: logging.LogRecord) -> bool:
+        raise ValueError("a filter of the app's")
+
+    async with open_scripted_engine(ScriptedBackend(lambda _: "answer")) as engine:
+        with bound_contextvars(it=Unshowable()):
+            assert (await engine.generate("x")).text == "answer"
+        everything.handler.addFilter(refuse)
+        try:
+            assert (await engine.generate("x")).text == "answer"
+            engine.check_health()
+        finally:
+            everything.handler.removeFilter(refuse)
+    told = capfd.readouterr().err
+    assert "cannot be shown" in told
+    assert "a filter of the app's" in told
