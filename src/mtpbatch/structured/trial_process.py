@@ -48,8 +48,8 @@ def main() -> None:
         ) -> None:
             try:
                 answer["grammar"] = _compile(tokenizer, parameter, text)
-            except (ValueError, RecursionError) as error:
-                answer["error"] = str(error).removesuffix("\n<non-verbose/>")
+            except Exception as error:  # not of llguidance alone: see what its GBNF reader raises
+                answer["error"] = (str(error) or repr(error)).removesuffix("\n<non-verbose/>")
 
         thread = threading.Thread(target=try_out)
         thread.start()
