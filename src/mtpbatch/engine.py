@@ -231,7 +231,7 @@ class Engine:
         """
         _check_seconds("stall_timeout", stall_timeout)
         self._gate.check_open()
-        n_requests = len(self._intake.live)
+        n_requests = self._intake.n_ready
         seconds = self._clock() - max(self._intake.busy_since, self._last_step)
         if n_requests and seconds > stall_timeout:
             raise EngineStalledError(seconds, stall_timeout, n_requests)

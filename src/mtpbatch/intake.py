@@ -87,7 +87,7 @@ class Intake:
 
     Requests enter and leave ``live``, the backlog and the timeouts under the gate's lock, and
     loops get their mailboxes, which live as long as requests of theirs. ``busy_since`` is when a
-    request came while there was none.
+    request was ready while none was.
     """
 
     def __init__(
@@ -105,6 +105,11 @@ class Intake:
         self._backlog = Backlog(config.n_seq, config.max_waiting, config.max_waiting_tokens)
         self.live: dict[str, Live] = {}
         self.busy_since = 0.0
+
+    @property
+    def n_ready(self) -> int:
+        """Requests that wait or run: not those that are being tokenised, or wait for a grammar."""
+        return len(self._backlog)
 
     # ---------------------------------------------------------- on the callers' threads
 
@@ -195,8 +200,6 @@ class Intake:
             self._gate.check_accepting()
             if not (live.waits or self._backlog.has_room(len(self.live))):
                 raise self._backlog.overloaded(len(self.live))
-            if not self.live:
-                self.busy_since = self._clock()
             self.live[request_id] = live
             self._timeouts.add(request_id, live.params, live.submitted)
             try:
@@ -251,6 +254,8 @@ class Intake:
             live = self.live.get(sequence.request_id)
             if live is None:  # it ended while it was tokenised
                 return
+            if not self.n_ready:
+                self.busy_since = self._clock()
             if self._backlog.enter(sequence):
                 live.generation._entry.set()
                 self._inbox.put(sequence)

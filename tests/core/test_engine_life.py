@@ -24,7 +24,7 @@ from mtpbatch import (
     Generation,
     InvalidParameterError,
 )
-from mtpbatch.testing import ScriptedBackend, StepGate
+from mtpbatch.testing import ScriptedBackend, StepGate, open_scripted_engine
 from patience import until
 
 pytestmark = pytest.mark.anyio
@@ -301,3 +301,17 @@ async def test_an_idle_engine_is_well_and_a_new_request_has_all_the_time() -> No
     gate.release()
     await generation
     await engine.aclose()
+
+
+async def test_waiting_for_a_grammar_is_no_stall() -> None:
+    backend = ScriptedBackend(lambda _: "y", n_seq=1, n_draft_max=0)
+    compiled = threading.Event()
+    backend.compile_grammar = lambda source: compiled.wait() and None  # type: ignore[method-assign, assignment]
+    async with open_scripted_engine(backend) as engine:
+        generation = engine.submit("x", regex="y")
+        try:
+            backend.clock.advance(1000)
+            engine.check_health(60)
+        finally:
+            compiled.set()
+        await generation
