@@ -315,6 +315,7 @@ def test_any_order_of_calls_keeps_every_promise(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(prefix, "BLOCK", 2)
     monkeypatch.setattr(prefix, "LEAST", 4)
     monkeypatch.setattr(memory, "_ROOM", 3)
+    monkeypatch.setattr(scheduler, "_LOOKS", 2)
     monkeypatch.setattr(scheduler, "_SETTLED", 1)
     run_state_machine_as_test(
         SchedulerMachine,
@@ -639,14 +640,16 @@ def test_results_are_taken_in_the_order_of_the_plans() -> None:
         scheduler.update(result(1), 0.0)
 
 
-def test_thousands_may_wait_and_leave_without_slowing_anyone() -> None:
+@pytest.mark.parametrize("n_shared", [0, 200])
+def test_thousands_may_wait_and_leave_without_slowing_anyone(n_shared: int) -> None:
     """Work is counted in steps of the interpreter, which no busy machine can disturb."""
 
     def lines(n_waiting: int) -> int:
-        backend = ScriptedBackend(n_seq=1)
-        scheduler = Scheduler(backend.facts)
+        backend = ScriptedBackend(n_seq=2, n_ctx=256, n_batch=512)
+        scheduler = Scheduler(backend.facts, snapshot_bytes=10**9)
         for i in range(n_waiting):
-            scheduler.add(make_sequence(backend, f"r{i}", [65]))
+            prompt = [*[65] * n_shared, 66 + i]
+            scheduler.add(make_sequence(backend, f"r{i}", prompt))
         count = 0
 
         def trace(frame: object, event: str, argument: object) -> Any:
