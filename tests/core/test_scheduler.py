@@ -308,6 +308,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert stats.drafted == sum(end.drafted for end in ends if end)
         assert stats.accepted == sum(end.accepted for end in ends if end)
         assert stats.accepted == sum(stats.accepted_by_depth)
+        assert stats.prefix_hits == sum(end.usage.cached_tokens for end in ends if end)
 
 
 def test_any_order_of_calls_keeps_every_promise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -410,6 +411,20 @@ def test_results_are_waited_for_step_by_step_only_if_somebody_follows() -> None:
     assert not hand_over(scheduler, backend).followed
     scheduler.add(make_sequence(backend, "r1", [65], followed=True))
     assert hand_over(scheduler, backend).followed
+
+
+def test_where_the_last_who_is_followed_leaves_results_come_together_from_then_on() -> None:
+    backend = ScriptedBackend(n_seq=2, n_draft_max=0)
+    scheduler = Scheduler(backend.facts)
+    for name, followed in (("quiet", False), ("loud", True)):
+        params: dict[str, Any] = {"followed": followed, "max_tokens": 50, "ignore_eos": True}
+        scheduler.add(make_sequence(backend, name, [65], **params))
+    assert hand_over(scheduler, backend).followed
+    step(scheduler, backend)
+    assert scheduler.schedule(backend.clock()) is None
+    assert scheduler.abort("loud", backend.clock())
+    plan = hand_over(scheduler, backend)
+    assert (len(plan.entries), plan.followed) == (1, False)
 
 
 def test_a_plan_says_who_never_drafts() -> None:
