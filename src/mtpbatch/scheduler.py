@@ -50,6 +50,7 @@ from mtpbatch.waiting import WaitingQueue, due
 _MAX_AHEAD: Final = 2  # plans of which no result has come: the one that runs, and the next
 # Steps: some seconds of a small model, in which an app may keep the GIL in one call of C code.
 _RUN_AHEAD: Final = 4096
+_LOOKS: Final = 16  # requests that one look for the next sets aside: thousands may share a prompt
 _SETTLED: Final = 4  # steps with the same sequences, after which gaps between their ids may close
 
 
@@ -554,11 +555,13 @@ class Scheduler:
     def _next_to_begin(self) -> Sequence | None:
         """Who takes a sequence id next, if there is one, and whoever is first need not wait.
 
-        Who waits for a prompt under way to be saved is set aside: others need not wait for that.
+        Who waits for a prompt under way to be saved is set aside: others need not wait for that. Of
+        many who do, the rest is looked at with the plans that follow.
         """
-        while (sequence := self._waiting.first) is not None and (
-            self._free or self._released or self._parks
-        ):
+        for _ in range(_LOOKS):
+            sequence = self._waiting.first
+            if sequence is None or not (self._free or self._released or self._parks):
+                return None
             parked = self._parked.get(sequence.request_id)
             if parked is not None and parked.plan > self._n_reported:
                 return None  # there may be tokens of it that are not known yet
@@ -572,7 +575,7 @@ class Scheduler:
                     self._waiting.set_aside(key)
                     continue
             return sequence
-        return None
+        return None  # the prompt that these wait for is under way, so that there are more plans
 
     def _begin(
         self, sequence: Sequence, now: float, admit: list[Admission], resume: list[Resume]

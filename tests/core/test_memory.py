@@ -655,6 +655,7 @@ def test_a_prefix_that_cannot_be_restored_is_computed(sharing: Recorder) -> None
     assert first in sharing.all("drop"), "nobody else tries it"
     stats = sharing.scheduler.stats
     assert stats.prefix_queries == sum(map(len, prompts)), "what was in vain is not counted"
+    assert stats.prompt_tokens == stats.prefix_queries - stats.prefix_hits
 
 
 def test_memory_goes_to_what_was_used_last() -> None:

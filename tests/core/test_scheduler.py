@@ -308,6 +308,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert stats.drafted == sum(end.drafted for end in ends if end)
         assert stats.accepted == sum(end.accepted for end in ends if end)
         assert stats.accepted == sum(stats.accepted_by_depth)
+        assert stats.prefix_hits == sum(end.usage.cached_tokens for end in ends if end)
 
 
 def test_any_order_of_calls_keeps_every_promise(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -315,6 +316,7 @@ def test_any_order_of_calls_keeps_every_promise(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(prefix, "BLOCK", 2)
     monkeypatch.setattr(prefix, "LEAST", 4)
     monkeypatch.setattr(memory, "_ROOM", 3)
+    monkeypatch.setattr(scheduler, "_LOOKS", 2)
     monkeypatch.setattr(scheduler, "_SETTLED", 1)
     run_state_machine_as_test(
         SchedulerMachine,
@@ -409,6 +411,20 @@ def test_results_are_waited_for_step_by_step_only_if_somebody_follows() -> None:
     assert not hand_over(scheduler, backend).followed
     scheduler.add(make_sequence(backend, "r1", [65], followed=True))
     assert hand_over(scheduler, backend).followed
+
+
+def test_where_the_last_who_is_followed_leaves_results_come_together_from_then_on() -> None:
+    backend = ScriptedBackend(n_seq=2, n_draft_max=0)
+    scheduler = Scheduler(backend.facts)
+    for name, followed in (("quiet", False), ("loud", True)):
+        params: dict[str, Any] = {"followed": followed, "max_tokens": 50, "ignore_eos": True}
+        scheduler.add(make_sequence(backend, name, [65], **params))
+    assert hand_over(scheduler, backend).followed
+    step(scheduler, backend)
+    assert scheduler.schedule(backend.clock()) is None
+    assert scheduler.abort("loud", backend.clock())
+    plan = hand_over(scheduler, backend)
+    assert (len(plan.entries), plan.followed) == (1, False)
 
 
 def test_a_plan_says_who_never_drafts() -> None:
@@ -639,14 +655,16 @@ def test_results_are_taken_in_the_order_of_the_plans() -> None:
         scheduler.update(result(1), 0.0)
 
 
-def test_thousands_may_wait_and_leave_without_slowing_anyone() -> None:
+@pytest.mark.parametrize("n_shared", [0, 200])
+def test_thousands_may_wait_and_leave_without_slowing_anyone(n_shared: int) -> None:
     """Work is counted in steps of the interpreter, which no busy machine can disturb."""
 
     def lines(n_waiting: int) -> int:
-        backend = ScriptedBackend(n_seq=1)
-        scheduler = Scheduler(backend.facts)
+        backend = ScriptedBackend(n_seq=2, n_ctx=256, n_batch=512)
+        scheduler = Scheduler(backend.facts, snapshot_bytes=10**9)
         for i in range(n_waiting):
-            scheduler.add(make_sequence(backend, f"r{i}", [65]))
+            prompt = [*[65] * n_shared, 66 + i]
+            scheduler.add(make_sequence(backend, f"r{i}", prompt))
         count = 0
 
         def trace(frame: object, event: str, argument: object) -> Any:
