@@ -98,14 +98,18 @@ class Mailbox(Generic[_Item]):
         self._items: list[_Item] = []
         self._posted = False
 
-    def put(self, items: list[_Item]) -> bool:
-        """Have the loop take these soon; ``False`` if it is closed. From any thread."""
+    @property
+    def closed(self) -> bool:
+        """Whether the loop is, so that nobody will look again."""
+        return self._loop.is_closed()
+
+    def put(self, items: list[_Item]) -> None:
+        """Have the loop take these soon, unless it is closed. From any thread."""
         with self._lock:
             self._items += items
             posted, self._posted = self._posted, True
-        if posted:
-            return not self._loop.is_closed()
-        return self._loop.post(self._hand_over)
+        if not posted:
+            self._loop.post(self._hand_over)
 
     def _hand_over(self) -> None:
         with self._lock:

@@ -453,7 +453,7 @@ class Engine:
         if isinstance(texts, str) or not isinstance(texts, Iterable):
             kind = type(texts).__name__
             raise InvalidParameterError("texts", f"must be a list of texts, got one {kind}")
-        self._gate.check_open()
+        self._gate.check_accepting()
         given = [text if isinstance(text, str) else snapshot("texts", text) for text in texts]
         return await self._embedding.embed(given, normalize=normalize)
 
@@ -617,8 +617,8 @@ class Engine:
             self._scheduler.add(sequence)
         if arrivals.refused:
             self._deliver(arrivals.refused)  # first: who has ended cannot be aborted as well
-        if arrivals.cancelled:
-            self._deliver(self._end(arrivals.cancelled, "abort"))
+        if aborted := [*arrivals.cancelled, *self._intake.orphans()]:
+            self._deliver(self._end(aborted, "abort"))
         if expired := self._intake.expired():
             self._deliver(self._end(expired, "timeout"))
         for sequence in self._intake.move_up():
@@ -649,7 +649,7 @@ class Engine:
         return events
 
     def _deliver(self, events: list[Event]) -> None:
-        """Hand events over, together for each loop. A loop that is gone loses its requests."""
+        """Hand events over, together for each loop."""
         parcels: dict[Post, list[tuple[Live, Event]]] = {}
         for event in events:
             live = self._intake.live[event.request_id]
@@ -658,12 +658,7 @@ class Engine:
                 self._forget(event)
         self._stats = self._scheduler.stats  # before anyone can learn of the events and look
         for mailbox, parcel in parcels.items():
-            if not mailbox.put(parcel):
-                everyone = self._intake.everyone()
-                orphans = [request_id for request_id, live in everyone if live.mailbox is mailbox]
-                for event in self._end(orphans, "abort"):
-                    self._forget(event)
-                self._stats = self._scheduler.stats
+            mailbox.put(parcel)
         if self._gate.draining and not self._intake.live:
             self._drained.set()
 

@@ -303,6 +303,13 @@ class Intake:
         with self._gate.lock:
             return self._timeouts.expired(self._clock())
 
+    def orphans(self) -> list[str]:
+        """Those whose event loop has closed."""
+        with self._gate.lock:
+            if not any(mailbox.closed for mailbox in self._mailboxes.values()):
+                return []
+            return [request_id for request_id, live in self.live.items() if live.mailbox.closed]
+
     def until_timeout(self) -> float | None:
         """Seconds until somebody's time is over; ``None`` if nobody's ever is."""
         with self._gate.lock:

@@ -339,7 +339,7 @@ class Sequence:
     def _timings(self, ended: float) -> Timings:
         admitted, first = self.admitted, self.first_token
         return Timings(
-            queued=0.0 if admitted is None else admitted - self.submitted,
+            queued=(ended if admitted is None else admitted) - self.submitted,
             prefill=0.0 if admitted is None or first is None else first - admitted,
             first_token=0.0 if first is None else first - self.submitted,
             decode=0.0 if first is None else ended - first,

@@ -63,8 +63,9 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     n_gpu_layers: Annotated[int, Meta(ge=-1, le=2**31 - 1)] = -1
     """Layers kept on a GPU, if llama-cpp-python was built for one. -1: all."""
     kv_type: KvType = "f16"
-    """Element type of the KV cache. With "f32", and f32 weights, a text does not depend on who
-    shares its batch; with the others a near-tie can fall either way."""
+    """Element type of the KV cache. With "f32", and f32 weights, batches of other shapes change
+    logits by some millionths, so that a text depends on who shares its batch only where that
+    settles a tie; with the others a near-tie can fall either way."""
     n_cells: Annotated[int, Meta(ge=2, le=2**31 - 1)] | None = None
     """KV cells of all sequences together, at least n_ctx. None: n_seq times n_ctx, so that cells
     never run out. With less, a request whose cells are needed by others pauses, and goes on later.
@@ -579,7 +580,7 @@ class Timings(Struct, frozen=True):
     """Seconds a request spent; each part is 0 if it was not reached."""
 
     queued: float
-    """From submission until a sequence took it."""
+    """From submission until a sequence took it, or until its end if none did."""
     prefill: float
     """From then until its first token."""
     first_token: float

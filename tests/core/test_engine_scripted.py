@@ -465,6 +465,27 @@ async def test_loops_of_all_kinds_share_one_engine() -> None:
             assert texts[name] == expected
 
 
+async def test_who_waits_for_a_loop_that_is_gone_frees_the_queue() -> None:
+    """Nothing is delivered to them meanwhile."""
+    backend = ScriptedBackend(n_seq=1)
+    gates = [backend.hold_step(0), backend.hold_step(1)]
+    async with open_scripted_engine(backend) as engine:
+        running = engine.submit("x")
+        await gates[0].reached()
+
+        async def submit_and_leave() -> None:
+            for _ in range(3):
+                engine.submit("y")
+
+        await anyio.to_thread.run_sync(anyio.run, submit_and_leave)
+        gates[0].release()
+        await gates[1].reached()
+        assert engine.stats().finished["abort"] == 3
+        assert running.completion is None
+        gates[1].release()
+        assert (await running).finish_reason == "stop"
+
+
 @pytest.mark.parametrize("kind", ["asyncio", "uvloop", "trio"])
 async def test_a_loop_that_is_gone_loses_its_requests_and_nobody_elses(kind: str) -> None:
     backend = ScriptedBackend(lambda _: "y" * 50, n_seq=2, n_draft_max=0)
