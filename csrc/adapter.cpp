@@ -131,7 +131,7 @@ void Model::add_adapter(const std::string & path, float scale) {
     Checksum sum;
     sum.add(&weights_sample, sizeof weights_sample);
     sum.add(&scale, sizeof scale);
-    const uint64_t sample = sample_weights(path);
+    const uint64_t sample = sample_weights(path, header.get());
     sum.add(&sample, sizeof sample);
     weights_sample = sum.value();
 }

@@ -15,6 +15,8 @@
 #include <string>
 #include <vector>
 
+struct gguf_context;
+
 namespace mtpbatch {
 
 // Carries a status across C++ frames to the C border, where guard() takes it apart.
@@ -27,13 +29,13 @@ class Error : public std::runtime_error {
 // What llama.cpp has logged as an error on this thread since the current call began.
 std::string captured_log();
 void        clear_captured_log();
-// A checksum over some bytes of every tensor of a GGUF file, and of those that continue it.
-uint64_t sample_weights(const std::string & path);
 // From here on, whoever else listens to llama.cpp hears nothing of this thread: Python would have to
 // wait for the GIL.
 void quiet_listeners();
 // `message`, with llama.cpp's own words behind it if it said anything.
 std::string with_reason(const std::string & message);
+// A checksum over some bytes of every tensor of a GGUF file, and of those that continue it.
+uint64_t sample_weights(const std::string & path, const gguf_context * header);
 
 void set_message(mtpbatch_error * error, const char * message) noexcept;
 

@@ -88,13 +88,13 @@ bool lacks_heads(const Header & header) {
 }
 
 // Adds some bytes from the middle of every tensor of a file.
-void add_sample(Checksum & sum, const std::string & path, const Header & header) {
+void add_sample(Checksum & sum, const std::string & path, const gguf_context * header) {
     std::ifstream file(path, std::ios::binary);
-    for (int64_t i = 0; header && i < gguf_get_n_tensors(header.get()); ++i) {
+    for (int64_t i = 0; header && i < gguf_get_n_tensors(header); ++i) {
         char         bytes[64] = {};
-        const size_t size      = gguf_get_tensor_size(header.get(), i);
+        const size_t size      = gguf_get_tensor_size(header, i);
         const size_t n         = std::min(size, sizeof bytes);
-        const size_t offset    = gguf_get_data_offset(header.get()) + gguf_get_tensor_offset(header.get(), i);
+        const size_t offset    = gguf_get_data_offset(header) + gguf_get_tensor_offset(header, i);
         file.seekg(static_cast<std::streamoff>(offset + (size - n) / 2));
         file.read(bytes, static_cast<std::streamsize>(n));
         sum.add(bytes, n);
@@ -108,18 +108,17 @@ void add_sample(Checksum & sum, const std::string & path, const Header & header)
 
 // Tells models apart that differ in their weights alone. llama.cpp gives no weights out, but it has
 // just read the file, so that these bytes cost nearly nothing.
-uint64_t sample_weights(const std::string & path) {
-    const Header header = read_header(path);
-    Checksum     sum;
+uint64_t sample_weights(const std::string & path, const gguf_context * header) {
+    Checksum sum;
     add_sample(sum, path, header);
-    const int64_t key = gguf_find_key(header.get(), "split.count");
-    if (key >= 0 && gguf_get_kv_type(header.get(), key) == GGUF_TYPE_UINT16) {
-        const int32_t     n_parts = gguf_get_val_u16(header.get(), key);
+    const int64_t key = gguf_find_key(header, "split.count");
+    if (key >= 0 && gguf_get_kv_type(header, key) == GGUF_TYPE_UINT16) {
+        const int32_t     n_parts = gguf_get_val_u16(header, key);
         std::vector<char> prefix(path.size() + 1), part(path.size() + 64);
         llama_split_prefix(prefix.data(), prefix.size(), path.c_str(), 0, n_parts);
         for (int32_t i = 1; i < n_parts; ++i) {
             llama_split_path(part.data(), part.size(), prefix.data(), i, n_parts);
-            add_sample(sum, part.data(), read_header(part.data()));
+            add_sample(sum, part.data(), read_header(part.data()).get());
         }
     }
     return sum.value();
@@ -198,7 +197,7 @@ mtpbatch_status mtpbatch_model_load(const char * path, int32_t n_gpu_layers, mtp
                                 : Error(MTPBATCH_LOAD_FAILED, with_reason("llama.cpp could not load the model"));
         }
         auto impl            = std::make_shared<Model>(raw, headless ? 0 : llama_model_n_layer_nextn(raw));
-        impl->weights_sample = sample_weights(path);
+        impl->weights_sample = sample_weights(path, header.get());
         if (llama_vocab_type(impl->vocab) == LLAMA_VOCAB_TYPE_NONE) {
             throw Error(MTPBATCH_LOAD_FAILED, "the model has no vocabulary");
         }

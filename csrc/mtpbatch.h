@@ -459,7 +459,8 @@ typedef struct mtpbatch_step {
     int32_t                n_lost;
     const int32_t *        lost;     // ids whose snapshot could not be restored; release them
     int64_t                save_us;  // spent on all of that
-    // Requests whose grammar llguidance has given up on: they take no part any more; release them.
+    // Requests whose grammar llguidance has given up on, or leaves no token that is not banned: they take
+    // no part any more; release them.
     int32_t                n_stuck;
     const mtpbatch_stuck * stuck;
 } mtpbatch_step;

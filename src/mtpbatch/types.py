@@ -555,8 +555,8 @@ class StepResult(Struct, frozen=True, gc=False):
     """Drafts that were verified, if the plan has terms: a class of confidence (``N_CONFIDENCES``
     more for requests with a temperature), how many, and how many of them were accepted."""
     stuck: tuple[tuple[int, str], ...] = ()
-    """Sequence ids whose grammar takes too much to go on with, and why: they take no part any more,
-    and have lost their state."""
+    """Sequence ids whose grammar takes too much to go on with, or with which nothing may come next,
+    and why: they take no part any more, and have lost their state."""
 
 
 # ----------------------------------------------------------------------- back to the app
