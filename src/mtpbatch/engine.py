@@ -181,7 +181,8 @@ class Engine:
         end, with a deadline of its own. If the waiting task is cancelled, requests run on.
         """
         self._gate.check_alive()
-        _check_seconds("timeout", timeout)
+        if timeout is not None:
+            _check_seconds("timeout", timeout)
         if self._gate.drain():
             log.info("engine.draining", requests=len(self._intake.live), timeout=timeout)
         if not self._intake.live:
@@ -699,10 +700,9 @@ def _chat_template(source: TemplateSource | None) -> ChatTemplate | None:
     return ChatTemplate(source.text, source.special_tokens, tool_source=source.tool_text)
 
 
-def _check_seconds(parameter: str, seconds: float | None) -> None:
-    if seconds is None and parameter == "timeout":
-        return
-    if not isinstance(seconds, int | float) or not seconds >= 0:  # nor NaN
+def _check_seconds(parameter: str, seconds: float) -> None:
+    number = isinstance(seconds, int | float) and not isinstance(seconds, bool)
+    if not number or not seconds >= 0:  # nor NaN
         raise InvalidParameterError(
             parameter, f"must be a number of seconds from 0 on, got {seconds!r}"
         )
