@@ -59,7 +59,7 @@ class Gate:
     def end_error(self) -> EngineError:
         """What to tell those whom the engine's end has left without an answer."""
         if self.failure is None:
-            return EngineClosedError("the engine was closed")
+            return EngineClosedError("the engine is closed; open another one")
         error = EngineDeadError(f"the engine died: {self.failure!r}; open another one")
         error.__cause__ = self.failure
         return error

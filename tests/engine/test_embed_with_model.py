@@ -63,7 +63,7 @@ async def test_closing_the_engine_ends_who_waits(engine: mtpbatch.Engine) -> Non
         group.start_soon(embed)
         await engine.embed(TEXTS[:1])  # meanwhile the other one has come in
         await engine.aclose()
-    assert errors == ["the engine was closed"]
+    assert errors == ["the engine is closed; open another one"]
 
 
 async def test_a_timeout_ends_the_wait_and_the_engine_goes_on(engine: mtpbatch.Engine) -> None:
