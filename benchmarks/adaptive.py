@@ -375,7 +375,8 @@ class Comparison:
             depth: statistics.median(stages[stage].speed for stages in outcome.changing[name])
             for depth, outcome in self._outcomes.items()
         }
-        return median[ADAPTIVE] / max(median[depth] for depth in self._fixed)
+        best = max(median[depth] for depth in self._fixed)
+        return median[ADAPTIVE] / best if best else math.inf  # too short for a token
 
 
 def shapes(most: int, seconds: float) -> dict[str, tuple[tuple[int, float], ...]]:
