@@ -46,7 +46,7 @@ class Gate:
         """Raise if the engine serves nobody any more."""
         self.check_alive()
         if self.closing:
-            raise EngineClosedError("the engine is closed; open another one")
+            raise self.end_error()
 
     def check_accepting(self) -> None:
         """Raise if the engine takes no new requests."""

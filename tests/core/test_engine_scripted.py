@@ -465,6 +465,18 @@ async def test_loops_of_all_kinds_share_one_engine() -> None:
             assert texts[name] == expected
 
 
+async def test_a_stream_that_nobody_reads_holds_up_nobody_and_keeps_its_own_tokens_alone() -> None:
+    backend = ScriptedBackend(lambda _: "y" * 1000, n_ctx=2000)
+    async with open_scripted_engine(backend) as engine:
+        unread = engine.submit("x", max_tokens=200)
+        assert len((await engine.generate("z", max_tokens=300)).token_ids) == 300
+        completion = await unread
+        kept = list(unread._deltas)
+        assert sum(len(delta.token_ids) for delta in kept) == 200 >= len(kept)
+        assert "".join([delta.text async for delta in unread]) == completion.text == "y" * 200
+        assert not unread._deltas
+
+
 async def test_who_waits_for_a_loop_that_is_gone_frees_the_queue() -> None:
     """Nothing is delivered to them meanwhile."""
     backend = ScriptedBackend(n_seq=1)

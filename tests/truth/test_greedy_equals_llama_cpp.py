@@ -13,6 +13,7 @@ import pytest
 
 import loops
 import mtpbatch
+from greedy_script import GREEDY
 from mtpbatch.native import NativeBackend
 from mtpbatch.types import Admission, EngineConfig, Plan, PlanEntry, SamplingParams
 
@@ -45,21 +46,6 @@ path, count, tie, prompts = json.load(sys.stdin)
 llama = llama_cpp.Llama(
     path, n_ctx=512, n_threads=1, n_threads_batch=1, type_k=0, type_v=0, verbose=False
 )
-texts = []
-for fed in prompts:
-    llama.reset()
-    tokens = []
-    while len(tokens) < count:
-        llama.eval(fed)
-        logits = llama_cpp.llama_get_logits_ith(llama.ctx, -1)
-        logits = np.ctypeslib.as_array(logits, (llama.n_vocab(),))
-        second, first = np.partition(logits, -2)[-2:]
-        if first - second < tie:
-            break
-        tokens.append(int(logits.argmax()))
-        fed = tokens[-1:]
-    texts.append(tokens)
-json.dump(texts, sys.stdout)
 """
 
 
@@ -67,7 +53,7 @@ json.dump(texts, sys.stdout)
 def expected(demo_f32_path: Path, prompts: list[list[int]]) -> list[list[int]]:
     """llama-cpp-python's tokens, up to the first near-tie; from a process of its own."""
     done = subprocess.run(
-        [sys.executable, "-c", LLAMA_CPP],
+        [sys.executable, "-c", LLAMA_CPP + GREEDY],
         input=json.dumps([str(demo_f32_path), COUNT, TIE, prompts]),
         capture_output=True,
         text=True,

@@ -15,6 +15,7 @@ import loops
 import mtpbatch
 import random_adapter
 import random_model
+from greedy_script import GREEDY
 from mtpbatch.native import Batch, Context, Model, MtpSession
 
 PROMPTS = ("In the beginning", "def fib(n):\n", "And it came to pass", "import os\n")
@@ -50,22 +51,7 @@ assert all(loaded)
 pointers = (llama_cpp.llama_adapter_lora_p_ctypes * len(loaded))(*loaded)
 scales = (ctypes.c_float * len(loaded))(*adapters.values())
 assert llama_cpp.llama_set_adapters_lora(llama.ctx, pointers, len(loaded), scales) == 0
-texts = []
-for prompt in prompts:
-    llama.reset()
-    fed = llama.tokenize(prompt.encode(), add_bos=False)
-    tokens = []
-    while len(tokens) < count:
-        llama.eval(fed)
-        logits = llama_cpp.llama_get_logits_ith(llama.ctx, -1)
-        logits = np.ctypeslib.as_array(logits, (llama.n_vocab(),))
-        second, first = np.partition(logits, -2)[-2:]
-        if first - second < tie:
-            break
-        tokens.append(int(logits.argmax()))
-        fed = tokens[-1:]
-    texts.append(tokens)
-json.dump(texts, sys.stdout)
+prompts = [llama.tokenize(prompt.encode(), add_bos=False) for prompt in prompts]
 """
 
 
@@ -73,7 +59,7 @@ json.dump(texts, sys.stdout)
 def expected(demo_f32_path: Path, adapters: dict[str, float]) -> list[list[int]]:
     """llama.cpp's own tokens with both adapters, up to the first near-tie."""
     done = subprocess.run(
-        [sys.executable, "-c", LLAMA_CPP],
+        [sys.executable, "-c", LLAMA_CPP + GREEDY],
         input=json.dumps([str(demo_f32_path), adapters, COUNT, TIE, PROMPTS]),
         capture_output=True,
         text=True,
