@@ -319,7 +319,7 @@ class Speculator:
     costs: little is known and the depth may well be better, or requests have begun since drafts
     were seen last, whose texts may be of another kind; and it looks as if there was time to use it,
     because about as many sequences have run for some time. What trials are expected to lose is at
-    most a hundredth of the time, and while load and depth stay as they are, they become rarer.
+    most half a hundredth of the time, and while load and depth stay as they are, they become rarer.
 
     State: what :meth:`observe` learns from results: ``costs``, ``calibration``, ``everybody``'s
     habit, and ``_n_lengths``, how many lengths drafts have in a step, that of none included, by the
@@ -337,8 +337,8 @@ class Speculator:
     _FEW: Final = 0.25  # of them may come or go
     _STAYS: Final = 1.01  # how much better another depth must look
     _WARY: Final = 0.5  # by how much of its doubt worse than it does
-    _TRIALS: Final = 0.01  # of the time may be lost by trials
-    _MOST_TRIALS: Final = 4  # steps' time that may be lost at a stretch, as at the beginning
+    _TRIALS: Final = 0.005  # of the time may be lost by trials
+    _MOST_TRIALS: Final = 2  # steps' time that may be lost at a stretch, as at the beginning
     _TRIED_WITH: Final = 4  # sequences at most, or all
     _PLANS: Final = 3e-4  # seconds that the plans of a trial cost
     _PAUSES: Final = (4, 128)  # steps between trials, at first and in the end

@@ -504,7 +504,7 @@ def every_second(turn: int) -> int:
 
 
 @pytest.mark.parametrize("draft", [1e-3, 3e-3])
-def test_trials_lose_at_most_a_hundredth_of_the_time(draft: float) -> None:
+def test_trials_lose_at_most_half_a_hundredth_of_the_time(draft: float) -> None:
     """Drafts are all wrong, and the load and those who make it change all the time."""
     crowd = Crowd(never, depth=3, draft=draft)
     spent = lost = 0.0
@@ -519,8 +519,8 @@ def test_trials_lose_at_most_a_hundredth_of_the_time(draft: float) -> None:
             n_trials += 1
             lost += seconds - crowd.target * (1 + crowd.ROW * n)
     assert n_trials > 0
-    # What four steps take may be lost at a stretch, as at the beginning.
-    assert lost < 0.01 * spent + 4 * crowd.target * (1 + crowd.ROW * 3)
+    # What two steps take may be lost at a stretch, as at the beginning.
+    assert lost < 0.005 * spent + 2 * crowd.target * (1 + crowd.ROW * 3)
 
 
 def test_trials_become_rarer() -> None:
