@@ -1,0 +1,111 @@
+"""The other examples, run as their readers run them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import nbclient
+import nbformat
+import pytest
+from traitlets.config import Config
+
+import agent_loop
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def run(name: str, *arguments: str) -> str:
+    command = [sys.executable, "-W", "error", str(EXAMPLES / name), *arguments]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def test_each_example_is_in_the_table_and_is_run_by_a_test() -> None:
+    table = (EXAMPLES / "README.md").read_text()
+    tests = "".join(path.read_text() for path in EXAMPLES.parent.glob("tests/**/test_*.py"))
+    for path in [*EXAMPLES.glob("*.py"), *EXAMPLES.glob("*.ipynb")]:
+        assert f"({path.name})" in table
+        assert f'"{path.name}"' in tests, f"nobody runs {path.name}"
+
+
+def test_agents_call_tools_that_are_there_and_come_to_an_answer() -> None:
+    *calls, first, second, third = run("agent_loop.py").splitlines()
+    for line, question in zip((first, second, third), agent_loop.QUESTIONS, strict=True):
+        assert re.fullmatch(re.escape(question) + r" -> (['\"]).{1,}\1", line)
+    assert calls, "none called a tool"
+    for call in calls:
+        question, rest = call.split(" -> ")
+        assert question in agent_loop.QUESTIONS
+        weather = re.fullmatch(r"Weather\(city='(Cairo|Lima|Oslo)'\) = \w+, \d+ °C", rest)
+        product = re.fullmatch(r"Multiply\(a=(-?\d+), b=(-?\d+)\) = (-?\d+)", rest)
+        assert weather or (product and int(product[1]) * int(product[2]) == int(product[3]))
+
+
+def test_a_race_on_trio_frees_the_sequences_of_those_that_lost() -> None:
+    *_, winner, ended = run("trio_race.py").splitlines()
+    assert winner.startswith("The race went to: ")
+    counts = Counter(json.loads(ended.removeprefix("Ended: ").replace("'", '"')))
+    assert counts.total() == 5
+    assert counts["abort"] >= 1
+    assert counts["error"] == counts["timeout"] == 0
+
+
+def results(path: Path) -> dict[int, tuple[str, str]]:
+    with sqlite3.connect(path) as db:
+        rows = db.execute("SELECT id, text, result FROM jobs WHERE result IS NOT NULL").fetchall()
+    db.close()
+    return {job_id: (text, result) for job_id, text, result in rows}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
+def test_jobs_survive_the_death_of_their_worker(tmp_path: Path) -> None:
+    path = tmp_path / "jobs.db"
+    command = [sys.executable, str(EXAMPLES / "worker_queue.py"), str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        first = process.stdout.readline()
+        process.send_signal(signal.SIGKILL)
+    before = results(path)
+    assert before
+    said = run("worker_queue.py", str(path))
+    after = results(path)
+    assert sorted(after) == list(range(1, 13))
+    assert {result for _, result in after.values()} <= {"length", "stop"}
+    assert {job_id: after[job_id] for job_id in before} == before
+    if len(before) < 12:
+        done = {int(number) for number in re.findall(r"^job (\d+)", said, re.MULTILINE)}
+        assert done == after.keys() - before.keys(), "a job was done twice, or not at all"
+    assert first.startswith("job ")
+
+
+def test_the_notebook_runs_from_top_to_bottom(monkeypatch: pytest.MonkeyPatch) -> None:
+    notebook = nbformat.read(EXAMPLES / "notebook.ipynb", as_version=4)
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert not any(cell.outputs for cell in cells), "kept without outputs: they differ each time"
+    with tempfile.TemporaryDirectory() as folder:  # its name is short enough for a socket's
+        # By files rather than TCP ports, which somebody else could take in between.
+        monkeypatch.setenv("IPYTHONDIR", folder)
+        monkeypatch.setenv("JUPYTER_RUNTIME_DIR", folder)
+        config = Config({"KernelManager": {"transport": "ipc", "ip": f"{folder}/kernel"}})
+        nbclient.NotebookClient(notebook, config=config, timeout=120).execute()
+    said = ["".join(output.get("text", "") for output in cell.outputs) for cell in cells]
+    assert "drafted tokens accepted" in said[1]
+    assert len(said[2].splitlines()) == 4
+    assert "<span" in cells[3].outputs[0].data["text/html"]
+    assert said[4].startswith("22 requests")
+    assert cells[-1].outputs[0].data["text/plain"] == "True"
+
+
+def test_an_app_is_tested_without_a_model() -> None:
+    program = EXAMPLES / "test_fastapi_app.py"
+    command = [sys.executable, "-m", "pytest", "-q", str(program)]
+    done = subprocess.run(command, cwd=EXAMPLES.parent, stdout=subprocess.PIPE, text=True)
+    assert re.search(r"^4 passed", done.stdout, re.MULTILINE), done.stdout
