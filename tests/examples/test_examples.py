@@ -13,12 +13,15 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+import anyio
 import nbclient
 import nbformat
 import pytest
 from traitlets.config import Config
 
 import agent_loop
+import worker_queue
+from mtpbatch.testing import ScriptedBackend, open_scripted_engine
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -84,6 +87,32 @@ def test_jobs_survive_the_death_of_their_worker(tmp_path: Path) -> None:
         done = {int(number) for number in re.findall(r"^job (\d+)", said, re.MULTILINE)}
         assert done == after.keys() - before.keys(), "a job was done twice, or not at all"
     assert first.startswith("job ")
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_jobs_are_done_by_priority_and_their_errors_are_results(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "jobs.db"
+    jobs = worker_queue.Jobs(str(path))
+    for prompt, priority in (("a", 0), ("b", 5), ("x" * 300, 0), ("c", -5)):
+        jobs.add(prompt, priority)
+    async with (
+        open_scripted_engine(ScriptedBackend(lambda prompt: prompt * 2, n_ctx=256)) as engine,
+        anyio.create_task_group() as tasks,
+    ):
+        tasks.start_soon(jobs.work, engine)
+        with anyio.fail_after(60):
+            await jobs.queue.join()
+        tasks.cancel_scope.cancel()
+    jobs.db.close()
+    order = re.findall(r"^job (\d)", capsys.readouterr().out, re.MULTILINE)
+    assert order == ["4", "1", "3", "2"]
+    found = results(path)
+    too_long = found.pop(3)
+    assert too_long[1].startswith("error: prompt: has 300 tokens, but a sequence holds n_ctx=256")
+    assert found == {1: ("aa", "stop"), 2: ("bb", "stop"), 4: ("cc", "stop")}
 
 
 def test_the_notebook_runs_from_top_to_bottom(monkeypatch: pytest.MonkeyPatch) -> None:

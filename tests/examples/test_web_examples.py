@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, MutableMapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -88,6 +88,38 @@ async def test_a_client_that_leaves_a_stream_frees_its_sequence(
     async with client.stream("POST", "/stream", json=ENDLESS) as response:
         assert data(await anext(response.aiter_lines()))["text"]
         assert engine.stats().running == 1
+    await until_aborted(engine)
+
+
+async def test_a_client_that_leaves_after_it_stopped_reading_frees_its_sequence(
+    engine: Engine,
+) -> None:
+    """The app then waits for its client, not for the engine. Without a server, whose buffers and
+    those of the sockets hold more than is said here."""
+    stuck = anyio.Event()
+    body: dict[str, Any] = {"type": "http.request", "body": json.dumps(ENDLESS).encode()}
+    incoming = iter([body])
+
+    async def receive() -> dict[str, Any]:
+        for message in incoming:
+            return message
+        await stuck.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        if message.get("body"):
+            stuck.set()
+            await anyio.sleep_forever()
+
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/stream",
+        "query_string": b"",
+        "headers": [(b"content-type", b"application/json")],
+    }
+    with anyio.fail_after(PATIENCE):
+        await fastapi_app.app(scope, receive, send)
     await until_aborted(engine)
 
 
