@@ -46,8 +46,8 @@ class Multiply(msgspec.Struct, tag_field="tool", tag="multiply", forbid_unknown_
 class Answer(msgspec.Struct, tag_field="tool", tag="answer", forbid_unknown_fields=True):
     """The answer for the user: ends the work."""
 
-    # Bounded: a model that rambles reaches the end of its answer before that of its tokens.
-    text: Annotated[str, msgspec.Meta(min_length=1, max_length=100)]
+    # Bounded: a model that rambles comes to the end of its answer before that of its tokens.
+    text: Annotated[str, msgspec.Meta(min_length=1, max_length=60)]
 
 
 Step = Weather | Multiply | Answer
@@ -66,7 +66,7 @@ async def agent(engine: mtpbatch.Engine, question: str, seed: int) -> str:
     for n in range(1, MAX_STEPS + 1):
         form: Any = Step if n < MAX_STEPS else Answer  # the last step can be nothing else
         done = await engine.chat(
-            messages, json_schema=form, max_tokens=400, temperature=0.7, seed=seed + n
+            messages, json_schema=form, max_tokens=1000, temperature=0.7, seed=seed + n
         )
         if done.finish_reason != "stop":
             # Cut off by max_tokens or the context: not JSON then. Only a "stop" is whole.

@@ -44,6 +44,11 @@ class Jobs:
         self.queue.put_nowait((priority, job_id, prompt))
         return int(job_id)
 
+    def count(self) -> int:
+        """How many there are, with results or without."""
+        [count] = self.db.execute("SELECT count(*) FROM jobs").fetchone()
+        return int(count)
+
     async def work(self, engine: mtpbatch.Engine) -> None:
         """Do jobs, until cancelled."""
         while True:
@@ -67,7 +72,7 @@ class Jobs:
 
 async def main(path: str) -> None:
     jobs = Jobs(path)
-    if jobs.queue.empty():
+    if not jobs.count():
         for i in range(12):
             jobs.add(f"{i} And it came to pass", priority=i % 3)
     async with mtpbatch.Engine.open(MODEL, n_seq=N_SEQ) as engine, asyncio.TaskGroup() as tasks:
@@ -77,6 +82,7 @@ async def main(path: str) -> None:
         await jobs.queue.join()
         for worker in workers:
             worker.cancel()
+    print(f"{jobs.count()} jobs have their results in {path}")
 
 
 if __name__ == "__main__":
