@@ -3,7 +3,8 @@
     pip install '.[examples]'           # starlette, uvicorn and websockets
     python examples/websocket_chat.py   # then open http://127.0.0.1:8000
 
-The demo model knows nothing of conversations: it answers with the sound of old books.
+The demo model knows nothing of conversations: it answers with the sound of what it has read, the
+Bible and Python.
 """
 
 import os
