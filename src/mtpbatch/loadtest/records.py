@@ -100,3 +100,13 @@ class SweepRecord(Struct, frozen=True, kw_only=True, tag_field="kind", tag="swee
 
 
 Record: TypeAlias = RunRecord | SweepRecord
+
+
+def values_of(record: Record) -> list[tuple[float | None, RunRecord]]:
+    """Its runs, each with its value of a sweep's parameter."""
+    return [(None, record)] if isinstance(record, RunRecord) else [*record.runs]
+
+
+def runs_of(record: Record) -> list[RunRecord]:
+    """Its runs."""
+    return [run for _, run in values_of(record)]
