@@ -17,6 +17,7 @@ from mtpbatch.loadtest.records import (
     Slo,
     SweepRecord,
 )
+from mtpbatch.loadtest.summary import summarize
 
 SLO: Slo = {"ttft": 0.6, "tpot": 0.03}
 
@@ -126,4 +127,7 @@ def simulated_sweep(*, name: str = "mtpbatch", depth: int = 3, step: float = 0.0
     runs = tuple(
         (rate, simulated_run(name=name, rate=rate, n=200, depth=depth, step=step)) for rate in rates
     )
-    return SweepRecord(name=name, parameter="rate", runs=runs, slo=SLO, capacity=12.0)
+    kept = [rate for rate, run in runs if (summarize(run).slo_share or 0.0) >= 0.9]
+    return SweepRecord(
+        name=name, parameter="rate", runs=runs, slo=SLO, capacity=max(kept, default=None)
+    )

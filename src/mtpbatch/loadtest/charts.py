@@ -11,16 +11,18 @@ from msgspec import Struct
 from mtpbatch.loadtest.plots import N_SERIES, Axis, Numbers, Plot
 from mtpbatch.loadtest.records import RequestRecord, RunRecord, SweepRecord
 from mtpbatch.loadtest.summary import (
+    LATENCIES,
     Counted,
     Distribution,
     Summary,
     Weighted,
     acceptance_length,
     summarize,
+    summarize_sweep,
     tpot,
     ttft,
 )
-from mtpbatch.loadtest.tables import LATENCIES, Table, number, seconds
+from mtpbatch.loadtest.tables import Table, number, seconds
 
 MOST_BARS = 600  # requests in a timeline: more could not be told apart
 MOST_POINTS = 2000  # requests in a scatter plot
@@ -106,10 +108,11 @@ def _distribution(shown: Sequence[Shown], name: str) -> Chart | None:
         curve = np.array([weighted.quantile(share) for share in shares])
         plot.line(curve, shares, series(shown.index(each)))
     if len(shown) == 1:
-        for level, (share, text) in enumerate(((0.5, "median"), (0.9, "p90"), (0.99, "p99"))):
+        # Texts where the curve is not.
+        for share, text, level in ((0.5, "median", 0), (0.9, "p90", 4), (0.99, "p99", 5)):
             plot.down(only.quantile(share), "dashed", text, level=level)
     for limit in {each.run.slo[name] for each in shown if name in each.run.slo}:
-        plot.down(limit, "limit", "SLO", level=4)
+        plot.down(limit, "limit", "SLO", level=7)
     rows = [
         (f"{100 * share:g} %", *(seconds(w.quantile(share)) for _, w in found)) for share in _PLACES
     ]
@@ -379,9 +382,7 @@ class Sweep(Struct, frozen=True):
 
     @classmethod
     def of(cls, record: SweepRecord, label: str | None = None) -> Sweep:
-        runs = sorted(record.runs, key=lambda each: each[0])
-        summaries = tuple(summarize(run) for _, run in runs)
-        return cls(label or record.name, record, tuple(value for value, _ in runs), summaries)
+        return cls(label or record.name, record, *summarize_sweep(record))
 
 
 _Figure = Callable[[Summary], float | None]
@@ -446,7 +447,8 @@ def _over_load(
         plot.across(limit, "limit", "SLO")
     for i, sweep in enumerate(sweeps):
         if sweep.record.capacity is not None:
-            plot.down(sweep.record.capacity, f"{series(i)} fine", "capacity", level=i)
+            text = f"capacity, {sweep.label}" if len(sweeps) > 1 else "capacity"
+            plot.down(sweep.record.capacity, f"{series(i)} fine", text, level=i)
     for i, sweep, style, _, values in found:
         pairs = [p for p in zip(sweep.values, values, strict=True) if p[1] is not None]
         both = np.array(pairs, dtype=np.float64).reshape(-1, 2)

@@ -77,7 +77,7 @@ def _run(run: RunRecord) -> Page:
         title=run.name,
         subtitle=f"Load test of {run.started_at}, steady for {seconds(shown.summary.seconds)}",
         tiles=_tiles(run, shown.summary),
-        warnings=warnings(shown.summary),
+        warnings=warnings(run, shown.summary),
         sections=(
             Section(title="Figures", tables=run_tables(run, shown.summary)),
             Section(title="Plots", charts=run_charts([shown])),
@@ -88,6 +88,7 @@ def _run(run: RunRecord) -> Page:
 
 def _sweep(sweep: SweepRecord) -> Page:
     shown = Sweep.of(sweep)
+    table = sweep_table(sweep, shown.label, shown.values, shown.summaries)
     runs = sorted(sweep.runs, key=lambda each: each[0])
     words = "no SLO was given"
     if sweep.slo:
@@ -100,7 +101,10 @@ def _sweep(sweep: SweepRecord) -> Page:
         tiles=[(f"Capacity, {unit}", capacity, words)] if sweep.slo else (),
         warnings=sweep_warnings(shown),
         sections=(
-            Section(title="Figures", tables=[sweep_table(sweep, [*shown.summaries])]),
+            Section(
+                title="Figures",
+                tables=[sweep_table(sweep, shown.label, shown.values, shown.summaries)],
+            ),
             Section(title="Plots", charts=sweep_charts([shown])),
             *(
                 Section(
@@ -137,9 +141,11 @@ def _tiles(run: RunRecord, summary: Summary) -> list[tuple[str, str, str]]:
     return tiles
 
 
-def warnings(summary: Summary) -> list[str]:
+def warnings(run: RunRecord, summary: Summary) -> list[str]:
     """What a reader should know before the figures."""
     found = []
+    if run.load.get("interrupted"):
+        found.append("The run was interrupted: these are the figures of what there was by then.")
     if summary.seconds <= 0 or not summary.ok:
         found.append("No request was sent in the steady state and ended well: measure for longer.")
     elif summary.ok < FEW:

@@ -23,7 +23,7 @@ N_SERIES = 6  # colours; more runs than that share them
 N_TICKS = 6  # about
 _MARGIN = {"left": 62, "right": 16, "top": 14, "bottom": 44}
 _HEIGHT = 250
-_CHARACTER = 7.2  # px, about
+_CHARACTER = 8.2  # px, at most
 
 
 class Axis(Struct, frozen=True, kw_only=True):

@@ -36,16 +36,23 @@ class _Head(Struct, frozen=True):
 def save(record: Record, folder: Path) -> list[Path]:
     """Write ``result.json``, ``requests.csv`` and ``report.html``; return where they are."""
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / name for name in ("result.json", "requests.csv", "report.html")]
+    result = folder / "result.json"
     summaries = [summarize(run) for run in runs_of(record)]
-    paths[0].write_bytes(msgspec.json.encode(_File(summaries, record)))
-    with paths[1].open("w", encoding="utf-8", newline="") as file:
+    result.write_bytes(msgspec.json.encode(_File(summaries, record)))
+    return [result, *save_report(record, folder)]
+
+
+def save_report(record: Record, folder: Path) -> list[Path]:
+    """Write what is made of a ``result.json``; return where it is."""
+    folder.mkdir(parents=True, exist_ok=True)
+    requests, page = folder / "requests.csv", folder / "report.html"
+    with requests.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, _COLUMNS)
         writer.writeheader()
         for value, run in values_of(record):
             writer.writerows(_line(run, request, value) for request in run.requests)
-    paths[2].write_text(report(record), encoding="utf-8")
-    return paths
+    page.write_text(report(record), encoding="utf-8")
+    return [requests, page]
 
 
 def load(path: Path) -> Record:

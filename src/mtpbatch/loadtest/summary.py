@@ -19,10 +19,19 @@ import numpy as np
 import numpy.typing as npt
 from msgspec import Struct
 
-from mtpbatch.loadtest.records import ClientOverhead, RequestRecord, RunRecord, Slo
+from mtpbatch.loadtest.records import ClientOverhead, RequestRecord, RunRecord, Slo, SweepRecord
 
 Floats: TypeAlias = npt.NDArray[np.float64]
 Ints: TypeAlias = npt.NDArray[np.int64]
+
+LATENCIES = {
+    "ttft": "TTFT",
+    "tpot": "TPOT",
+    "itl": "ITL",
+    "icl": "ICL",
+    "e2e": "End to end",
+}
+"""What is measured of requests and gaps, and what each is called."""
 
 N_GROUPS = 4  # by acceptance, of equally many requests
 
@@ -334,6 +343,12 @@ def summarize(run: RunRecord, counted: Counted | None = None) -> Summary:
         cached_share=_share([(r.cached_tokens, r.prompt_tokens) for r in seen.ok]),
         overhead=run.overhead,
     )
+
+
+def summarize_sweep(sweep: SweepRecord) -> tuple[tuple[float, ...], tuple[Summary, ...]]:
+    """The values of a sweep's parameter in ascending order, and the figures at each."""
+    runs = sorted(sweep.runs, key=lambda each: each[0])
+    return tuple(value for value, _ in runs), tuple(summarize(run) for _, run in runs)
 
 
 def _counts(kinds: list[str]) -> dict[str, int]:

@@ -4,25 +4,18 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Iterable
+import textwrap
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from msgspec import Struct
 
 from mtpbatch.loadtest.records import Record, RunRecord, Slo, SweepRecord
-from mtpbatch.loadtest.summary import Distribution, Summary, summarize
+from mtpbatch.loadtest.summary import LATENCIES, Distribution, Summary, summarize, summarize_sweep
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-LATENCIES = {
-    "ttft": "TTFT",
-    "tpot": "TPOT",
-    "itl": "ITL",
-    "icl": "ICL",
-    "e2e": "End to end",
-}
-"""What each is called in tables."""
 UNKNOWN = "-"
 
 
@@ -33,6 +26,8 @@ class Table(Struct, frozen=True, kw_only=True):
     head: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
+    wide: bool = False
+    """Whether it wants a page's whole width."""
 
 
 # ------------------------------------------------------------------------------- figures
@@ -49,12 +44,14 @@ def seconds(value: float | None) -> str:
 
 
 def number(value: float | None) -> str:
-    """Three digits; whole numbers from a hundred on."""
+    """Three digits, small ones two; whole numbers from a hundred on."""
     if value is None:
         return UNKNOWN
     if abs(value) >= 99.95:
         return f"{value:,.0f}"
-    return f"{value:.1f}" if abs(value) >= 9.995 else f"{value:.2f}"
+    if abs(value) >= 9.995:
+        return f"{value:.1f}"
+    return f"{value:.2f}" if abs(value) >= 0.0995 or not value else f"{value:.2g}"
 
 
 def percent(value: float | None) -> str:
@@ -93,6 +90,7 @@ def _latency(summary: Summary) -> Table:
 
     return Table(
         title="Latency",
+        wide=True,
         head=("", "mean", "median", "p90", "p99", "std", "min", "max"),
         rows=tuple(
             (LATENCIES[name], *cells(each)) for name, each in distributions(summary).items()
@@ -191,8 +189,10 @@ def _client(summary: Summary) -> Table:
 # ------------------------------------------------------------------------------- a sweep
 
 
-def sweep_table(sweep: SweepRecord, summaries: list[Summary]) -> Table:
-    """A row for each run, in ascending order of the parameter."""
+def sweep_table(
+    sweep: SweepRecord, label: str, values: Sequence[float], summaries: Sequence[Summary]
+) -> Table:
+    """A row for each value of the parameter."""
 
     def cells(summary: Summary) -> tuple[str, ...]:
         def of(name: str, part: str) -> str:
@@ -211,18 +211,18 @@ def sweep_table(sweep: SweepRecord, summaries: list[Summary]) -> Table:
 
     unit = {"rate": "requests/s asked", "concurrency": "at once"}[sweep.parameter]
     rows = [
-        (f"{value:g}", *cells(summary))
-        for (value, _), summary in zip(sweep.runs, summaries, strict=True)
+        (f"{value:g}", *cells(summary)) for value, summary in zip(values, summaries, strict=True)
     ]
     capacity = "nowhere" if sweep.capacity is None else f"up to {sweep.capacity:g}"
     return Table(
-        title=f"Sweep over {sweep.parameter}",
+        title=f"{label}: sweep over {sweep.parameter}",
+        wide=True,
         head=(
             *(unit, "requests/s", "tokens/s", "goodput, requests/s", "SLO kept"),
             *("TTFT", "TTFT p99", "TPOT", "TPOT p99", "end to end", "end to end p99"),
             *("tokens per step", "failed"),
         ),
-        rows=tuple(sorted(rows, key=lambda row: float(row[0]))),
+        rows=tuple(rows),
         note=f"SLO ({slo_words(sweep.slo)}) kept: {capacity}." if sweep.slo else "",
     )
 
@@ -235,7 +235,8 @@ def print_record(record: Record) -> None:
     if isinstance(record, RunRecord):
         tables = run_tables(record, summarize(record))
     else:
-        tables = [sweep_table(record, [summarize(run) for _, run in record.runs])]
+        values, summaries = summarize_sweep(record)
+        tables = [sweep_table(record, record.name, values, summaries)]
     print_tables(record.name, tables)
 
 
@@ -279,7 +280,8 @@ def _print_rich(console: Console, title: str, tables: Iterable[Table]) -> None:
 def plain(table: Table) -> str:
     """Columns of text; one too wide for the terminal is turned, a column for each row."""
     head, rows = table.head, list(table.rows)
-    if _width(head, rows) > shutil.get_terminal_size().columns and len(rows) < len(head):
+    width = shutil.get_terminal_size().columns
+    if _width(head, rows) > width and len(rows) < len(head):
         head, *rows = zip(head, *rows, strict=True)
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     lines = [
@@ -289,7 +291,8 @@ def plain(table: Table) -> str:
         ).rstrip()
         for row in (head, *rows)
     ]
-    return "\n".join([table.title, *(f"  {line}" for line in lines), *filter(None, [table.note])])
+    note = textwrap.wrap(table.note, width)
+    return "\n".join([table.title, *(f"  {line}" for line in lines), *note])
 
 
 def _width(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> int:
