@@ -6,6 +6,7 @@ run; each step gives a request a token and, by chance, accepted drafts.
 
 from __future__ import annotations
 
+import functools
 import heapq
 import random
 
@@ -22,6 +23,7 @@ from mtpbatch.loadtest.summary import summarize
 SLO: Slo = {"ttft": 0.6, "tpot": 0.03}
 
 
+@functools.cache
 def simulated_run(
     *,
     name: str = "mtpbatch",
@@ -31,7 +33,6 @@ def simulated_run(
     step: float = 0.018,
     depth: int = 3,
     seed: int = 1,
-    slo: Slo | None = SLO,
 ) -> RunRecord:
     """``n`` requests come at random, ``rate`` a second, to a server of ``slots``."""
     chance = random.Random(seed)
@@ -63,7 +64,7 @@ def simulated_run(
             loop_lag_p99=0.0018,
             send_late_p99=0.0021,
         ),
-        slo=slo or {},
+        slo=SLO,
     )
 
 
@@ -121,6 +122,7 @@ def _request(
     )
 
 
+@functools.cache
 def simulated_sweep(*, name: str = "mtpbatch", depth: int = 3, step: float = 0.018) -> SweepRecord:
     """Rates below and above what the server can do."""
     rates = (4.0, 8.0, 12.0, 16.0, 20.0, 24.0)

@@ -123,7 +123,7 @@ class _Figures:
     def __init__(self, run: RunRecord, counted: Counted) -> None:
         self._run, self._counted = run, counted
         whole = np.ones((1, N_PARTS))
-        without = (1 - np.eye(N_PARTS)) * N_PARTS / (N_PARTS - 1)
+        without = 1 - np.eye(N_PARTS)
         self._weights: Floats = np.concatenate([whole, without])
         self._figures: dict[str, Figure] = {}
 
@@ -171,8 +171,9 @@ class _Figures:
                 ("Goodput, requests/s", ends, good),
                 ("Goodput, output tokens/s", times, tokens * good[counted.owners]),
             ]
+        seconds = counted.seconds * self._weights.mean(axis=1)
         for name, at, amounts in rates:
-            self._add(name, self._sums(at, amounts) / counted.seconds, "number", "more")
+            self._add(name, self._sums(at, amounts) / seconds, "number", "more")
 
     def _latency(self, name: str, words: str) -> None:
         samples = self._counted.latencies[name]

@@ -101,10 +101,7 @@ def _sweep(sweep: SweepRecord) -> Page:
         tiles=[(f"Capacity, {unit}", capacity, words)] if sweep.slo else (),
         warnings=sweep_warnings(shown),
         sections=(
-            Section(
-                title="Figures",
-                tables=[sweep_table(sweep, shown.label, shown.values, shown.summaries)],
-            ),
+            Section(title="Figures", tables=[table]),
             Section(title="Plots", charts=sweep_charts([shown])),
             *(
                 Section(
