@@ -190,7 +190,7 @@ def test_sweeps_are_compared_where_both_have_a_value() -> None:
     assert [row[0] for row in ratios.rows] == ["12", "16", "20", "24"]
     assert [row[1:] for row in capacity.rows] == [("4", "1.00"), ("12", "3.00")]
     assert len(curves) == 2
-    assert "capacity, a" in found.page()
+    assert "a capacity 4" in found.page()
 
 
 @pytest.mark.parametrize(

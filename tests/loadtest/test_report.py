@@ -174,4 +174,4 @@ def test_a_sweep_shows_its_capacity_and_each_run() -> None:
     assert re.search(r"Capacity, requests/s</dt><dd>12<", text)
     for value, _ in sweep.runs:
         assert f"<h2>At {value:g}</h2>" in text
-    assert text.count(">capacity</text>") == len(re.findall("<h3>", text))
+    assert text.count("</svg>capacity 12</li>") == len(re.findall("<h3>", text))

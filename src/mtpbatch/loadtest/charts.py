@@ -321,7 +321,7 @@ def _timeline(run: RunRecord) -> Chart | None:
             ("cancelled", "cancelled"),
             ("error", "failed"),
         ),
-        note=f"{words} requests.csv has them all. Grey: ramp-up and drain.",
+        note=f"{words} Grey: ramp-up and drain.",
         wide=True,
     )
 
@@ -337,7 +337,8 @@ def _slice(run: RunRecord) -> tuple[list[RequestRecord], str]:
     chosen = requests[first : first + MOST_BARS]
     words = (
         f"{MOST_BARS} of {len(requests)} requests, sent from second {chosen[0].sent:.1f} to "
-        f"{chosen[-1].sent:.1f}; earlier ones that still ran are left out."
+        f"{chosen[-1].sent:.1f}; earlier ones that still ran are left out. "
+        f"requests.csv has them all."
     )
     return chosen, words
 
@@ -447,19 +448,24 @@ def _over_load(
         plot.across(limit, "limit", "SLO")
     for i, sweep in enumerate(sweeps):
         if sweep.record.capacity is not None:
-            text = f"capacity, {sweep.label}" if len(sweeps) > 1 else "capacity"
-            plot.down(sweep.record.capacity, f"{series(i)} fine", text, level=i)
+            plot.down(sweep.record.capacity, f"{series(i)} fine")
     for i, sweep, style, _, values in found:
         pairs = [p for p in zip(sweep.values, values, strict=True) if p[1] is not None]
         both = np.array(pairs, dtype=np.float64).reshape(-1, 2)
         plot.line(both[:, 0], both[:, 1], f"{series(i)} {style}")
         plot.points(both[:, 0], both[:, 1], f"{series(i)} large")
-    legend = tuple(
-        (f"{series(i)} {style}", f"{sweep.label} {words}" if len(sweeps) > 1 else words)
-        for i, sweep, style, words, _ in found
+    legend = [(f"{series(i)} {style}", sweep, words) for i, sweep, style, words, _ in found]
+    legend += [
+        (f"{series(i)} fine", sweep, f"capacity {sweep.record.capacity:g}")
+        for i, sweep in enumerate(sweeps)
+        if sweep.record.capacity is not None
+    ]
+    named = tuple(
+        (style, f"{sweep.label} {words}" if len(sweeps) > 1 else words)
+        for style, sweep, words in legend
         if words or len(sweeps) > 1
     )
-    return Chart(title=title, svg=plot.svg(), legend=legend)
+    return Chart(title=title, svg=plot.svg(), legend=named)
 
 
 def _load_axis(values: list[float], label: str, is_time: bool) -> Axis:

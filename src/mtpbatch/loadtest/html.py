@@ -183,7 +183,7 @@ def settings(run: RunRecord) -> list[Table]:
     return [
         Table(
             title=title,
-            head=("", "value"),
+            head=("", ""),
             rows=tuple((name, "none" if v is None else str(v)) for name, v in values.items()),
         )
         for title, values in parts

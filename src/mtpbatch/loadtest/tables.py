@@ -37,6 +37,8 @@ def seconds(value: float | None) -> str:
     """Three digits, in the unit that suits."""
     if value is None:
         return UNKNOWN
+    if not value:
+        return "0 s"
     for unit, size in (("s", 1.0), ("ms", 1e-3)):
         if abs(value) >= 0.9995 * size:
             return f"{number(value / size)} {unit}"
