@@ -150,7 +150,9 @@ def test_settings_that_differ_are_named_but_for_the_command() -> None:
 
 def test_another_machine_is_named() -> None:
     run = simulated_run(n=40)
-    other = msgspec.structs.replace(run, environment=run.environment | {"cpus": 64})
+    other = msgspec.structs.replace(
+        run, environment=run.environment | {"cpus": 64, "load_average": "9"}
+    )
     (warning,) = side_by_side.compare([run, other], ["a", "b"]).warnings
     assert warning == "Not the same surroundings: cpus: 2, 64."
 

@@ -310,22 +310,30 @@ def test_a_weighted_quantile_is_that_of_repeated_values(
         assert distribution(values, weights) is None
 
 
-def test_groups_by_acceptance_hold_each_request_once_in_order() -> None:
+def test_groups_by_acceptance_hold_each_request_once_and_equal_ones_together() -> None:
     record = simulated_run(n=300)
     summary = summarize(record)
     groups = summary.by_acceptance
-    assert len(groups) == 4
     begin, end = record.window
     ok = [r for r in record.requests if r.outcome == "ok" and begin <= r.sent <= end]
+    lengths = [(r.output_tokens / r.steps, r) for r in ok if r.steps]
+    for group in groups:
+        own = [r for length, r in lengths if group.least <= length <= group.most]
+        assert group.n == len(own)
+        assert 0.2 * len(ok) < len(own) < 0.3 * len(ok)
+        each = [t for r in own if (t := tpot(r)) is not None]
+        assert group.tpot == pytest.approx(np.median(each))
+        waits = [b[0] - a[0] for r in own for a, b in itertools.pairwise(r.chunks)]
+        assert group.icl == pytest.approx(np.median(waits))
+    assert len(groups) == 4
     assert sum(group.n for group in groups) == len(ok)
-    lengths = sorted(r.output_tokens / r.steps for r in ok if r.steps)
-    assert groups[0].least == lengths[0]
-    assert groups[-1].most == lengths[-1]
-    for low, high in itertools.pairwise(groups):
-        assert low.most <= high.least
-    slowest = [r for r in ok if r.steps and r.output_tokens / r.steps < groups[0].most]
-    each = [tpot(r) for r in slowest]
-    assert groups[0].tpot == pytest.approx(np.median([t for t in each if t is not None]), rel=0.05)
+
+
+def test_where_most_are_alike_there_are_fewer_groups() -> None:
+    alike = [request(i, i / 8, [(i / 8, 1), (i / 8 + 1, 1)], i / 8 + 1, steps=2) for i in range(8)]
+    better = request(8, 1.0, [(2.0, 2)], 2.0, steps=1)
+    groups = summarize(run([*alike, better], (0.0, 9.0))).by_acceptance
+    assert [(group.least, group.most, group.n) for group in groups] == [(1, 1, 8), (2, 2, 1)]
 
 
 def test_a_request_of_no_chunks_has_no_first_token() -> None:

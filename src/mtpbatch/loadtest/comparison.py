@@ -22,8 +22,8 @@ from mtpbatch.loadtest.summary import LATENCIES, Counted, Floats, Ints, Weighted
 N_PARTS: Final = 5  # of a window: more would be shorter than what makes requests alike
 STUDENT: Final = 2.776  # of N_PARTS - 1 degrees of freedom: intervals hold 95 %
 FEW: Final = 1000  # requests, of which a p99 has ten beyond it: with fewer it is no evidence
-NOT_LOAD: Final = {"command"}
-"""What a run's ``load`` holds beside settings."""
+NOT_SETTINGS: Final = {"command", "load_average"}
+"""What stands beside settings in a run's ``load`` and ``environment``, and always differs."""
 
 Unit: TypeAlias = Literal["seconds", "number", "percent"]
 Better: TypeAlias = Literal["more", "less"]
@@ -34,7 +34,7 @@ Better: TypeAlias = Literal["more", "less"]
 
 def differences(runs: Sequence[RunRecord]) -> list[str]:
     """Settings of the load that are not the same in all runs, each with its values."""
-    found = _differences([run.load for run in runs], NOT_LOAD)
+    found = _differences([run.load for run in runs])
     return found + _differences([{"slo": dict(run.slo)} for run in runs])
 
 
@@ -43,10 +43,8 @@ def surroundings(runs: Sequence[RunRecord]) -> list[str]:
     return _differences([run.environment for run in runs])
 
 
-def _differences(
-    settings: Sequence[Mapping[str, object]], ignored: set[str] | frozenset[str] = frozenset()
-) -> list[str]:
-    names = dict.fromkeys(name for each in settings for name in each if name not in ignored)
+def _differences(settings: Sequence[Mapping[str, object]]) -> list[str]:
+    names = dict.fromkeys(name for each in settings for name in each if name not in NOT_SETTINGS)
     found = []
     for name in names:
         values = [each.get(name) for each in settings]

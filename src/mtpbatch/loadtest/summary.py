@@ -394,21 +394,23 @@ def _share(counts: list[tuple[int | None, int | None]]) -> float | None:
 
 
 def _by_acceptance(requests: list[RequestRecord]) -> tuple[AcceptanceGroup, ...]:
-    """Groups of equally many requests, from the lowest acceptance length to the highest."""
-    lengths = [(length, r) for r in requests if (length := acceptance_length(r)) is not None]
-    lengths.sort(key=lambda each: each[0])
-    if len(lengths) < N_GROUPS or lengths[0][0] == lengths[-1][0]:
+    """Groups of about equally many requests, by acceptance length; equal ones stay together."""
+    known = [(length, r) for r in requests if (length := acceptance_length(r)) is not None]
+    if not known:
         return ()
-    cuts = [round(i * len(lengths) / N_GROUPS) for i in range(N_GROUPS + 1)]
+    lengths = np.array([length for length, _ in known])
+    cuts = np.quantile(lengths, np.arange(1, N_GROUPS) / N_GROUPS, method="lower")
+    places = np.searchsorted(np.unique(cuts), lengths)
     groups = []
-    for first, last in itertools.pairwise(cuts):
-        group = [r for _, r in lengths[first:last]]
+    for place in np.unique(places):
+        own = lengths[places == place]
+        group = [r for (_, r), of in zip(known, places, strict=True) if of == place]
         gaps = [b[0] - a[0] for r in group for a, b in itertools.pairwise(r.chunks)]
         each = [t for r in group if (t := tpot(r)) is not None]
         groups.append(
             AcceptanceGroup(
-                least=lengths[first][0],
-                most=lengths[last - 1][0],
+                least=float(own.min()),
+                most=float(own.max()),
                 n=len(group),
                 tpot=float(np.median(each)) if each else None,
                 icl=float(np.median(gaps)) if gaps else None,

@@ -144,8 +144,7 @@ def _median(found: Distribution | None) -> str:
 
 def _acceptance(summary: Summary) -> Table:
     every = (
-        "all",
-        number(summary.acceptance_length),
+        f"{number(summary.acceptance_length)} (all)",
         f"{summary.ok}",
         _median(summary.tpot),
         _median(summary.icl),
@@ -153,21 +152,20 @@ def _acceptance(summary: Summary) -> Table:
     )
     groups = (
         (
-            f"quarter {i}",
             f"{group.least:.2f} to {group.most:.2f}",
             f"{group.n}",
             seconds(group.tpot),
             seconds(group.icl),
             seconds(group.e2e),
         )
-        for i, group in enumerate(summary.by_acceptance, 1)
+        for group in (summary.by_acceptance if len(summary.by_acceptance) > 1 else ())
     )
     note = "Latencies are medians."
     if summary.acceptance_rate is not None:
         note = f"{percent(summary.acceptance_rate)} of the drafted tokens were accepted. {note}"
     return Table(
         title="Acceptance beside latency",
-        head=("requests", "tokens per step", "number", "TPOT", "ICL", "end to end"),
+        head=("tokens per step", "requests", "TPOT", "ICL", "end to end"),
         rows=(every, *groups),
         note=note,
     )
