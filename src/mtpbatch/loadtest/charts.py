@@ -434,14 +434,13 @@ def _over_load(
     known = [v for *_, values in found for v in values if v is not None]
     if not known:
         return None
-    unit = "seconds" if slo else "number"
     parameter = sweeps[0].record.parameter
     label = {"rate": "requests/s asked for", "concurrency": "requests at once"}[parameter]
     limits = {limit for sweep in sweeps for name, limit in sweep.record.slo.items() if name == slo}
     every = [value for sweep in sweeps for value in sweep.values]
     plot = Plot(
         Axis.around(every, label=label),
-        _load_axis([*known, *limits], title, unit == "seconds"),
+        _load_axis([*known, *limits], is_time=slo is not None),
         alt=f"{title} by {label}. The figures are in the table.",
     )
     for limit in limits:
@@ -468,10 +467,10 @@ def _over_load(
     return Chart(title=title, svg=plot.svg(), legend=named)
 
 
-def _load_axis(values: list[float], label: str, is_time: bool) -> Axis:
+def _load_axis(values: list[float], *, is_time: bool) -> Axis:
     """Latencies explode beyond the capacity: then a logarithmic axis shows both sides of it."""
     if not is_time:
-        return Axis.around(values, label=label.lower())
+        return Axis.around(values, label="")
     some = [v for v in values if v > 0]
     if some and max(some) > 20 * min(some):
         low, high = min(some) / 1.3, max(some) * 1.3

@@ -21,7 +21,7 @@ Unit: TypeAlias = Literal["seconds", "number", "percent"]
 
 N_SERIES = 6  # colours; more runs than that share them
 N_TICKS = 6  # about
-_MARGIN = {"left": 62, "right": 16, "top": 14, "bottom": 44}
+_MARGIN = {"left": 68, "right": 16, "top": 14, "bottom": 44}
 _HEIGHT = 250
 _CHARACTER = 8.2  # px, at most
 
