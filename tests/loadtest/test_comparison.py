@@ -135,15 +135,16 @@ def test_what_is_nothing_or_unsteady_has_no_ratio_or_no_interval() -> None:
 # --------------------------------------------------------------------------- side by side
 
 
-def test_settings_that_differ_are_named_but_for_the_command() -> None:
+def test_settings_that_differ_are_named_once_each() -> None:
     run = simulated_run(n=40)
     other = msgspec.structs.replace(
-        run, load=run.load | {"rate": 3.0, "command": "mtpbatch bench", "dataset": "x"}, slo={}
+        run, load=run.load | {"rate": 3.0, "slo": "e2e=1s", "dataset": "x"}, slo={"e2e": 1.0}
     )
     assert differences([run, run]) == []
     names = [each.split(":")[0] for each in differences([run, other])]
     assert names == ["rate", "dataset", "slo"]
     assert "rate: 12.0, 3.0" in differences([run, other])
+    assert len(differences([run, other], {"rate"})) == 2
     warnings = side_by_side.compare([run, other], ["a", "b"]).warnings
     assert sum("Not the same load" in each for each in warnings) == 3
 

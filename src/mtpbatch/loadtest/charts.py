@@ -82,39 +82,40 @@ _PLACES = (0.01, 0.05, 0.1, 0.25, 0.5, 0.75, 0.9, 0.95, 0.99, 0.999)
 def _distribution(shown: Sequence[Shown], name: str) -> Chart | None:
     """How many took how long at most; of a single run also where its values lie."""
     found = []
-    for each in shown:
+    for place, each in enumerate(shown):
         samples = each.counted.latencies[name]
         weighted = Weighted.of(samples.values, samples.weights)
         if len(weighted.values):
-            found.append((each, weighted))
+            found.append((series(place), each, weighted))
     if not found:
         return None
     title = LATENCIES[name]
-    x = Axis.spread(np.concatenate([w.values for _, w in found]), label=title)
+    x = Axis.spread(np.concatenate([w.values for _, _, w in found]), label=title)
     y = Axis(label="took at most", low=0.0, high=1.0, unit="percent")
     words = [
         f"{each.label}: median {seconds(w.quantile(0.5))}, p90 {seconds(w.quantile(0.9))}, "
         f"p99 {seconds(w.quantile(0.99))}"
-        for each, w in found
+        for _, each, w in found
     ]
     plot = Plot(x, y, alt=f"Distribution of {title}. {'; '.join(words)}.")
     if len(shown) == 1:
-        ((_, only),) = found
+        ((_, _, only),) = found
         edges = x.edges(N_BINS)
         heights, _ = np.histogram(only.values.clip(x.low, x.high), edges, weights=only.weights)
         plot.columns(edges, 0.9 * heights / heights.max(), "s0")
     shares = np.linspace(0.0, 1.0, N_PLACES)
-    for each, weighted in found:
+    for style, _, weighted in found:
         curve = np.array([weighted.quantile(share) for share in shares])
-        plot.line(curve, shares, series(shown.index(each)))
+        plot.line(curve, shares, style)
     if len(shown) == 1:
         # Texts where the curve is not.
         for share, text, level in ((0.5, "median", 0), (0.9, "p90", 4), (0.99, "p99", 5)):
-            plot.down(only.quantile(share), "dashed", text, level=level)
+            plot.down(only.quantile(share), "guide", text, level=level)
     for limit in {each.run.slo[name] for each in shown if name in each.run.slo}:
         plot.down(limit, "limit", "SLO", level=7)
     rows = [
-        (f"{100 * share:g} %", *(seconds(w.quantile(share)) for _, w in found)) for share in _PLACES
+        (f"{100 * share:g} %", *(seconds(w.quantile(share)) for _, _, w in found))
+        for share in _PLACES
     ]
     return Chart(
         title=title,
@@ -123,7 +124,7 @@ def _distribution(shown: Sequence[Shown], name: str) -> Chart | None:
         note="Bars: where the values lie." if len(shown) == 1 else "",
         table=Table(
             title=f"{title}, at most",
-            head=("of them", *(each.label for each, _ in found)),
+            head=("of them", *(each.label for _, each, _ in found)),
             rows=tuple(rows),
         ),
     )
@@ -147,9 +148,7 @@ def _bins(shown: Sequence[Shown]) -> Numbers:
         for m in (1, 2, 5)
         if m * 10.0**d * MOST_COLUMNS >= max(longest, 1e-9)
     )
-    return (
-        size * np.arange(int(np.ceil(longest / size)) + 1.0) if longest > 0 else np.array([0, size])
-    )
+    return size * np.arange(int(longest / size) + 2.0)
 
 
 def _middles(edges: Numbers) -> Numbers:
@@ -188,7 +187,7 @@ def _output_over_time(shown: Sequence[Shown]) -> Chart:
             plot.area(_middles(edges), rate, series(i))
         plot.line(_middles(edges), rate, series(i))
         if len(shown) == 1 and each.summary.output_rate is not None:
-            plot.across(each.summary.output_rate, "dashed", "mean of the window")
+            plot.across(each.summary.output_rate, "guide", "mean of the window")
     return Chart(
         title="Output tokens per second",
         svg=plot.svg(),
@@ -254,30 +253,29 @@ def _over_time(
 def _acceptance(shown: Sequence[Shown]) -> Chart | None:
     """Each request by how many tokens a step gave it and how long a token took it."""
     found = []
-    for each in shown:
+    for place, each in enumerate(shown):
         both = [(acceptance_length(r), tpot(r)) for r in each.counted.ok]
         known = np.array([pair for pair in both if None not in pair], dtype=np.float64)
         if len(known):
-            found.append((each, known[:: -(-len(known) // MOST_POINTS)]))
+            found.append((series(place), each, known[:: -(-len(known) // MOST_POINTS)]))
     if not found:
         return None
-    together = np.concatenate([known for _, known in found])
+    together = np.concatenate([known for *_, known in found])
     high = float(together[:, 0].max())
     x = Axis(label="tokens per step", low=1.0, high=max(1.05 * high, 2.0))
     y = Axis.around(together[:, 1].tolist(), label="", unit="seconds")
     words = [
         f"{s.label}: {number(s.summary.acceptance_length)} tokens per step, median TPOT "
         f"{seconds(_part('tpot', 'median')(s.summary))}"
-        for s, _ in found
+        for _, s, _ in found
     ]
     plot = Plot(x, y, alt=f"Acceptance against latency. {'; '.join(words)}.")
-    for each, known in found:
-        plot.points(known[:, 0], known[:, 1], series(shown.index(each)))
-    limits = {s.run.slo["tpot"] for s in shown if "tpot" in s.run.slo}
-    for limit in limits:
+    for style, _, known in found:
+        plot.points(known[:, 0], known[:, 1], style)
+    for limit in {s.run.slo["tpot"] for s in shown if "tpot" in s.run.slo}:
         plot.across(limit, "limit", "SLO")
-    n = sum(len(known) for _, known in found)
-    n_all = sum(len(s.counted.ok) for s, _ in found)
+    n = sum(len(known) for *_, known in found)
+    n_all = sum(len(s.counted.ok) for _, s, _ in found)
     return Chart(
         title="TPOT by tokens per step",
         svg=plot.svg(),

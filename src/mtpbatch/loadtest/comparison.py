@@ -10,7 +10,7 @@ from one run to the next, such as a warm cache or another tenant, it cannot see.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Final, Literal, TypeAlias
 
 import numpy as np
@@ -22,8 +22,8 @@ from mtpbatch.loadtest.summary import LATENCIES, Counted, Floats, Ints, Weighted
 N_PARTS: Final = 5  # of a window: more would be shorter than what makes requests alike
 STUDENT: Final = 2.776  # of N_PARTS - 1 degrees of freedom: intervals hold 95 %
 FEW: Final = 1000  # requests, of which a p99 has ten beyond it: with fewer it is no evidence
-NOT_SETTINGS: Final = {"command", "load_average"}
-"""What stands beside settings in a run's ``load`` and ``environment``, and always differs."""
+NOT_SETTINGS: Final = {"slo", "load_average"}
+"""What is compared by its limits and not by its text, and what is never the same."""
 
 Unit: TypeAlias = Literal["seconds", "number", "percent"]
 Better: TypeAlias = Literal["more", "less"]
@@ -32,19 +32,22 @@ Better: TypeAlias = Literal["more", "less"]
 # --------------------------------------------------------------------------- differences
 
 
-def differences(runs: Sequence[RunRecord]) -> list[str]:
-    """Settings of the load that are not the same in all runs, each with its values."""
-    found = _differences([run.load for run in runs])
-    return found + _differences([{"slo": dict(run.slo)} for run in runs])
+def differences(runs: Sequence[RunRecord], swept: Set[str] = frozenset()) -> list[str]:
+    """Settings of the load that are not the same in all runs, but for what was swept.
+
+    Each with its values.
+    """
+    found = _differences([run.load for run in runs], NOT_SETTINGS | swept)
+    return found + _differences([{"slo": dict(run.slo)} for run in runs], frozenset())
 
 
 def surroundings(runs: Sequence[RunRecord]) -> list[str]:
     """The same of the environment."""
-    return _differences([run.environment for run in runs])
+    return _differences([run.environment for run in runs], NOT_SETTINGS)
 
 
-def _differences(settings: Sequence[Mapping[str, object]]) -> list[str]:
-    names = dict.fromkeys(name for each in settings for name in each if name not in NOT_SETTINGS)
+def _differences(settings: Sequence[Mapping[str, object]], ignored: Set[str]) -> list[str]:
+    names = dict.fromkeys(name for each in settings for name in each if name not in ignored)
     found = []
     for name in names:
         values = [each.get(name) for each in settings]

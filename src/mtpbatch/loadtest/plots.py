@@ -1,7 +1,8 @@
 """Plots as SVG, for pages that bring the style: light, dark and on paper alike.
 
 Marks and texts carry class names and no colours: ``s0`` to ``s5`` are series, ``soft`` is filled
-lightly, ``dashed`` is what it says, ``limit`` is an SLO, ``quiet`` is what does not count.
+lightly, ``dashed`` and ``fine`` are lines of a series, ``guide`` is a line that helps to read,
+``limit`` an SLO, ``quiet`` what does not count.
 """
 
 from __future__ import annotations

@@ -107,8 +107,7 @@ def compare(records: Sequence[Record], labels: Sequence[str]) -> Comparison:
 
 
 def _warnings(runs: Sequence[RunRecord], sweeps: Sequence[SweepRecord]) -> list[str]:
-    swept = {sweep.parameter for sweep in sweeps}
-    loads = [d for d in differences(runs) if d.split(":")[0] not in swept]
+    loads = differences(runs, {sweep.parameter for sweep in sweeps})
     found = [f"Not the same load, so that ratios may mean nothing: {each}." for each in loads]
     return found + [f"Not the same surroundings: {each}." for each in surroundings(runs)]
 
