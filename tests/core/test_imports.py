@@ -62,6 +62,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "testing/scripted": {"backend", "engine", "_loops", "types", "exceptions"},
     "testing/workload": {"types", "exceptions"},
     "testing/simulated": {"testing", "speculation", "types", "exceptions"},
+    "loadtest/records": set(),
+    "loadtest/summary": {"loadtest"},
+    "loadtest/comparison": {"loadtest"},
+    "loadtest/plots": set(),
+    "loadtest/charts": {"loadtest"},
+    "loadtest/tables": {"loadtest"},
+    "loadtest/html": {"loadtest"},
+    "loadtest/side_by_side": {"loadtest", "exceptions"},
+    "loadtest/results": {"loadtest", "exceptions"},
     "testing/simulation": {
         "testing",
         "scheduler",
@@ -145,7 +154,7 @@ import structlog
 assert not structlog.is_configured()
 loaded = {name.split(".")[0] for name in sys.modules} & {"trio", "uvloop", "llama_cpp", "numpy"}
 assert not loaded, loaded
-assert "mtpbatch.native" not in sys.modules
+assert not {"mtpbatch.native", "mtpbatch.loadtest"} & set(sys.modules)
 """
     done = subprocess.run(
         [sys.executable, "-W", "error", "-c", program],

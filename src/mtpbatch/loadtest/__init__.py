@@ -1,0 +1,1 @@
+"""Load tests: ``mtpbatch bench`` (extra ``bench``)."""
