@@ -10,7 +10,7 @@ from typing import Any
 
 import anyio
 
-from mtpbatch.loadtest.records import Record
+from mtpbatch.loadtest import records
 from mtpbatch.loadtest.settings import ARRIVALS, DRAWN, Settings
 
 # Names are those of Settings, which holds the defaults and the checks.
@@ -144,7 +144,7 @@ def _add_options(
 
 
 def run(options: argparse.Namespace, engine_options: Iterable[str]) -> int:
-    """Run a subcommand; return the exit status."""
+    """Run a subcommand; return the exit status: 1 if no request ended well, 130 after Ctrl-C."""
     from mtpbatch.loadtest import results, tables  # only here: they take a while to import
     from mtpbatch.loadtest.bench import bench, sweep
 
@@ -152,15 +152,17 @@ def run(options: argparse.Namespace, engine_options: Iterable[str]) -> int:
     settings = {name: given[name] for name in Settings.__struct_fields__ if name in given}
     settings.setdefault("api_key", os.environ.get("OPENAI_API_KEY"))
     config = {name: given[name] for name in engine_options if name in given}
-    record: Record
+    record: records.Record
     if options.bench_command == "sweep":
-        record = anyio.run(
-            sweep, Settings(**settings), config, options.slo_share, options.precision
-        )
+        judged = options.slo_share, options.precision
+        record, interrupted = anyio.run(sweep, Settings(**settings), config, *judged)
     else:
-        record = anyio.run(bench, Settings(**settings), config)
+        record, interrupted = anyio.run(bench, Settings(**settings), config)
     tables.print_record(record)
     if "out" in given:
         for path in results.save(record, Path(options.out)):
             print(path)
-    return 0
+    if interrupted:
+        return 130
+    requests = (request for run in records.runs_of(record) for request in run.requests)
+    return 0 if any(each.outcome == "ok" for each in requests) else 1

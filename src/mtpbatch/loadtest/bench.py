@@ -14,7 +14,7 @@ import msgspec
 
 from mtpbatch.exceptions import InvalidParameterError
 from mtpbatch.loadtest import progress, units
-from mtpbatch.loadtest.driver import Observed, Run
+from mtpbatch.loadtest.driver import Run
 from mtpbatch.loadtest.environment import environment
 from mtpbatch.loadtest.overhead import doubts
 from mtpbatch.loadtest.records import RunRecord, SweepRecord
@@ -52,8 +52,8 @@ def open_target(
     )
 
 
-async def bench(settings: Settings, config: Mapping[str, Any]) -> RunRecord:
-    """Make the load once."""
+async def bench(settings: Settings, config: Mapping[str, Any]) -> tuple[RunRecord, bool]:
+    """Make the load once. Also tells whether Ctrl-C ended it."""
     settings.make_load()  # what is wrong is said before anything is loaded
     async with open_target(settings, config) as target:
         return await _one(settings, target)
@@ -61,11 +61,11 @@ async def bench(settings: Settings, config: Mapping[str, Any]) -> RunRecord:
 
 async def sweep(
     settings: Settings, config: Mapping[str, Any], slo_share: float, precision: float
-) -> SweepRecord:
+) -> tuple[SweepRecord, bool]:
     """Make loads of different size, to find the greatest at which the SLO is kept.
 
     It is kept if ``slo_share`` of the requests keep it. Ctrl-C ends the run under way, which is
-    dropped, and the sweep.
+    dropped, and the sweep; it also tells whether that happened.
     """
     parameter: Literal["rate", "concurrency"]
     parameter = "concurrency" if settings.kind == "closed" else "rate"
@@ -78,6 +78,7 @@ async def sweep(
         return msgspec.structs.replace(settings, **changes)
 
     step(low, 0).make_load()
+    interrupted = False
     tried: dict[float, bool] = {}
     runs: list[tuple[float, RunRecord]] = []
     async with open_target(settings, config) as target:
@@ -87,20 +88,21 @@ async def sweep(
             )
             if value is None:
                 break
-            run = await _one(step(value, len(runs)), target)
-            if run.load.get("interrupted"):
+            run, interrupted = await _one(step(value, len(runs)), target)
+            if interrupted:
                 break
             runs.append((value, run))
             share = summarize(run).slo_share
             tried[value] = not slo or (share is not None and share >= slo_share)
             _tell(f"{parameter} {value:g}: {_verdict(run, share, tried[value])}")
-    return SweepRecord(
+    record = SweepRecord(
         name=settings.name or target.name,
         parameter=parameter,
         runs=tuple(runs),
         slo=slo,
         capacity=capacity(tried) if slo else None,
     )
+    return record, interrupted
 
 
 def _verdict(run: RunRecord, share: float | None, kept: bool) -> str:
@@ -110,12 +112,11 @@ def _verdict(run: RunRecord, share: float | None, kept: bool) -> str:
     return f"{rate:.0f} output tokens/s, SLO kept by {share:.1%}{'' if kept else ': too much'}"
 
 
-async def _one(settings: Settings, target: Target) -> RunRecord:
+async def _one(settings: Settings, target: Target) -> tuple[RunRecord, bool]:
     """Make a load on a target that is ready."""
     where, load = environment(), settings.make_load()
     started_at = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     run = Run(target, load, settings.make_work())
-    observed: Observed
     async with anyio.create_task_group() as watchers:
         watchers.start_soon(progress.show, run, load)
         watchers.start_soon(_stop_on_interrupt, run)
@@ -129,7 +130,7 @@ async def _one(settings: Settings, target: Target) -> RunRecord:
     if observed.interrupted:
         _tell("interrupted: what follows is of what there was by then")
         facts["interrupted"] = True
-    return RunRecord(
+    record = RunRecord(
         name=settings.name or target.name,
         started_at=started_at,
         target=target.facts,
@@ -141,6 +142,7 @@ async def _one(settings: Settings, target: Target) -> RunRecord:
         samples=observed.samples,
         slo=settings.make_slo(),
     )
+    return record, observed.interrupted
 
 
 async def _stop_on_interrupt(run: Run) -> None:

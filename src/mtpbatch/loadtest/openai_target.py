@@ -31,7 +31,6 @@ _COUNTING: Final[dict[str, dict[str, Any]]] = {
     "mtpbatch": {"stream_options": {"include_usage": True, "continuous_usage_stats": True}},
 }
 """What makes a server tell how many tokens its chunks have."""
-_KEPT_ALIVE: Final = 2.0  # seconds; servers close idle connections after 5
 _PROBE_TIMEOUT: Final = aiohttp.ClientTimeout(total=30)
 _SHOWN: Final = 300  # characters of what a server says is wrong
 
@@ -238,7 +237,9 @@ async def open_server(
     trace = aiohttp.TraceConfig()
     trace.on_request_chunk_sent.append(_sent)
     async with aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEPT_ALIVE),
+        # A connection for each request, as each user has: llama-server closes them after a stream
+        # although it says that it keeps them, and the next request on one would fail.
+        connector=aiohttp.TCPConnector(limit=0, force_close=True),
         timeout=aiohttp.ClientTimeout(total=None),  # the driver's timeout is the one
         headers={"Authorization": f"Bearer {api_key}"} if api_key else None,
         trace_configs=[trace],

@@ -24,7 +24,8 @@ def window(
     - in an open loop, after the time that a request takes (the median of the first ten): only then
       as many can end as come.
 
-    Where nothing lies between, as with one burst, the whole run is the window.
+    Where no request was sent between that ended well, as with a single burst or when a run was
+    interrupted early, the whole run is the window.
     """
     if not requests:
         return 0.0, 0.0
@@ -37,7 +38,7 @@ def window(
         taken = (request.ended - request.sent for request in in_order[:_FIRST])
         whole = in_order[0].sent + statistics.median(taken)
     begin = max(whole, warmup)
-    if begin < end:
+    if any(begin <= each.sent <= end and each.outcome == "ok" for each in requests):
         return begin, end
     return in_order[0].sent, max(request.ended for request in requests)
 
