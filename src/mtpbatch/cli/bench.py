@@ -139,8 +139,8 @@ def _add_options(
         for name, details in options.items():
             group.add_argument("--" + name.replace("_", "-"), **details)
     group = parser.add_argument_group("engine options")
-    for name, details in engine_options.items():
-        group.add_argument("--" + name.replace("_", "-"), metavar="N", **details)
+    for name, setting in engine_options.items():
+        group.add_argument("--" + name.replace("_", "-"), metavar="N", **setting)
 
 
 def run(options: argparse.Namespace, engine_options: Iterable[str]) -> int:

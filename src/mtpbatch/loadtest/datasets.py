@@ -11,10 +11,10 @@ import itertools
 import random
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final, TypeAlias
+from typing import Annotated, Any, Final, TypeAlias
 
 import msgspec
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from mtpbatch.exceptions import InvalidParameterError
 from mtpbatch.loadtest.traces import BLOCK, TraceEntry
@@ -115,7 +115,7 @@ def read_dataset(parameter: str, path: Path) -> Listed:
 class _Line(Struct):
     prompt: str | tuple[int, ...] | None = None
     messages: tuple[Message, ...] | None = None
-    output_tokens: int | None = None
+    output_tokens: Annotated[int, Meta(ge=1)] | None = None
 
 
 def _from_jsonl(parameter: str, text: str) -> Listed:
@@ -129,11 +129,9 @@ def _from_jsonl(parameter: str, text: str) -> Listed:
         except msgspec.DecodeError as error:
             raise InvalidParameterError(parameter, f"line {number}: {error}") from None
         prompt = line.prompt or line.messages
-        if not prompt or (line.output_tokens or 1) < 1:
+        if not prompt:
             raise InvalidParameterError(
-                parameter,
-                f"line {number} must have a prompt or messages, not empty, and output_tokens from "
-                f"1 on if any",
+                parameter, f"line {number} must have a prompt or messages, and not empty"
             )
         known = len(prompt) if line.prompt and not isinstance(prompt, str) else None
         items.append(Item(prompt, known, line.output_tokens))

@@ -115,7 +115,8 @@ class Run:
 
     async def _open(self, group: TaskGroup, arrivals: OpenLoop | Replay) -> None:
         for moment in arrivals.times(random.Random(f"{self._load.seed} arrivals")):
-            # What will be sent is made while there is time.
+            # The prompt is made half-way there: the last request is on its way by then.
+            await anyio.sleep(max(0.0, moment - self.elapsed) / 2)
             work = self._next(moment)
             if work is None:
                 return
