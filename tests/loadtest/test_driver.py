@@ -34,7 +34,6 @@ class Played:
     """A target that takes its time: ``ttft`` seconds, then ``itl`` for each token."""
 
     name = "played"
-    facts: Facts = {}
 
     def __init__(
         self,
@@ -48,6 +47,7 @@ class Played:
         self.ttft, self.itl, self.fails = ttft, itl, fails
         self.finish_reason = finish_reason
         self.room = anyio.CapacityLimiter(n_seq)
+        self.facts: Facts = {}
         self.under_way = self.most = 0
         self.freed: list[int] = []
 
@@ -95,7 +95,7 @@ def evenly(rate: float) -> OpenLoop:
     return OpenLoop(Level(rate, rate), math.inf)
 
 
-def figures(observed: Observed, name: str) -> list[float]:
+def figures(observed: Observed, name: str) -> list[Any]:
     return [getattr(request, name) for request in observed.requests]
 
 
@@ -256,7 +256,7 @@ async def test_lateness_of_sending_is_measured() -> None:
 async def test_the_window_of_a_closed_loop_lies_between_first_chunks_and_last_request() -> None:
     observed = await run_of(Played(n_seq=3), clients(4), n_requests=12)()
     fourth = sorted(each.chunks[0][0] for each in observed.requests)[3]
-    assert observed.window == (pytest.approx(fourth), max(figures(observed, "sent")))
+    assert observed.window == pytest.approx((fourth, max(figures(observed, "sent"))))
 
 
 async def test_the_window_of_an_open_loop_begins_when_requests_end_as_fast_as_they_come() -> None:

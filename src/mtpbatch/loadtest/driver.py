@@ -115,9 +115,11 @@ class Run:
 
     async def _open(self, group: TaskGroup, arrivals: OpenLoop | Replay) -> None:
         for moment in arrivals.times(random.Random(f"{self._load.seed} arrivals")):
+            if self._over(moment):
+                return
             # The prompt is made half-way there: the last request is on its way by then.
             await anyio.sleep(max(0.0, moment - self.elapsed) / 2)
-            work = self._next(moment)
+            work = next(self._work, None)
             if work is None:
                 return
             await anyio.sleep(max(0.0, moment - self.elapsed))
@@ -130,22 +132,20 @@ class Run:
 
     async def _client(self, arrivals: ClosedLoop, client: int) -> None:
         await anyio.sleep(max(0.0, arrivals.joins(client) - self.elapsed))
-        while not arrivals.leaves(client, due := self.elapsed):
-            work = self._next(due)
+        while not (self._over(due := self.elapsed) or arrivals.leaves(client, due)):
+            work = next(self._work, None)
             if work is None:
                 return
             index = self.tally.sent
             self.tally.sent += 1
             await self._request(index, work, due)
 
-    def _next(self, moment: float) -> Work | None:
-        """What to send then; None if that is no more part of the load."""
+    def _over(self, moment: float) -> bool:
+        """Whether nothing is sent any more at a moment."""
         load = self._load
         if load.n_requests is not None and self.tally.sent >= load.n_requests:
-            return None
-        if load.seconds is not None and moment >= load.seconds:
-            return None
-        return next(self._work, None)
+            return True
+        return load.seconds is not None and moment >= load.seconds
 
     async def _request(self, index: int, work: Work, scheduled: float) -> None:
         scope = anyio.move_on_after(self._load.timeout)
@@ -155,11 +155,11 @@ class Run:
         try:
             with scope:
                 outcome, error = await self._ask(index, work, answer)
-            if scope.cancelled_caught:
+            if answer.enough:
                 outcome, error = "cancelled", None
-                if not answer.enough:
-                    outcome, error = "error", "timeout"
-                    self.tally.fail("timeout", f"no end within {self._load.timeout:g} s")
+            elif scope.cancelled_caught:
+                outcome, error = "error", "timeout"
+                self.tally.fail("timeout", f"no end within {self._load.timeout:g} s")
         finally:
             self.tally.begun += not answer.times
             self.tally.ended += 1
@@ -186,7 +186,9 @@ class Run:
         outcome: Outcome,
         error: str | None,
     ) -> RequestRecord:
-        told, began = answer.output_tokens, self._began
+        began = self._began
+        # Of an answer that was given up, those count that were received.
+        told = answer.output_tokens if outcome == "ok" else None
         times = (round(time - began, _DIGITS) for time in answer.times)
         return RequestRecord(
             index=index,

@@ -100,7 +100,7 @@ async def _events(pace: Pace, record: Served, asked: _Asked) -> AsyncIterator[by
         left -= tokens
         if len(record.sent) == pace.break_after:
             raise ConnectionAbortedError
-        if (wait := due - now()) > 0:
+        while (wait := due - now()) > 0:  # some event loops wake up a little too early
             await anyio.sleep(wait)
         record.sent.append(now())
         yield _event(_choice(asked, " word" * tokens, None if left else "length"))

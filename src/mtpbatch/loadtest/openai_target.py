@@ -155,6 +155,8 @@ class OpenAITarget:
                     complete = True
                 else:
                     _take(event, answer)
+                if answer.enough:
+                    return
         if not (complete or answer.finish_reason):
             raise RequestFailed("broken stream", "the stream ended before the answer did")
 

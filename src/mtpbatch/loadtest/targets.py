@@ -66,6 +66,8 @@ class EngineTarget:
                 async for delta in generation:
                     if delta.token_ids:
                         answer.receive(len(delta.token_ids))
+                    if answer.enough:
+                        break
         except MtpBatchError as error:
             raise RequestFailed(_kind(error), str(error)) from error
         finally:
