@@ -10,6 +10,7 @@ from typing import Any
 
 import anyio
 
+from mtpbatch.cli import bench_results
 from mtpbatch.loadtest import records
 from mtpbatch.loadtest.settings import ARRIVALS, DRAWN, Settings
 
@@ -110,7 +111,7 @@ def add_parser(commands: Any, engine_options: Mapping[str, Mapping[str, Any]]) -
     )
     parser.set_defaults(bench_command="run")
     _add_options(parser, engine_options)
-    subcommands = parser.add_subparsers(dest="bench_command", metavar="[sweep]")
+    subcommands = parser.add_subparsers(dest="bench_command", metavar="COMMAND")
     sweeping = subcommands.add_parser(
         "sweep",
         help="find the greatest --rate or --concurrency at which the SLO is kept",
@@ -122,6 +123,7 @@ def add_parser(commands: Any, engine_options: Mapping[str, Mapping[str, Any]]) -
     _add_options(sweeping, engine_options)
     for name, details in _SWEEP_OPTIONS.items():
         sweeping.add_argument("--" + name.replace("_", "-"), **details)
+    bench_results.add_parsers(subcommands)
 
 
 def _add_options(
@@ -145,6 +147,9 @@ def _add_options(
 
 def run(options: argparse.Namespace, engine_options: Iterable[str]) -> int:
     """Run a subcommand; return the exit status: 1 if no request ended well, 130 after Ctrl-C."""
+    if options.bench_command in ("report", "compare"):
+        bench_results.run(options)
+        return 0
     from mtpbatch.loadtest import results, tables  # only here: they take a while to import
     from mtpbatch.loadtest.bench import bench, sweep
 

@@ -54,7 +54,7 @@ def open_target(
 
 async def bench(settings: Settings, config: Mapping[str, Any]) -> tuple[RunRecord, bool]:
     """Make the load once. Also tells whether Ctrl-C ended it."""
-    settings.make_load()  # what is wrong is said before anything is loaded
+    settings.check()
     async with open_target(settings, config) as target:
         return await _one(settings, target)
 
@@ -69,6 +69,11 @@ async def sweep(
     """
     parameter: Literal["rate", "concurrency"]
     parameter = "concurrency" if settings.kind == "closed" else "rate"
+    if settings.kind == "trace":
+        raise InvalidParameterError("trace", "has a load of its own and cannot be swept")
+    for name, share in (("slo_share", slo_share), ("precision", precision)):
+        if not 0 <= share <= 1:
+            raise InvalidParameterError(name, f"must be from 0 to 1, got {share}")
     low, high = units.span(parameter, getattr(settings, parameter) or _SWEPT)
     slo = settings.make_slo()
 
@@ -77,7 +82,7 @@ async def sweep(
         changes: dict[str, Any] = {parameter: f"{value:g}", "seed": settings.seed + number}
         return msgspec.structs.replace(settings, **changes)
 
-    step(low, 0).make_load()
+    step(low, 0).check()
     interrupted = False
     tried: dict[float, bool] = {}
     runs: list[tuple[float, RunRecord]] = []

@@ -56,10 +56,9 @@ def work(
     Answers are as long as ``output`` draws, if given; else as the dataset says, or ``default``. A
     share ``cancelled`` is given up, each when a random part of its answer has come.
     """
-    items = dataset(random.Random(f"{seed} prompts"))
     of_output = random.Random(f"{seed} output")
     of_cancelling = random.Random(f"{seed} cancelling")
-    for item in items:
+    for item in dataset(random.Random(f"{seed} prompts")):
         drawn = None if output is None else output(of_output)
         max_tokens = drawn or item.output_tokens or default
         chosen, part = of_cancelling.random() < cancelled, of_cancelling.random()

@@ -51,6 +51,7 @@ class Served(Struct):
     """What the mock did for a request; seconds of this machine's monotonic clock."""
 
     request_id: str
+    authorization: str
     received: float
     sent: list[float] = []
     """When each chunk was."""
@@ -68,7 +69,10 @@ def app(pace: Pace) -> Starlette:
     served: list[Served] = []
 
     async def answer(request: Request) -> Response:
-        record = Served(request.headers.get("x-request-id", ""), time.monotonic())
+        headers = request.headers
+        record = Served(
+            headers.get("x-request-id", ""), headers.get("authorization", ""), time.monotonic()
+        )
         served.append(record)
         asked = msgspec.json.decode(await request.body(), type=_Asked)
         if pace.fail is not None:
@@ -100,7 +104,7 @@ async def _events(pace: Pace, record: Served, asked: _Asked) -> AsyncIterator[by
         left -= tokens
         if len(record.sent) == pace.break_after:
             raise ConnectionAbortedError
-        while (wait := due - now()) > 0:  # some event loops wake up a little too early
+        while (wait := due - now()) > 0:  # noqa: ASYNC110 - event loops may wake up too early
             await anyio.sleep(wait)
         record.sent.append(now())
         yield _event(_choice(asked, " word" * tokens, None if left else "length"))

@@ -98,6 +98,13 @@ class Settings(Struct, frozen=True, kw_only=True):
             if getattr(self, name) is not None and self.dataset != "shared-prefix":
                 raise InvalidParameterError(name, "goes with --dataset shared-prefix")
 
+    def check(self) -> None:
+        """Raise what is wrong, before anything is loaded."""
+        self.make_load()
+        self.make_work()
+        self.make_params()
+        self.make_slo()
+
     # -------------------------------------------------------------------- when
 
     @property
@@ -187,7 +194,11 @@ class Settings(Struct, frozen=True, kw_only=True):
     def _filler(self) -> Filler:
         if self.token_ids is None:
             return datasets.words
-        low, high = units.span("token_ids", self.token_ids)
+        low, _, high = self.token_ids.partition("..")
+        if not (low.isdecimal() and high.isdecimal() and int(low) <= int(high)):
+            raise InvalidParameterError(
+                "token_ids", f"must be a range such as 100..20000; got {shown(self.token_ids)}"
+            )
         return datasets.TokenIds(int(low), int(high))
 
     @property

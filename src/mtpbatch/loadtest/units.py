@@ -38,7 +38,7 @@ def span(parameter: str, text: str) -> tuple[float, float]:
         ends = float(low), float(high if dots else low)
     except ValueError:
         ends = math.nan, math.nan
-    if not (min(ends) >= 0 and max(ends) > 0):
+    if not (all(end >= 0 for end in ends) and max(ends) > 0):  # nor NaN
         raise InvalidParameterError(
             parameter, f"must be a number above 0, or a range such as 2..20; got {shown(text)}"
         )
