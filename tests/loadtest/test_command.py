@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from mtpbatch.cli import main
 from mtpbatch.loadtest import mock, results
 from mtpbatch.loadtest.mock import Pace
 from mtpbatch.loadtest.records import RunRecord, SweepRecord
@@ -43,9 +44,8 @@ def saved(folder: Path) -> Any:
 
 def test_a_run_on_an_engine_is_reported_and_written(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    done = bench(
-        *SMALL, "--requests", "12", "--concurrency", "4", "--cancel", "0.3", "--out", str(out)
-    )
+    load = ["--requests", "12", "--concurrency", "4", "--cancel", "0.3"]
+    done = bench(*SMALL, *load, "--out", str(out))
     assert done.returncode == 0, done.stderr
     assert "TTFT" in done.stdout
     assert str(out / "report.html") in done.stdout
@@ -57,16 +57,6 @@ def test_a_run_on_an_engine_is_reported_and_written(tmp_path: Path) -> None:
     assert all(r.output_tokens == 8 for r in record.requests if r.outcome == "ok")
     with (out / "requests.csv").open() as file:
         assert len(list(csv.DictReader(file))) == 12
-
-
-def test_the_same_seed_asks_the_same_requests(tmp_path: Path) -> None:
-    lengths = []
-    for number, seed in enumerate(("3", "3", "4")):
-        out = tmp_path / str(number)
-        random = ["--dataset", "random", "--prompt-length", "5..60", "--requests", "8"]
-        assert bench(*SMALL, *random, "--seed", seed, "--out", str(out)).returncode == 0
-        lengths.append([request.prompt_tokens for request in saved(out).requests])
-    assert lengths[0] == lengths[1] != lengths[2]
 
 
 def test_a_server_is_swept_and_compared(tmp_path: Path) -> None:
@@ -128,7 +118,7 @@ def test_ctrl_c_ends_the_run_and_reports_what_there_is(tmp_path: Path) -> None:
     record = saved(tmp_path)
     assert record.load["interrupted"] is True
     outcomes = [(request.outcome, request.error) for request in record.requests]
-    assert outcomes.count(("ok", None)) >= 10 - 8  # those that were just ending may be cut short
+    assert outcomes.count(("ok", None)) >= 2  # of the ten, eight may not have been read yet
     assert set(outcomes) <= {("ok", None), ("cancelled", "interrupted")}
     assert (tmp_path / "report.html").exists()
 
@@ -167,12 +157,14 @@ def test_the_api_key_comes_from_the_environment_and_is_not_written(tmp_path: Pat
         (["report", "nowhere.json"], "nowhere.json"),
     ],
 )
-def test_what_is_wrong_is_one_line_that_names_it(arguments: list[str], words: str) -> None:
-    done = bench(*arguments)
-    assert done.returncode in (1, 2)
-    assert done.stdout == ""
-    assert words in done.stderr
-    assert len(done.stderr.splitlines()) == 1
+def test_what_is_wrong_is_one_line_that_names_it(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", *arguments]) in (1, 2)
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert words in said.err
+    assert len(said.err.splitlines()) == 1
 
 
 def test_without_the_extra_a_server_cannot_be_measured_and_an_engine_can(tmp_path: Path) -> None:

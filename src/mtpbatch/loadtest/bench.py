@@ -71,9 +71,9 @@ async def sweep(
     parameter = "concurrency" if settings.kind == "closed" else "rate"
     if settings.kind == "trace":
         raise InvalidParameterError("trace", "has a load of its own and cannot be swept")
-    for name, share in (("slo_share", slo_share), ("precision", precision)):
-        if not 0 <= share <= 1:
-            raise InvalidParameterError(name, f"must be from 0 to 1, got {share}")
+    for name, given in (("slo_share", slo_share), ("precision", precision)):
+        if not 0 <= given <= 1:
+            raise InvalidParameterError(name, f"must be from 0 to 1, got {given}")
     low, high = units.span(parameter, getattr(settings, parameter) or _SWEPT)
     slo = settings.make_slo()
 
