@@ -150,3 +150,14 @@ def test_a_loop_that_is_held_up_is_noticed() -> None:
             pass
 
     assert anyio.run(watch, hold_up).longest >= 0.03
+
+
+def test_the_load_client_is_measured_by_what_the_mock_did() -> None:
+    from benchmarks.load_client import pace_row, row
+
+    sent, received, *figures = row(streams=4, tokens=5, rate=None)
+    assert (sent, float(received) > 0, len(figures)) == ("at once", True, 4)
+    figures_of_mock, ttft, tpot = pace_row(0.02, 0.005, tokens=5)
+    assert figures_of_mock == "20, 5"
+    assert float(ttft) >= 20
+    assert float(tpot) > 2

@@ -12,6 +12,7 @@ from typing import Any
 import anyio
 
 from mtpbatch._log import log_to_console
+from mtpbatch.cli import bench
 from mtpbatch.cli.demo import demo
 from mtpbatch.cli.generate import generate
 from mtpbatch.exceptions import InvalidParameterError, MtpBatchError
@@ -26,6 +27,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         if options.command == "demo":
             anyio.run(demo)
+        elif options.command == "bench":
+            return bench.run(options, _ENGINE_OPTIONS)
         else:
             anyio.run(
                 generate,
@@ -50,7 +53,7 @@ def _first(error: BaseException) -> BaseException:
 def _status(error: BaseException) -> int:
     """Tell of an error in one line; what is no fault of the caller's or the model's is raised."""
     match error:
-        case InvalidParameterError() if error.parameter in _ENGINE_OPTIONS | _REQUEST_OPTIONS:
+        case InvalidParameterError() if error.parameter in _OPTIONS:
             option = error.parameter.replace("_", "-")
             print(f"mtpbatch: --{option}: {str(error).split(': ', 1)[1]}", file=sys.stderr)
             return 2
@@ -96,6 +99,8 @@ _REQUEST_OPTIONS: dict[str, dict[str, Any]] = {
     "speculation": {"type": _depth, "help": 'draft depth: 0 off, a number, or "auto"'},
 }
 
+_OPTIONS = _ENGINE_OPTIONS.keys() | _REQUEST_OPTIONS.keys() | bench.OPTIONS
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -125,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
             if "action" not in details:
                 details = details | {"metavar": "N" if "type" in details else "TYPE"}
             group.add_argument("--" + name.replace("_", "-"), **details)
+    bench.add_parser(commands, _ENGINE_OPTIONS)
     return parser
 
 
