@@ -14,7 +14,7 @@ Pure: no native code, clock, thread or event loop. Time is a number that callers
 from __future__ import annotations
 
 import heapq
-from collections import deque
+from collections import abc, deque
 from typing import Final, Literal, get_args
 
 from msgspec import Struct
@@ -35,6 +35,7 @@ from mtpbatch.types import (
     Completion,
     Delta,
     EngineStats,
+    EntryResult,
     FinishReason,
     ModelFacts,
     Park,
@@ -42,6 +43,7 @@ from mtpbatch.types import (
     PlanEntry,
     Resume,
     Save,
+    SequenceStep,
     StepResult,
     looks_at_prompt,
 )
@@ -284,8 +286,13 @@ class Scheduler:
         self._in_flight.append(_InFlight(plan, sequences))
         return plan
 
-    def update(self, result: StepResult, now: float) -> list[Event]:
-        """Take in a result: an event for each request that ended, or is followed and generated."""
+    def update(
+        self, result: StepResult, now: float, parts: list[SequenceStep] | None = None
+    ) -> list[Event]:
+        """Take in a result: an event for each request that ended, or is followed and generated.
+
+        ``parts`` takes each sequence's part in the step, if somebody wants to know.
+        """
         self._n_reported = max(self._n_reported, result.plan)
         if self._bare and self._bare[0] == result.plan:
             self._bare.popleft()
@@ -332,6 +339,8 @@ class Scheduler:
                 n_prompt += len(entry.tokens)
             elif delta is not None:
                 verifying[outcome.n_drafted] += 1
+            if parts is not None:
+                parts += _parts(sequence, entry, outcome, delta, repeated=repeated)
             if delta is None:
                 continue
             n_generated += len(delta.token_ids)
@@ -377,6 +386,11 @@ class Scheduler:
             target_time=self._target_time,
             sample_time=self._sample_time,
         )
+
+    @property
+    def running(self) -> abc.ValuesView[Sequence]:
+        """Those that have a sequence id."""
+        return self._running.values()
 
     def __repr__(self) -> str:
         return (
@@ -844,6 +858,31 @@ class Scheduler:
             self._stop_running(sequence)
         self._prefix.leave(request_id)
         return completion
+
+
+def _parts(
+    sequence: Sequence,
+    entry: PlanEntry,
+    outcome: EntryResult,
+    delta: Delta | None,
+    *,
+    repeated: bool,
+) -> tuple[SequenceStep, ...]:
+    """A sequence's part in a step, if it took part."""
+    n_prompt = 0 if repeated else len(entry.tokens)
+    if delta is None and not n_prompt:
+        return ()
+    return (
+        SequenceStep(
+            entry.seq_id,
+            sequence.request_id,
+            n_prompt,
+            outcome.n_drafted,
+            0 if delta is None else delta.n_accepted,
+            0 if delta is None else len(delta.token_ids),
+            0 if sequence.seq_id is None else sequence.n_computed,
+        ),
+    )
 
 
 def _id(sequence: Sequence) -> int:

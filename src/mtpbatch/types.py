@@ -648,6 +648,39 @@ class Embeddings(Struct, frozen=True, kw_only=True, eq=False):
     """Tokens of all texts together."""
 
 
+class SequenceStep(Struct, frozen=True, gc=False):
+    """One sequence's part in a step."""
+
+    seq_id: int
+    request_id: str
+    n_prompt: int
+    """Tokens of its prompt that were fed, once more after a pause."""
+    n_drafted: int
+    n_accepted: int
+    n_generated: int
+    """Tokens that it gained, accepted drafts included."""
+    n_tokens: int
+    """Tokens that it holds, each in a KV cell; 0 if it has paused meanwhile."""
+
+
+class StepReport(Struct, frozen=True, gc=False):
+    """What one step did. Durations are seconds."""
+
+    at: float
+    """When its results were taken in, by the engine's clock: :func:`time.monotonic`."""
+    sequences: tuple[SequenceStep, ...]
+    """Those that took part and have not ended by then; none of a failed step."""
+    gap_time: float
+    """From the end of the step before to its begin, if that left sequences to go on."""
+    draft_time: float
+    target_time: float
+    sample_time: float
+    n_target_tokens: int
+    """Rows that the model verified or prefilled."""
+    error: str | None
+    """Why the step failed."""
+
+
 class EngineStats(Struct, frozen=True, kw_only=True):
     """A snapshot of an engine; totals count from its opening. Durations are seconds."""
 

@@ -54,9 +54,10 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("backend", "backlog", "gate", "generation", "scheduler", "sequence", "speculation"),
         *("structured", "text", "timeouts", "tokenizing", "_loops", "_log", "types", "exceptions"),
     },
+    "watching": {"sequence", "_log", "types", "exceptions"},
     "engine": {
         *("backend", "chat", "embedding", "gate", "generation", "intake", "loading", "scheduler"),
-        *("speculation", "tokenizing", "_loops", "_log", "types", "exceptions"),
+        *("speculation", "tokenizing", "watching", "_loops", "_log", "types", "exceptions"),
         "native",  # inside open() only
     },
     "testing/scripted": {"backend", "engine", "_loops", "types", "exceptions"},
