@@ -702,6 +702,12 @@ class EngineStats(Struct, frozen=True, kw_only=True):
     """Of those, how many did not have to be computed."""
     preemptions: int
     """How often a running request paused because the cells were needed by others."""
+    kv_cells_used: int
+    """KV cells that hold the tokens of requests that run, as far as results have come."""
+    n_cells: int
+    """KV cells that there are for all of them."""
+    snapshot_bytes: int
+    """Host memory that snapshots take, of prompts and of requests that pause."""
     drafted: int
     accepted: int
     drafted_by_depth: tuple[int, ...]
@@ -714,6 +720,11 @@ class EngineStats(Struct, frozen=True, kw_only=True):
     draft_time: float
     target_time: float
     sample_time: float
+
+    @property
+    def kv_cache_usage(self) -> float:
+        """The share of the KV cells that are used, from 0 to 1."""
+        return self.kv_cells_used / self.n_cells
 
     @property
     def acceptance(self) -> float | None:
