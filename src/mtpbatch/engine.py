@@ -502,7 +502,8 @@ class Engine:
         raises :class:`~mtpbatch.EngineDeadError` if the engine has died.
         """
         self._gate.check_alive()
-        return msgspec.structs.replace(self._stats, waiting=self._n_waiting)
+        rejected = self._intake.n_rejected
+        return msgspec.structs.replace(self._stats, waiting=self._n_waiting, rejected=rejected)
 
     def watch(self, watcher: Watcher) -> ExitStack:
         """Have a watcher told of all steps and requests, from now on until what is returned closes.

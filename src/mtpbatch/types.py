@@ -692,6 +692,8 @@ class EngineStats(Struct, frozen=True, kw_only=True):
     """Whether the model has MTP heads and the engine uses them."""
     finished: dict[FinishReason, int]
     """Requests ended so far, by reason."""
+    rejected: int = 0
+    """Requests that were refused because too many waited."""
     prompt_tokens: int
     """Tokens fed as prompts: without those that were there already, with those that had to be
     computed again after a pause."""

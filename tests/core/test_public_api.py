@@ -163,7 +163,8 @@ def test_the_engines_surface() -> None:
         ),
         (
             mtpbatch.EngineStats,
-            "running waiting free_sequences n_seq mtp finished prompt_tokens generated_tokens "
+            "running waiting free_sequences n_seq mtp finished rejected "
+            "prompt_tokens generated_tokens "
             "prefix_queries prefix_hits preemptions "
             "kv_cells_used n_cells kv_cache_usage snapshot_bytes "
             "drafted accepted drafted_by_depth accepted_by_depth draft_depth steps gap_time "
