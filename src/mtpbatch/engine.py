@@ -620,7 +620,6 @@ class Engine:
                 if plan is not None:
                     self._stats = scheduler.stats
                     intake.begin(plan.admit)
-                if self._watchers:
                     self._watchers.see(scheduler.running)
             # With a plan on its way there may be another one to make; without, it is time to wait.
             results = backend.exchange(plan, wait=plan is None, timeout=intake.until_timeout())

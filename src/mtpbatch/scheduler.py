@@ -35,7 +35,6 @@ from mtpbatch.types import (
     Completion,
     Delta,
     EngineStats,
-    EntryResult,
     FinishReason,
     ModelFacts,
     Park,
@@ -340,7 +339,9 @@ class Scheduler:
             elif delta is not None:
                 verifying[outcome.n_drafted] += 1
             if parts is not None:
-                parts += _parts(sequence, entry, outcome, delta, repeated=repeated)
+                n_fed = 0 if repeated else len(entry.tokens)
+                if n_fed or delta is not None:
+                    parts.append(_part(sequence, entry, n_fed, outcome.n_drafted, delta))
             if delta is None:
                 continue
             n_generated += len(delta.token_ids)
@@ -863,28 +864,17 @@ class Scheduler:
         return completion
 
 
-def _parts(
-    sequence: Sequence,
-    entry: PlanEntry,
-    outcome: EntryResult,
-    delta: Delta | None,
-    *,
-    repeated: bool,
-) -> tuple[SequenceStep, ...]:
-    """A sequence's part in a step, if it took part."""
-    n_prompt = 0 if repeated else len(entry.tokens)
-    if delta is None and not n_prompt:
-        return ()
-    return (
-        SequenceStep(
-            entry.seq_id,
-            sequence.request_id,
-            n_prompt,
-            outcome.n_drafted,
-            0 if delta is None else delta.n_accepted,
-            0 if delta is None else len(delta.token_ids),
-            0 if sequence.seq_id is None else sequence.n_computed,
-        ),
+def _part(
+    sequence: Sequence, entry: PlanEntry, n_prompt: int, n_drafted: int, delta: Delta | None
+) -> SequenceStep:
+    return SequenceStep(
+        entry.seq_id,
+        sequence.request_id,
+        n_prompt,
+        n_drafted,
+        0 if delta is None else delta.n_accepted,
+        0 if delta is None else len(delta.token_ids),
+        0 if sequence.seq_id is None else sequence.n_computed,
     )
 
 

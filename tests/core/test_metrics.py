@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -158,10 +160,13 @@ async def test_a_pause_is_part_of_the_latency_between_tokens() -> None:
     backend = ScriptedBackend(
         lambda _: "y" * 60, n_seq=3, n_ctx=64, n_cells=80, n_draft_max=0, snapshot_memory=0
     )
+    gate = backend.hold_step(0)
     registry = CollectorRegistry()
     async with open_scripted_engine(backend) as engine:
         with EngineMetrics(engine, registry):
-            done = await engine.generate_many(["a", "b", "c"], max_tokens=50)
+            generations = [engine.submit(prompt, max_tokens=50) for prompt in "abc"]
+            gate.release()
+            done = [await generation for generation in generations]
             samples = scrape(registry)
     assert samples["mtpbatch_num_preemptions_total", ()] > 0
     assert samples["mtpbatch_inter_token_latency_seconds_count", ()] == 3 * 49
@@ -320,3 +325,44 @@ async def test_the_app_answers_in_the_format_that_is_asked_for() -> None:
     new = {family.name for family in open_families(opened)}  # type: ignore[no-untyped-call]
     assert old == new
     assert {name for name in old if not name.startswith("mtpbatch_")} == set()
+
+
+async def families() -> dict[str, str]:
+    """Metrics as they are queried, without the suffixes of histograms, and their types."""
+    registry = CollectorRegistry()
+    async with open_scripted_engine(ScriptedBackend()) as engine:
+        with EngineMetrics(engine, registry):
+            found = text_string_to_metric_families(generate_latest(registry).decode())
+            return {f.name + "_total" * (f.type == "counter"): f.type for f in found}
+
+
+async def test_the_documented_metrics_are_those_there_are() -> None:
+    rows = re.findall(
+        r"^\| `(mtpbatch_\w+)` \| (\w+) \| .+ \| (?:`vllm:(\w+)`|\S) \|$",
+        (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8"),
+        flags=re.MULTILINE,
+    )
+    assert {name: kind for name, kind, _ in rows} == await families()
+    documented = [vllm for _, _, vllm in rows if vllm]
+    assert documented == [name.removeprefix("mtpbatch_") for name, _, vllm in rows if vllm]
+    assert set(documented) == {name.removesuffix("_bucket") for name in VLLM}
+
+
+async def test_the_dashboard_asks_for_metrics_that_there_are() -> None:
+    dashboard = json.loads((ROOT / "examples" / "grafana" / "dashboard.json").read_text())
+    asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    asked += [variable["query"]["query"] for variable in dashboard["templating"]["list"][1:]]
+    there = await families()
+    histograms = {name for name, kind in there.items() if kind == "histogram"}
+    names = there.keys() - histograms
+    names |= {name + suffix for name in histograms for suffix in ("_bucket", "_sum", "_count")}
+    used = {name for query in asked for name in re.findall(r"\bmtpbatch_\w+", query)}
+    assert used <= names
+    for part in (
+        *("generation_tokens_total", "time_to_first_token_seconds_bucket"),
+        *("inter_token_latency_seconds_bucket", "num_requests_waiting", "kv_cache_usage_perc"),
+        *("spec_decode_num_accepted_tokens_per_pos_total", "spec_decode_num_drafts_total"),
+        *("num_preemptions_total", "prefix_cache_hits_total", "request_failures_total"),
+    ):
+        assert f"mtpbatch_{part}" in used
+    assert all("mtpbatch_" in query for query in asked)

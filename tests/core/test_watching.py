@@ -118,10 +118,13 @@ async def test_who_pauses_leaves_the_id_and_comes_back() -> None:
     backend = ScriptedBackend(
         lambda _: "y" * 60, n_seq=3, n_ctx=64, n_cells=80, n_draft_max=0, snapshot_memory=0
     )
+    gate = backend.hold_step(0)
     record = Record()
     async with open_scripted_engine(backend) as engine:
         with engine.watch(record):
-            done = await engine.generate_many(["a", "b", "c"], max_tokens=50)
+            generations = [engine.submit(prompt, max_tokens=50) for prompt in "abc"]
+            gate.release()
+            done = [await generation for generation in generations]
             preemptions = engine.stats().preemptions
     assert [len(completion.token_ids) for completion in done] == [50] * 3
     paused = [request_id for call, request_id in record.calls if call == "paused"]
