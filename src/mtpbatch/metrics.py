@@ -26,7 +26,12 @@ from typing import Any, ClassVar, Final, NamedTuple
 from weakref import WeakKeyDictionary
 
 from mtpbatch.engine import Engine
-from mtpbatch.exceptions import EngineDeadError, EngineOverloaded, MtpBatchError
+from mtpbatch.exceptions import (
+    EngineDeadError,
+    EngineOverloaded,
+    InvalidParameterError,
+    MtpBatchError,
+)
 from mtpbatch.types import Completion, EngineStats, SamplingParams, StepReport
 
 try:
@@ -58,8 +63,8 @@ class EngineMetrics:
     A :class:`~mtpbatch.Watcher`, which the engine calls; scrapes come from any thread. What was
     counted stays to be scraped after the engine has been closed.
 
-    Raises :class:`~mtpbatch.EngineClosedError` or :class:`~mtpbatch.EngineDeadError` if there is
-    nothing to watch any more.
+    Raises :class:`~mtpbatch.InvalidParameterError`, or :class:`~mtpbatch.EngineClosedError` or
+    :class:`~mtpbatch.EngineDeadError` if there is nothing to watch any more.
     """
 
     # What the engine's thread counts changes under ``_lock``, which is held for microseconds.
@@ -71,6 +76,12 @@ class EngineMetrics:
         *,
         model_name: str | None = None,
     ) -> None:
+        if not isinstance(registry, CollectorRegistry | None):
+            raise InvalidParameterError(
+                "registry", f"must be a CollectorRegistry of prometheus_client, got {registry!r}"
+            )
+        if not isinstance(model_name, str | None):
+            raise InvalidParameterError("model_name", f"must be a text, got {model_name!r}")
         self.registry = REGISTRY if registry is None else registry
         self.model_name = engine._backend.description if model_name is None else model_name
         self._engine = engine
@@ -423,7 +434,7 @@ _FIGURES: Final = (
     _Figure(
         CounterMetricFamily,
         "request_failures",
-        "Requests that ended by an error, by its class.",
+        "Requests that ended by an error, by its class; but those rejected.",
         lambda s: s.failures,
         "error",
     ),

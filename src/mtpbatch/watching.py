@@ -13,7 +13,7 @@ from contextvars import Context
 from typing import Protocol
 
 from mtpbatch._log import log
-from mtpbatch.exceptions import MtpBatchError
+from mtpbatch.exceptions import InvalidParameterError, MtpBatchError
 from mtpbatch.sequence import Sequence
 from mtpbatch.types import Completion, SamplingParams, SequenceStep, StepReport, StepResult
 
@@ -90,7 +90,17 @@ class Watchers:
         return bool(self._watched)
 
     def add(self, watcher: Watcher, running: Iterable[Sequence]) -> ExitStack:
-        """Tell a watcher from now on, and of those that run already; closing takes it off."""
+        """Tell a watcher from now on, and of those that run already; closing takes it off.
+
+        Raises :class:`InvalidParameterError` if it is none.
+        """
+        for name in ("admitted", "paused", "stepped", "ended"):
+            if not callable(getattr(watcher, name, None)):
+                raise InvalidParameterError(
+                    "watcher",
+                    f"must have the methods of mtpbatch.Watcher, but {type(watcher).__name__} has "
+                    f"no {name}()",
+                )
         watched = _Watched(watcher)
         with self._lock:
             self._watched += (watched,)

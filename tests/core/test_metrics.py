@@ -18,6 +18,7 @@ from mtpbatch import (
     DecodeError,
     EngineClosedError,
     EngineOverloaded,
+    InvalidParameterError,
     PromptTooLongError,
 )
 from mtpbatch.metrics import EngineMetrics
@@ -291,6 +292,15 @@ async def test_the_registry_is_the_processs_own_unless_another_is_given() -> Non
             assert metrics.registry is REGISTRY
             assert "mtpbatch_engine_up" in generate_latest(REGISTRY).decode()
     assert "mtpbatch_engine_up" not in generate_latest(REGISTRY).decode()
+
+
+async def test_wrong_arguments_are_named() -> None:
+    async with open_scripted_engine(ScriptedBackend()) as engine:
+        with pytest.raises(InvalidParameterError, match=r"^registry: .*CollectorRegistry.*'m'"):
+            EngineMetrics(engine, "m")  # type: ignore[arg-type]
+        with pytest.raises(InvalidParameterError, match=r"^model_name: .*text.*7"):
+            EngineMetrics(engine, CollectorRegistry(), model_name=7)  # type: ignore[arg-type]
+        assert not engine._watchers
 
 
 async def get(app: Callable[..., Any], accept: str) -> tuple[str, str]:

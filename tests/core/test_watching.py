@@ -15,6 +15,7 @@ from mtpbatch import (
     DecodeError,
     EngineClosedError,
     EngineOverloaded,
+    InvalidParameterError,
     MtpBatchError,
     PromptTooLongError,
     SamplingParams,
@@ -257,3 +258,14 @@ async def test_an_engine_that_dies_tells_of_all_ends() -> None:
                 with pytest.raises(MtpBatchError):
                     await generation
     assert [error is not None for _, _, error in record.ends.values()] == [True, True]
+
+
+async def test_what_is_no_watcher_is_refused() -> None:
+    class Deaf(Record):
+        stepped = None  # type: ignore[assignment]
+
+    async with open_scripted_engine(ScriptedBackend()) as engine:
+        for wrong, kind, name in ((Deaf(), "Deaf", "stepped"), (print, "builtin", "admitted")):
+            with pytest.raises(InvalidParameterError, match=rf"^watcher: .*{kind}.* no {name}\(\)"):
+                engine.watch(wrong)  # type: ignore[arg-type]
+        assert not engine._watchers
