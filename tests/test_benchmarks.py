@@ -150,3 +150,11 @@ def test_a_loop_that_is_held_up_is_noticed() -> None:
             pass
 
     assert anyio.run(watch, hold_up).longest >= 0.03
+
+
+def test_metrics_are_measured_on_the_same_steps() -> None:
+    from benchmarks.metrics_overhead import between_steps
+
+    rounds = anyio.run(partial(between_steps, followed=True), 4, 5, 2)
+    assert len(rounds) == 2
+    assert all(time > 0 for pair in rounds for time in pair)

@@ -23,7 +23,7 @@ from contextlib import suppress
 from itertools import accumulate
 from types import TracebackType
 from typing import Any, ClassVar, Final, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, ref
 
 from mtpbatch.engine import Engine
 from mtpbatch.exceptions import (
@@ -447,7 +447,8 @@ _FIGURES: Final = (
 class _Shelf(Collector):
     """The engines of one registry: metrics that several have are one family with several labels."""
 
-    _shelves: ClassVar[WeakKeyDictionary[CollectorRegistry, _Shelf]] = WeakKeyDictionary()
+    # A registry keeps its shelf, and nothing else does: engines refer to their registries.
+    _shelves: ClassVar[WeakKeyDictionary[CollectorRegistry, ref[_Shelf]]] = WeakKeyDictionary()
     _lock = threading.Lock()
 
     def __init__(self) -> None:
@@ -457,10 +458,12 @@ class _Shelf(Collector):
     def of(cls, registry: CollectorRegistry) -> _Shelf:
         """That of a registry; it is made where there is none."""
         with cls._lock:
-            shelf = cls._shelves.get(registry)
+            known = cls._shelves.get(registry)
+            shelf = None if known is None else known()
             if shelf is None:
-                shelf = cls._shelves[registry] = cls()
+                shelf = cls()
                 registry.register(shelf)
+                cls._shelves[registry] = ref(shelf)
         return shelf
 
     def add(self, metrics: EngineMetrics) -> None:

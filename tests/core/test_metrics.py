@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import re
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +25,7 @@ from mtpbatch import (
 )
 from mtpbatch.metrics import EngineMetrics
 from mtpbatch.testing import ScriptedBackend, open_scripted_engine
+from patience import until
 
 pytestmark = pytest.mark.anyio
 
@@ -284,6 +287,16 @@ async def test_what_was_counted_can_be_scraped_after_the_end() -> None:
     assert after["mtpbatch_engine_up", ()] == 0
     assert after["mtpbatch_generation_tokens_total", ()] == 10
     assert after["mtpbatch_request_failures_total", (("error", "EngineDeadError"),)] == 1
+
+
+async def test_metrics_that_nobody_closes_go_with_their_engine_and_registry() -> None:
+    registry = CollectorRegistry()
+    async with open_scripted_engine(ScriptedBackend()) as engine:
+        metrics = EngineMetrics(engine, registry)
+        await engine.generate("x")
+    left = weakref.ref(metrics)
+    del engine, metrics, registry
+    await until(lambda: (bool(gc.collect()) and left() is None) or left() is None)
 
 
 async def test_the_registry_is_the_processs_own_unless_another_is_given() -> None:
