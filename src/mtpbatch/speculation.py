@@ -319,15 +319,15 @@ class Speculator:
     costs: little is known and the depth may well be better, or requests have begun since drafts
     were seen last, whose texts may be of another kind; and it looks as if there was time to use it,
     because about as many sequences have run for some time. What trials are expected to lose is at
-    most a hundredth of the time, and while load and depth stay as they are, they become rarer.
+    most half a hundredth of the time, and while load and depth stay as they are, they become rarer.
 
     State: what :meth:`observe` learns from results: ``costs``, ``calibration``, ``everybody``'s
-    habit, ``_fed``, rows of prompts in a step, and ``_n_lengths``, how many lengths drafts have
-    in a step, that of none included, by the greatest of them; ``_n_begun`` requests since any were
-    seen to draft. And what :meth:`review` decides: the ``choice`` in force; ``_credit``, seconds
-    that trials may still lose; ``_load``, about as many sequences as have run since the step
-    ``_load_since``; ``_next_trial``, the step before which there is none, and ``_pause``, the steps
-    from that one to the next.
+    habit, and ``_n_lengths``, how many lengths drafts have in a step, that of none included, by the
+    greatest of them; ``_prompts`` and ``_answers``, how long these are; ``_n_begun`` requests since
+    any were seen to draft. And what :meth:`review` decides: the ``choice`` in force; ``_credit``,
+    seconds that trials may still lose; ``_load``, about as many sequences as have run since the
+    step ``_load_since``; ``_next_trial``, the step before which there is none, and ``_pause``, the
+    steps from that one to the next.
     """
 
     _STEPS: Final = 2  # between reviews, while about as many sequences run
@@ -337,8 +337,8 @@ class Speculator:
     _FEW: Final = 0.25  # of them may come or go
     _STAYS: Final = 1.01  # how much better another depth must look
     _WARY: Final = 0.5  # by how much of its doubt worse than it does
-    _TRIALS: Final = 0.01  # of the time may be lost by trials
-    _MOST_TRIALS: Final = 4  # steps' time that may be lost at a stretch, as at the beginning
+    _TRIALS: Final = 0.005  # of the time may be lost by trials
+    _MOST_TRIALS: Final = 2  # steps' time that may be lost at a stretch, as at the beginning
     _TRIED_WITH: Final = 4  # sequences at most, or all
     _PLANS: Final = 3e-4  # seconds that the plans of a trial cost
     _PAUSES: Final = (4, 128)  # steps between trials, at first and in the end
@@ -347,7 +347,9 @@ class Speculator:
     _LASTS: Final = (256, 1024)  # steps that a load is taken to go on, at least and at most
     _PAYS_WITHIN: Final = 64  # steps
     _LENGTHS_PACE: Final = 0.05
-    _FED_PACE: Final = 0.005
+    # What it takes to keep a row of a prompt for the head, in rows of the head: the model's last
+    # layer has to compute it as well.
+    _KEPT: Final = 1.5
     _SHARED_MEMORY: Final = (16.0, 12.0)  # steps of sequences: so many, and for each that runs
     _OWN_MEMORY: Final = 24.0  # steps of one
 
@@ -361,7 +363,8 @@ class Speculator:
         terms = Terms(0.0, 0.0, 0.0, 0.0, chances[:N_CONFIDENCES], chances[N_CONFIDENCES:])
         self.choice = Choice(facts.n_draft_max, terms)
         self._n_lengths = [1.0] * len(self._depths)
-        self._fed = 0.0
+        self._prompts = _Mean(0.0, 0)
+        self._answers = _Mean(self._PAYS_WITHIN, 1)
         self._credit = math.inf
         self._n_steps = 0
         self._n_steps_reviewed = 0
@@ -375,8 +378,9 @@ class Speculator:
         self._pause = self._PAUSES[0]
 
     def new_habit(self, n_prompt: int) -> Habit:
-        """For a sequence that begins, with a prompt of so many tokens."""
+        """For a sequence that begins, with so many tokens of a prompt to be computed."""
         self._n_begun += 1
+        self._prompts.take(n_prompt)
         if not self.choice.depth:  # of these nothing is seen
             self.everybody.fade(1 / max(1, self._n_reviewed))
         return self.everybody.copy(self._OWN_MEMORY, n_prompt)
@@ -402,14 +406,14 @@ class Speculator:
         if result.trials:
             self.calibration.observe(result.trials)
         seconds = result.draft_time + result.target_time + result.sample_time
-        self._fed += (n_prompt - self._fed) * self._FED_PACE
         self._credit += self._TRIALS * seconds
         self._since_review += seconds
         self._n_steps += 1
 
-    def learn(self, habit: Habit) -> None:
-        """Take in the last steps of a sequence that has ended."""
+    def learn(self, habit: Habit, n_generated: int) -> None:
+        """Take in the last steps of a sequence that has ended, with so many tokens."""
         habit.settle(self.everybody)
+        self._answers.take(max(1, n_generated))
 
     def review(self, sequences: Collection[Drafter]) -> bool:
         """Choose anew if it is time to; whether the choice is another one now."""
@@ -435,12 +439,29 @@ class Speculator:
             sequence.habit.settle(self.everybody)
         if not adaptive or not self.costs.step:  # nothing but prompts was timed yet
             return False
-        if not 0.5 <= len(sequences) / max(1, self._load) <= 2:
+        new_load = not 0.5 <= len(sequences) / max(1, self._load) <= 2
+        if new_load:
             self._load, self._load_since = len(sequences), self._n_steps
             self._pause = self._PAUSES[0]
         outlooks = self._outlooks(sequences, self.choice.terms)
         now = outlooks[self.choice.depth]
-        outlook = max(outlooks, key=lambda then: self._at_worst(then, now, sequences))
+        # Of a load that is new nothing is certain, nor of the present depth.
+        wary, stays = (0.0, 1.0) if new_load else (self._WARY, self._STAYS)
+        behind = sum(s.habit.behind for s in sequences if s.wish.adaptive)
+
+        def at_worst(then: _Outlook) -> float:
+            """Tokens per second if things turn out badly."""
+            seconds = then.seconds
+            if then.depth:
+                seconds += self._catching_up(behind)
+            speed = then.tokens / seconds
+            if then is now:
+                return speed
+            return speed * math.exp(-wary * self._doubt(then, now)) / stays
+
+        outlook = max(outlooks, key=at_worst)
+        if not outlook.n_drafting:  # nobody would
+            outlook = outlooks[0]
         choice = Choice(
             outlook.depth,
             self._terms(outlook),
@@ -463,16 +484,9 @@ class Speculator:
             return now.depth > 0
         return then.speed * math.exp(self._doubt(then, now)) > now.speed
 
-    def _at_worst(self, then: _Outlook, now: _Outlook, sequences: Collection[Drafter]) -> float:
-        """Tokens per second of another depth than the present one, if things turn out badly."""
-        if then is now:
-            return now.speed
-        speed = then.speed * math.exp(-self._WARY * self._doubt(then, now)) / self._STAYS
-        if now.depth:
-            return speed
-        behind = sum(s.habit.behind for s in sequences if s.wish.adaptive)
-        seconds = self._PAYS_WITHIN * then.seconds
-        return speed * seconds / (seconds + self.costs.drafting(1, behind))
+    def _catching_up(self, behind: int) -> float:
+        """Seconds that it adds to a step to take in so many tokens before."""
+        return self.costs.drafting(1, behind) / min(self._PAYS_WITHIN, self._answers.value)
 
     # How uncertain it is how much faster one depth is than another: standard deviations of the
     # logarithm.
@@ -533,8 +547,9 @@ class Speculator:
         # A decode of less than a row happens that often.
         outlook.n_draft_decodes = sum(min(1.0, n) for n in draft_rows)
         outlook.n_draft_rows = sum(draft_rows)
-        if n_drafting:  # prompts have to be caught up with as well
-            outlook.n_draft_rows += self._fed * n_drafting / len(drafters)
+        if n_drafting:  # the prompts that were before so many tokens are taken in as well
+            prompts = self._prompts.value / self._answers.value
+            outlook.n_draft_rows += self._KEPT * prompts * (tokens + n_drafting)
         outlook.seconds = self.costs.target.of(outlook.passes, outlook.rows) + self.costs.drafting(
             outlook.n_draft_decodes, outlook.n_draft_rows
         )
@@ -627,6 +642,20 @@ class Speculator:
         if not now.depth:
             lost += self.costs.drafting(1, sum(s.habit.behind for s in subjects))
         return max(lost, 0.0) + self._PLANS
+
+
+class _Mean:
+    """What values are on average, the last some dozens of them."""
+
+    _MEMORY: Final = 32
+
+    def __init__(self, guess: float, n: int) -> None:
+        self.value = guess
+        self._n = n  # values that the guess counts as
+
+    def take(self, value: float) -> None:
+        self._n = min(self._n + 1, self._MEMORY)
+        self.value += (value - self.value) / self._n
 
 
 def _hope(mean: float, deviation: float) -> float:
