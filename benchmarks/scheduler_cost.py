@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
+from collections.abc import Callable
 from collections.abc import Sequence as Items
 
 from benchmarks import command_line
@@ -38,7 +39,14 @@ _WARM_UP = 200  # steps: the first requests begin together, but do not end so
 class Subject:
     """A scheduler that shares its steps among as many requests as it has sequence ids."""
 
-    def __init__(self, n_sequences: int, n_waiting: int, *, followed: bool) -> None:
+    def __init__(
+        self,
+        n_sequences: int,
+        n_waiting: int,
+        *,
+        followed: bool,
+        scheduler: Callable[[ModelFacts], Scheduler] = Scheduler,
+    ) -> None:
         facts = ModelFacts(
             n_ctx=_N_CTX,
             n_seq=n_sequences,
@@ -51,7 +59,7 @@ class Subject:
         )
         self._followed = followed
         self._n_sequences = n_sequences
-        self._scheduler = Scheduler(facts)
+        self._scheduler = scheduler(facts)
         self._executor = SimulatedExecutor(facts, _COST)
         self._tickets = itertools.count(1)
         for _ in range(n_sequences + n_waiting):

@@ -161,3 +161,11 @@ def test_the_load_client_is_measured_by_what_the_mock_did() -> None:
     assert figures_of_mock == "20, 5"
     assert float(ttft) >= 20
     assert float(tpot) > 2
+
+
+def test_metrics_work_while_it_is_measured_what_they_cost() -> None:
+    from benchmarks.metrics_overhead import between_steps
+
+    rounds = anyio.run(partial(between_steps, followed=True), 4, 5, 2)
+    assert len(rounds) == 2
+    assert all(time > 0 for pair in rounds for time in pair)

@@ -50,10 +50,13 @@ from mtpbatch.types import (
     FinishReason,
     ModelFacts,
     SamplingParams,
+    SequenceStep,
+    StepReport,
     Timings,
     TokenLogprobs,
     Usage,
 )
+from mtpbatch.watching import Watcher
 
 __all__ = [
     "ChatCompletion",
@@ -97,11 +100,14 @@ __all__ = [
     "NativeError",
     "PromptTooLongError",
     "SamplingParams",
+    "SequenceStep",
+    "StepReport",
     "TextPart",
     "Timings",
     "TokenLogprobs",
     "ToolCall",
     "Usage",
+    "Watcher",
     "WrongProcessError",
     "log_to_console",
 ]

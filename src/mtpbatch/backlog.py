@@ -26,7 +26,7 @@ class Backlog:
 
     State: ``_entered`` are those that have entered, by request id, with their prompts' tokens while
     they have not begun, and 0 from then on; ``_n_tokens`` is their sum and ``_n_begun`` how many
-    have begun. ``_line`` are those in line, first come first.
+    have begun. ``_line`` are those in line, first come first. ``n_rejected`` found no room.
     """
 
     def __init__(
@@ -39,6 +39,7 @@ class Backlog:
         self._line: dict[str, Sequence] = {}
         self._n_tokens = 0
         self._n_begun = 0
+        self.n_rejected = 0
 
     def __len__(self) -> int:
         return len(self._entered) + len(self._line)
@@ -89,8 +90,9 @@ class Backlog:
             self._n_begun -= not n_tokens
         return self._line.pop(request_id, None)
 
-    def overloaded(self, n_requests: int) -> EngineOverloaded:
-        """What to tell who finds no room beside so many requests."""
+    def reject(self, n_requests: int) -> EngineOverloaded:
+        """Count one that finds no room beside so many requests; what to tell it."""
+        self.n_rejected += 1
         return EngineOverloaded(
             running=self._n_begun,
             waiting=n_requests - self._n_begun,

@@ -32,7 +32,7 @@ import threading
 import time
 from collections import abc
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from typing import Any, Final, Literal
 
@@ -66,10 +66,12 @@ from mtpbatch.types import (
     EngineStats,
     ModelFacts,
     SamplingParams,
+    SequenceStep,
     StepResult,
     TemplateSource,
     parse,
 )
+from mtpbatch.watching import Watcher, Watchers
 
 _CLOSING_TIME: Final = 10.0  # seconds that closing waits for a native call
 
@@ -133,6 +135,7 @@ class Engine:
         self._clock = clock
         self._gate = Gate()
         self._turn = threading.Lock()
+        self._watchers = Watchers()
         self._left_behind = False
         self._last_step = 0.0  # when the results of one were taken in
         self._ready = ThreadEvent()
@@ -499,7 +502,23 @@ class Engine:
         raises :class:`~mtpbatch.EngineDeadError` if the engine has died.
         """
         self._gate.check_alive()
-        return msgspec.structs.replace(self._stats, waiting=self._n_waiting)
+        rejected = self._intake.n_rejected
+        return msgspec.structs.replace(self._stats, waiting=self._n_waiting, rejected=rejected)
+
+    def watch(self, watcher: Watcher) -> ExitStack:
+        """Have a watcher told of all steps and requests, from now on until what is returned closes.
+
+        ::
+
+            with engine.watch(watcher):
+                await engine.generate("def fib(n):")
+
+        Without a ``with``, its ``close()`` takes the watcher off. Costs nothing while nobody
+        watches. Not to be called by a watcher that is being told something.
+        """
+        self._gate.check_open()
+        with self._turn:
+            return self._watchers.add(watcher, self._scheduler.running)
 
     def __repr__(self) -> str:
         if not self._loaded:
@@ -601,6 +620,7 @@ class Engine:
                 if plan is not None:
                     self._stats = scheduler.stats
                     intake.begin(plan.admit)
+                    self._watchers.see(scheduler.running)
             # With a plan on its way there may be another one to make; without, it is time to wait.
             results = backend.exchange(plan, wait=plan is None, timeout=intake.until_timeout())
             if results:
@@ -628,7 +648,11 @@ class Engine:
     def _take_in_results(self, results: list[StepResult]) -> None:
         events: list[Event] = []
         for result in results:
-            of_step = self._scheduler.update(result, self._clock())
+            now = self._clock()
+            parts: list[SequenceStep] | None = [] if self._watchers else None
+            of_step = self._scheduler.update(result, now, parts)
+            if parts is not None:
+                self._watchers.stepped(result, parts, now)
             if result.error is not None:
                 requests = [event.request_id for event in of_step]
                 log.warning("step.failed", requests=requests, error=str(result.error))
@@ -669,8 +693,8 @@ class Engine:
             error = self._gate.end_error()
             error.completion = self._last_words(request_id)
             event = Event(request_id, error=error)
-            live.mailbox.put([(live, event)])
             self._forget(event)
+            live.mailbox.put([(live, event)])
         self._drained.set()
 
     def _last_words(self, request_id: str) -> Completion:
@@ -683,6 +707,10 @@ class Engine:
     def _forget(self, event: Event) -> None:
         """A request has had its last event."""
         live = self._intake.remove(event.request_id)
+        completion, error = event.completion, event.error
+        if error is not None:
+            completion = error.completion
+        self._watchers.ended(live.log.context, event.request_id, live.params, completion, error)
         if event.completion is None:
             live.log.debug("request.ended", error=str(event.error))
         else:

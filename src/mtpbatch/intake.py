@@ -111,6 +111,11 @@ class Intake:
         """Requests that wait or run: not those that are being tokenised, or wait for a grammar."""
         return len(self._backlog)
 
+    @property
+    def n_rejected(self) -> int:
+        """Requests that found no room and were not to wait for it."""
+        return self._backlog.n_rejected
+
     # ---------------------------------------------------------- on the callers' threads
 
     def submit(
@@ -199,7 +204,7 @@ class Intake:
         with self._gate.lock:
             self._gate.check_accepting()
             if not (live.waits or self._backlog.has_room(len(self.live))):
-                raise self._backlog.overloaded(len(self.live))
+                raise self._backlog.reject(len(self.live))
             self.live[request_id] = live
             self._timeouts.add(request_id, live.params, live.submitted)
             try:
@@ -263,7 +268,7 @@ class Intake:
             elif live.waits:
                 self._backlog.stand_in_line(sequence)
             else:
-                raise self._backlog.overloaded(len(self.live) - 1)
+                raise self._backlog.reject(len(self.live) - 1)
 
     # ------------------------------------------------------------- for who has the turn
 

@@ -257,6 +257,11 @@ class Snapshots:
         """Whether there is room for any."""
         return self._budget > 0
 
+    @property
+    def n_bytes(self) -> int:
+        """What all of them take, as far as it is known."""
+        return self._n_bytes
+
     # --------------------------------------------------------------- taken and dropped
 
     def take(self, n_tokens: int, token_seconds: float) -> int:

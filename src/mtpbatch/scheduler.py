@@ -14,7 +14,7 @@ Pure: no native code, clock, thread or event loop. Time is a number that callers
 from __future__ import annotations
 
 import heapq
-from collections import deque
+from collections import abc, deque
 from typing import Final, Literal, get_args
 
 from msgspec import Struct
@@ -42,6 +42,7 @@ from mtpbatch.types import (
     PlanEntry,
     Resume,
     Save,
+    SequenceStep,
     StepResult,
     looks_at_prompt,
 )
@@ -284,8 +285,13 @@ class Scheduler:
         self._in_flight.append(_InFlight(plan, sequences))
         return plan
 
-    def update(self, result: StepResult, now: float) -> list[Event]:
-        """Take in a result: an event for each request that ended, or is followed and generated."""
+    def update(
+        self, result: StepResult, now: float, parts: list[SequenceStep] | None = None
+    ) -> list[Event]:
+        """Take in a result: an event for each request that ended, or is followed and generated.
+
+        ``parts`` takes each sequence's part in the step, if somebody wants to know.
+        """
         self._n_reported = max(self._n_reported, result.plan)
         if self._bare and self._bare[0] == result.plan:
             self._bare.popleft()
@@ -332,6 +338,10 @@ class Scheduler:
                 n_prompt += len(entry.tokens)
             elif delta is not None:
                 verifying[outcome.n_drafted] += 1
+            if parts is not None:
+                n_fed = 0 if repeated else len(entry.tokens)
+                if n_fed or delta is not None:
+                    parts.append(_part(sequence, entry, n_fed, outcome.n_drafted, delta))
             if delta is None:
                 continue
             n_generated += len(delta.token_ids)
@@ -366,6 +376,9 @@ class Scheduler:
             prefix_queries=self._prefix_queries,
             prefix_hits=self._prefix_hits,
             preemptions=self._preemptions,
+            kv_cells_used=sum([sequence.n_computed for sequence in self._running.values()]),
+            n_cells=self._facts.n_cells,
+            snapshot_bytes=self._snapshots.n_bytes,
             drafted=sum(drafted),
             accepted=sum(accepted),
             drafted_by_depth=drafted,
@@ -377,6 +390,11 @@ class Scheduler:
             target_time=self._target_time,
             sample_time=self._sample_time,
         )
+
+    @property
+    def running(self) -> abc.ValuesView[Sequence]:
+        """Those that have a sequence id."""
+        return self._running.values()
 
     def __repr__(self) -> str:
         return (
@@ -844,6 +862,20 @@ class Scheduler:
             self._stop_running(sequence)
         self._prefix.leave(request_id)
         return completion
+
+
+def _part(
+    sequence: Sequence, entry: PlanEntry, n_prompt: int, n_drafted: int, delta: Delta | None
+) -> SequenceStep:
+    return SequenceStep(
+        entry.seq_id,
+        sequence.request_id,
+        n_prompt,
+        n_drafted,
+        0 if delta is None else delta.n_accepted,
+        0 if delta is None else len(delta.token_ids),
+        0 if sequence.seq_id is None else sequence.n_computed,
+    )
 
 
 def _id(sequence: Sequence) -> int:

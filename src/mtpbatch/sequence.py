@@ -34,7 +34,7 @@ class Sequence:
 
     Mutable state, all of it: ``seq_id``, ``n_planned``, ``save_points``, ``token_ids``, the log
     probabilities ``_logprobs`` and ``_prompt_logprobs``, the text assembler and its pieces, what is
-    fed (``_feed``), ``state_token_ids``, its drafting ``habit``, the counters ``_n_fed``,
+    fed (``_feed``), ``state_token_ids``, its drafting ``habit``, the counters ``n_computed``,
     ``cached_tokens``, ``_n_accepting`` and ``drafted``, the times ``admitted``, ``first_token`` and
     ``ended``, and ``finish_reason``. It changes only in :meth:`admit`, :meth:`take_chunk`,
     :meth:`absorb`, :meth:`pause`, :meth:`start_again`, :meth:`resume` and :meth:`end`, and only the
@@ -47,7 +47,6 @@ class Sequence:
         "_feed",
         "_logprobs",
         "_n_accepting",
-        "_n_fed",
         "_pieces",
         "_prompt_logprobs",
         "_reads_along",
@@ -62,6 +61,7 @@ class Sequence:
         "grammar",
         "habit",
         "max_tokens",
+        "n_computed",
         "n_planned",
         "params",
         "prompt",
@@ -112,6 +112,7 @@ class Sequence:
 
         self.seq_id: int | None = None
         self.n_planned = 0
+        self.n_computed = 0  # have been through the model: of generated tokens all but the last
         self.save_points: tuple[int, ...] = ()  # lengths at which its prefill is cut
         self.cached_tokens = 0  # of the prompt, from a snapshot
         self.token_ids: list[int] = []
@@ -123,7 +124,6 @@ class Sequence:
         self._feed = prompt
         self._assembler = assembler
         self._pieces: list[str] = []
-        self._n_fed = 0  # of what is fed, tokens that have been through the model
         self.habit = Habit.guess(n_draft_max)
         self._n_accepting = [0] * (n_draft_max + 1)  # steps by how many drafts they accepted
         self.drafted = 0
@@ -138,11 +138,6 @@ class Sequence:
             f"<Sequence {self.request_id}: {self.finish_reason or place}, "
             f"{self.n_computed} of {len(self.prompt)}+{len(self.token_ids)} tokens computed>"
         )
-
-    @property
-    def n_computed(self) -> int:
-        """Tokens that have been through the model: of generated ones all but the last."""
-        return self._n_fed + max(0, self.n_tokens - len(self._feed) - 1)
 
     @property
     def n_feed(self) -> int:
@@ -223,7 +218,7 @@ class Sequence:
         """
         self.seq_id = seq_id
         self.habit = habit
-        self.n_planned = self._n_fed = self.cached_tokens = cached_tokens
+        self.n_planned = self.n_computed = self.cached_tokens = cached_tokens
         self.save_points = save_points
         if self.admitted is None:
             self.admitted = now
@@ -237,7 +232,7 @@ class Sequence:
         if self.token_ids:
             raise InternalError(f"{self!r} has generated")
         self.seq_id = None
-        self.n_planned = self._n_fed = self.cached_tokens = 0
+        self.n_planned = self.n_computed = self.cached_tokens = 0
         self.save_points = ()
         if self._prompt_logprobs:
             self._prompt_logprobs.clear()
@@ -247,7 +242,7 @@ class Sequence:
         self.seq_id = seq_id
         if not from_snapshot:
             self._feed = (*self.prompt, *self.token_ids)
-            self.n_planned = self._n_fed = 0
+            self.n_planned = self.n_computed = 0
             self.save_points = ()
 
     def absorb(
@@ -267,7 +262,7 @@ class Sequence:
         kept, accepted, reason = result.token_ids, result.n_accepted, result.finish_reason
         chunk = () if repeated else entry.tokens
         if kept or not entry.sample:
-            self._n_fed += len(chunk)
+            self.n_computed += len(chunk)
         if self._prompt_logprobs is not None:
             self._prompt_logprobs += result.prompt_logprobs
         if not kept:
@@ -288,6 +283,8 @@ class Sequence:
             logprobs = result.logprobs[: len(kept)]
             self._logprobs += logprobs
         self.token_ids += kept
+        # All but the last, and the last one of before, which there is not after what was fed.
+        self.n_computed += len(kept) - bool(chunk)
         self._n_accepting[accepted] += 1
         self.drafted += result.n_drafted
         if self.first_token is None:

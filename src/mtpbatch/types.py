@@ -648,6 +648,39 @@ class Embeddings(Struct, frozen=True, kw_only=True, eq=False):
     """Tokens of all texts together."""
 
 
+class SequenceStep(Struct, frozen=True, gc=False):
+    """One sequence's part in a step."""
+
+    seq_id: int
+    request_id: str
+    n_prompt: int
+    """Tokens of its prompt that were fed, once more after a pause."""
+    n_drafted: int
+    n_accepted: int
+    n_generated: int
+    """Tokens that it gained, accepted drafts included."""
+    n_tokens: int
+    """Tokens that it holds, each in a KV cell; 0 if it has paused meanwhile."""
+
+
+class StepReport(Struct, frozen=True, gc=False):
+    """What one step did. Durations are seconds."""
+
+    at: float
+    """When its results were taken in, by the engine's clock: :func:`time.monotonic`."""
+    sequences: tuple[SequenceStep, ...]
+    """Those that took part and have not ended by then; none of a failed step."""
+    gap_time: float
+    """From the end of the step before to its begin, if that left sequences to go on."""
+    draft_time: float
+    target_time: float
+    sample_time: float
+    n_target_tokens: int
+    """Rows that the model verified or prefilled."""
+    error: str | None
+    """Why the step failed."""
+
+
 class EngineStats(Struct, frozen=True, kw_only=True):
     """A snapshot of an engine; totals count from its opening. Durations are seconds."""
 
@@ -659,6 +692,8 @@ class EngineStats(Struct, frozen=True, kw_only=True):
     """Whether the model has MTP heads and the engine uses them."""
     finished: dict[FinishReason, int]
     """Requests ended so far, by reason."""
+    rejected: int = 0
+    """Requests that were refused because too many waited."""
     prompt_tokens: int
     """Tokens fed as prompts: without those that were there already, with those that had to be
     computed again after a pause."""
@@ -669,6 +704,12 @@ class EngineStats(Struct, frozen=True, kw_only=True):
     """Of those, how many did not have to be computed."""
     preemptions: int
     """How often a running request paused because the cells were needed by others."""
+    kv_cells_used: int
+    """KV cells that hold the tokens of requests that run, as far as results have come."""
+    n_cells: int
+    """KV cells that there are for all of them."""
+    snapshot_bytes: int
+    """Host memory that snapshots take, of prompts and of requests that pause."""
     drafted: int
     accepted: int
     drafted_by_depth: tuple[int, ...]
@@ -681,6 +722,11 @@ class EngineStats(Struct, frozen=True, kw_only=True):
     draft_time: float
     target_time: float
     sample_time: float
+
+    @property
+    def kv_cache_usage(self) -> float:
+        """The share of the KV cells that are used, from 0 to 1."""
+        return self.kv_cells_used / self.n_cells
 
     @property
     def acceptance(self) -> float | None:

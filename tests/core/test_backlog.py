@@ -159,7 +159,7 @@ def test_the_error_has_the_figures_of_the_moment() -> None:
     assert backlog.enter(waiting)
     assert not backlog.enter(in_line)
     backlog.stand_in_line(in_line)
-    error = backlog.overloaded(4)  # one of them is still tokenised
+    error = backlog.reject(4)  # one of them is still tokenised
     assert isinstance(error, EngineOverloaded)
     assert (error.running, error.waiting, error.waiting_tokens) == (1, 3, 60)
     assert (error.max_waiting, error.max_waiting_tokens) == (2, 50)

@@ -54,11 +54,14 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("backend", "backlog", "gate", "generation", "scheduler", "sequence", "speculation"),
         *("structured", "text", "timeouts", "tokenizing", "_loops", "_log", "types", "exceptions"),
     },
+    "watching": {"sequence", "_log", "types", "exceptions"},
     "engine": {
         *("backend", "chat", "embedding", "gate", "generation", "intake", "loading", "scheduler"),
-        *("speculation", "tokenizing", "_loops", "_log", "types", "exceptions"),
+        *("speculation", "tokenizing", "watching", "_loops", "_log", "types", "exceptions"),
         "native",  # inside open() only
     },
+    "metrics": {"engine", "types", "exceptions"},
+    "tracing": {"types", "exceptions"},
     "testing/scripted": {"backend", "engine", "_loops", "types", "exceptions"},
     "testing/workload": {"types", "exceptions"},
     "testing/simulated": {"testing", "speculation", "types", "exceptions"},
@@ -169,7 +172,9 @@ assert type(handler) is logging.NullHandler
 assert logging.getLogger("mtpbatch").level == logging.NOTSET
 import structlog
 assert not structlog.is_configured()
-loaded = {name.split(".")[0] for name in sys.modules} & {"trio", "uvloop", "llama_cpp", "numpy"}
+extras = {"prometheus_client", "opentelemetry", "starlette", "ray"}
+heavy = {"trio", "uvloop", "llama_cpp", "numpy"}
+loaded = {name.split(".")[0] for name in sys.modules} & (heavy | extras)
 assert not loaded, loaded
 assert not {"mtpbatch.native", "mtpbatch.loadtest"} & set(sys.modules)
 """
@@ -181,3 +186,18 @@ assert not {"mtpbatch.native", "mtpbatch.loadtest"} & set(sys.modules)
         check=False,
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("module", "needs", "extra"),
+    [("metrics", "prometheus_client", "server"), ("tracing", "opentelemetry", "otel")],
+)
+def test_a_missing_extra_is_named(module: str, needs: str, extra: str) -> None:
+    program = f"import sys; sys.modules[{needs!r}] = None; import mtpbatch.{module}"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("ModuleNotFoundError: ")
+    assert f"pip install 'mtpbatch[{extra}]'" in last

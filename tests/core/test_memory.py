@@ -19,7 +19,7 @@ from mtpbatch.memory import Cells, Snapshots
 from mtpbatch.scheduler import Event, Scheduler
 from mtpbatch.testing import ScriptedBackend, open_scripted_engine
 from mtpbatch.types import EngineConfig, Plan
-from scheduling import completions, make_sequence, moves, run_to_end, step
+from scheduling import completions, make_sequence, moves, run_step, run_to_end, step
 
 MANY_BYTES = 10**9
 
@@ -679,6 +679,30 @@ async def test_a_completion_says_what_was_there_already() -> None:
         stats = engine.stats()
         assert (stats.prefix_queries, stats.prefix_hits) == (301, 150)
         assert stats.preemptions == 0
+
+
+def test_figures_of_memory_are_those_of_the_executor() -> None:
+    backend = ScriptedBackend(
+        lambda prompt: prompt[::-1], n_seq=4, n_ctx=320, n_cells=400, n_batch=40, acceptance=0.5
+    )
+    record = Recorder(backend, MANY_BYTES)
+    chance = random.Random(0)
+    for number in range(12):
+        prompt = unlike(number, chance.randrange(70, 120))
+        record.add(prompt, max_tokens=chance.randrange(50, 150), ignore_eos=True)
+    most = 0
+    while record.scheduler.stats.waiting or record.scheduler.stats.running:
+        run_step(record.scheduler, backend)
+        used = record.scheduler.stats.kv_cells_used
+        assert used == sum(len(s.token_ids) for s in backend._sequences.values() if not s.over)
+        most = max(most, used)
+    record.run()  # what the last one leaves to do
+    stats = record.scheduler.stats
+    kept = [snapshot.token_ids for snapshot in backend._snapshots.values() if snapshot]
+    assert stats.snapshot_bytes == 1000 * sum(map(len, kept)) > 0
+    assert (stats.kv_cells_used, stats.n_cells) == (0, 400)
+    assert stats.preemptions > 0
+    assert 300 < most <= 400
 
 
 # -------------------------------------------------------------------------------- snapshots

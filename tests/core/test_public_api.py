@@ -57,11 +57,14 @@ def test_the_package_exports_exactly_these_names() -> None:
         "NativeError",
         "PromptTooLongError",
         "SamplingParams",
+        "SequenceStep",
+        "StepReport",
         "TextPart",
         "Timings",
         "TokenLogprobs",
         "ToolCall",
         "Usage",
+        "Watcher",
         "WrongProcessError",
         "log_to_console",
     }
@@ -102,6 +105,7 @@ def test_the_engines_surface() -> None:
         "submit",
         "token_bytes",
         "tokenize",
+        "watch",
     }
     assert public(mtpbatch.Generation) == {"cancel", "completion", "request_id"}
     assert public(mtpbatch.ChatGeneration) == {"cancel", "completion", "request_id"}
@@ -148,10 +152,21 @@ def test_the_engines_surface() -> None:
         (mtpbatch.TokenLogprobs, "token_id logprob rank top"),
         (mtpbatch.Usage, "prompt_tokens completion_tokens cached_tokens total_tokens"),
         (mtpbatch.Timings, "queued prefill first_token decode total"),
+        (mtpbatch.Watcher, "admitted paused stepped ended"),
+        (
+            mtpbatch.SequenceStep,
+            "seq_id request_id n_prompt n_drafted n_accepted n_generated n_tokens",
+        ),
+        (
+            mtpbatch.StepReport,
+            "at sequences gap_time draft_time target_time sample_time n_target_tokens error",
+        ),
         (
             mtpbatch.EngineStats,
-            "running waiting free_sequences n_seq mtp finished prompt_tokens generated_tokens "
+            "running waiting free_sequences n_seq mtp finished rejected "
+            "prompt_tokens generated_tokens "
             "prefix_queries prefix_hits preemptions "
+            "kv_cells_used n_cells kv_cache_usage snapshot_bytes "
             "drafted accepted drafted_by_depth accepted_by_depth draft_depth steps gap_time "
             "draft_time target_time sample_time acceptance tokens_per_step",
         ),

@@ -289,6 +289,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert stats.running + stats.waiting == n_live
             assert stats.running + stats.free_sequences == stats.n_seq
             assert sum(stats.finished.values()) == len(self.last_events)
+            assert 0 <= stats.kv_cells_used <= stats.n_cells
 
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
@@ -304,6 +305,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.backend.snapshots == known, "and of every snapshot that is not needed"
         ends = [e.completion or (e.error and e.error.completion) for e in self.last_events.values()]
         stats = self.scheduler.stats
+        assert stats.kv_cells_used == 0
         assert stats.generated_tokens == sum(len(end.token_ids) for end in ends if end)
         assert stats.drafted == sum(end.drafted for end in ends if end)
         assert stats.accepted == sum(end.accepted for end in ends if end)

@@ -46,6 +46,7 @@ from mtpbatch.types import (
     PlanEntry,
     Resume,
     SamplingParams,
+    SequenceStep,
     StepResult,
     Terms,
 )
@@ -94,8 +95,10 @@ class Recorder(Scheduler):
             self.log.append((round(now, 6), replace(plan, entries=entries)))
         return plan
 
-    def update(self, result: StepResult, now: float) -> list[Event]:
-        events = super().update(result, now)
+    def update(
+        self, result: StepResult, now: float, parts: list[SequenceStep] | None = None
+    ) -> list[Event]:
+        events = super().update(result, now, parts)
         outcomes = [
             (len(e.token_ids), e.n_drafted, e.n_accepted, e.finish_reason) for e in result.entries
         ]

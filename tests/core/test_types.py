@@ -131,6 +131,9 @@ def test_derived_figures() -> None:
         prefix_queries=0,
         prefix_hits=0,
         preemptions=0,
+        kv_cells_used=50,
+        n_cells=200,
+        snapshot_bytes=0,
         drafted=0,
         accepted=0,
         drafted_by_depth=(),
@@ -142,4 +145,5 @@ def test_derived_figures() -> None:
         target_time=0.0,
         sample_time=0.0,
     )
+    assert stats.kv_cache_usage == 0.25
     assert stats.acceptance is None
