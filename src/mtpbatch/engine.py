@@ -222,6 +222,11 @@ class Engine:
         """Whether it was closed, or has died."""
         return self._gate.closing
 
+    @property
+    def draining(self) -> bool:
+        """Whether it takes no new requests any more: it drains, or has drained."""
+        return self._gate.draining
+
     def check_health(self, stall_timeout: float = 60.0) -> None:
         """Raise if the engine does not work as it should; the error says why.
 

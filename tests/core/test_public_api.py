@@ -93,6 +93,7 @@ def test_the_engines_surface() -> None:
         "config",
         "detokenize",
         "drain",
+        "draining",
         "embed",
         "generate",
         "generate_many",
