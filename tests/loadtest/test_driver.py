@@ -18,7 +18,7 @@ from mtpbatch.loadtest.datasets import Work
 from mtpbatch.loadtest.driver import Load, Observed, Run
 from mtpbatch.loadtest.overhead import doubts, quantile
 from mtpbatch.loadtest.records import ClientOverhead, RequestRecord
-from mtpbatch.loadtest.steady import window
+from mtpbatch.loadtest.steady import steady_window, whole_run
 from mtpbatch.loadtest.targets import Facts
 
 pytestmark = pytest.mark.anyio
@@ -253,10 +253,19 @@ async def test_lateness_of_sending_is_measured() -> None:
 # -------------------------------------------------------------------------- steady state
 
 
-async def test_the_window_of_a_closed_loop_lies_between_first_chunks_and_last_request() -> None:
-    observed = await run_of(Played(n_seq=3), clients(4), n_requests=12)()
-    fourth = sorted(each.chunks[0][0] for each in observed.requests)[3]
-    assert observed.window == pytest.approx((fourth, max(figures(observed, "sent"))))
+async def test_the_window_of_a_closed_loop_lies_between_first_ends_and_the_last_request() -> None:
+    observed = await run_of(Played(n_seq=3), clients(4), n_requests=16)()
+    first = [request.ended for request in observed.requests[:4]]
+    assert observed.window == pytest.approx((max(first), max(figures(observed, "sent"))))
+    assert observed.steady
+
+
+async def test_clients_that_go_in_step_do_so_for_whole_rounds() -> None:
+    """Else a round's prefill would be missing, and the rate too high."""
+    observed = await run_of(Played(), clients(4), work(6), n_requests=16)()
+    begin, end = observed.window
+    tokens = sum(begin < time <= end for each in observed.requests for time, _ in each.chunks)
+    assert tokens / (end - begin) == pytest.approx(4 * 6 / 1.0)
 
 
 async def test_the_window_of_an_open_loop_begins_when_requests_end_as_fast_as_they_come() -> None:
@@ -277,18 +286,29 @@ def request(sent: float, ended: float, outcome: Any = "ok") -> RequestRecord:
     )
 
 
-def test_a_window_without_a_whole_answer_is_the_whole_run() -> None:
+def test_too_few_requests_have_no_steady_state() -> None:
     burst = [request(0.0, 1.0 + i) for i in range(5)]
-    assert window(burst, OpenLoop(Level(math.inf, math.inf)), 0.0) == (0.0, 5.0)
+    assert steady_window(burst, OpenLoop(Level(math.inf, math.inf)), 0.0) is None
+    assert whole_run(burst) == (0.0, 5.0)
     cut_short = [request(0.0, 1.0), request(2.0, 3.0, "cancelled")]
-    assert window(cut_short, evenly(0.5), 0.0) == (0.0, 3.0)
-    assert window([], evenly(1), 0.0) == (0.0, 0.0)
+    assert steady_window(cut_short, evenly(0.5), 0.0) is None
+    two_rounds = [request(i / 8, 1.0 + i / 8) for i in range(8)]
+    two_rounds += [request(1.0 + i / 8, 2.0) for i in range(8)]
+    assert steady_window(two_rounds, clients(8), 0.0) is None  # but one lies before all have ended
+    assert steady_window([], evenly(1), 0.0) is None
+    assert whole_run([]) == (0.0, 0.0)
+
+
+async def test_without_a_steady_state_the_whole_run_counts() -> None:
+    observed = await run_of(Played(), OpenLoop(Level(math.inf, math.inf)), n_requests=3)()
+    assert not observed.steady
+    assert observed.window == (0.0, max(figures(observed, "ended")))
 
 
 def test_a_warm_up_delays_the_window() -> None:
     requests = [request(float(i), i + 0.5) for i in range(10)]
-    assert window(requests, evenly(1), 0.0) == (0.5, 9.0)
-    assert window(requests, evenly(1), 4.0) == (4.0, 9.0)
+    assert steady_window(requests, evenly(1), 0.0) == (0.5, 9.0)
+    assert steady_window(requests, evenly(1), 4.0) == (4.0, 9.0)
 
 
 # -------------------------------------------------------------------------------- overhead

@@ -168,6 +168,17 @@ def test_what_a_reader_should_know_first_stands_on_the_page() -> None:
     assert "Requests failed: 2 at 4" in report(simulated_sweep())
 
 
+def test_a_client_that_was_late_is_told_of() -> None:
+    assert "bottleneck" not in report(RUN)
+    assert "bottleneck" not in report(simulated_sweep())
+    assert RUN.overhead is not None
+    late = msgspec.structs.replace(RUN.overhead, loop_lag_p99=0.05)
+    run = msgspec.structs.replace(RUN, overhead=late)
+    assert "The client may be the bottleneck: its event loop was 50 ms late" in report(run)
+    sweep = SweepRecord(name="a", parameter="rate", runs=((2.0, run),), slo={}, capacity=None)
+    assert "The client may be the bottleneck at 2" in report(sweep)
+
+
 def test_a_sweep_shows_its_capacity_and_each_run() -> None:
     sweep = simulated_sweep()
     text = report(sweep)

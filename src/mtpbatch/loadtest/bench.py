@@ -131,6 +131,8 @@ async def _one(settings: Settings, target: Target) -> tuple[RunRecord, bool]:
         _tell(f"{count} x {kind}, such as: {run.tally.examples[kind]}")
     for doubt in doubts(observed.overhead):
         _tell(f"the client may be the bottleneck: {doubt}")
+    if not observed.steady:
+        _tell("too few requests for a steady state: all of them count, ramp-up and drain too")
     facts = settings.facts()
     if observed.interrupted:
         _tell("interrupted: what follows is of what there was by then")

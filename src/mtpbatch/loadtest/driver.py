@@ -20,7 +20,7 @@ from mtpbatch.loadtest.arrivals import Arrivals, ClosedLoop, OpenLoop, Replay
 from mtpbatch.loadtest.datasets import Work
 from mtpbatch.loadtest.overhead import Overhead
 from mtpbatch.loadtest.records import ClientOverhead, Outcome, RequestRecord
-from mtpbatch.loadtest.steady import window
+from mtpbatch.loadtest.steady import steady_window, whole_run
 from mtpbatch.loadtest.targets import Target
 
 _DIGITS: Final = 6  # microseconds
@@ -49,7 +49,10 @@ class Observed(Struct, frozen=True, kw_only=True):
 
     requests: tuple[RequestRecord, ...]
     """In the order in which they were sent."""
+    steady: bool
+    """Whether there was a steady state to speak of."""
     window: tuple[float, float]
+    """That state, or the whole run."""
     samples: tuple[tuple[float, int, int], ...]
     """Time, and how many had had their first chunk, and how many waited for it."""
     overhead: ClientOverhead
@@ -103,9 +106,11 @@ class Run:
                             await self._open(group, arrivals)
             watchers.cancel_scope.cancel()
         requests = tuple(sorted(self._records, key=lambda record: record.index))
+        steady = steady_window(requests, self._load.arrivals, self._load.warmup)
         return Observed(
             requests=requests,
-            window=window(requests, self._load.arrivals, self._load.warmup),
+            steady=steady is not None,
+            window=steady or whole_run(requests),
             samples=tuple(self._samples),
             overhead=overhead.measured(each.sent - each.scheduled for each in requests),
             interrupted=self.stopped,

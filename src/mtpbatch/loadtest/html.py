@@ -10,6 +10,7 @@ import markupsafe
 from msgspec import Struct
 
 from mtpbatch.loadtest.charts import Chart, Shown, Sweep, run_charts, sweep_charts
+from mtpbatch.loadtest.overhead import doubts
 from mtpbatch.loadtest.records import Record, RunRecord, SweepRecord
 from mtpbatch.loadtest.summary import Summary
 from mtpbatch.loadtest.tables import (
@@ -155,6 +156,8 @@ def warnings(run: RunRecord, summary: Summary) -> list[str]:
             f"{summary.failed} of {summary.sent} requests failed: {kinds}. Latencies are those of "
             f"the others."
         )
+    if run.overhead is not None:
+        found += [f"The client may be the bottleneck: {doubt}." for doubt in doubts(run.overhead)]
     return found
 
 
@@ -170,6 +173,13 @@ def sweep_warnings(sweep: Sweep) -> list[str]:
     failed = [f"{summary.failed} at {value:g}" for value, summary in pairs if summary.failed]
     if failed:
         found.append(f"Requests failed: {', '.join(failed)}. Latencies are those of the others.")
+    late = [
+        f"{value:g}"
+        for value, summary in pairs
+        if summary.overhead is not None and doubts(summary.overhead)
+    ]
+    if late:
+        found.append(f"The client may be the bottleneck at {', '.join(late)}; see its figures.")
     return found
 
 
