@@ -153,20 +153,23 @@ class Habit:
         """Bring the figures up to date, and ``others``, which is everybody's, with them."""
         if not any(self._allowed):
             return
-        counts = (self._allowed, self._drafted, self._gained)
-        allowed, drafted, gained = map(at_least, counts)
-        # At a depth that was not allowed there is nothing to learn, nor at a greater one.
-        by_depth = [
-            (n, min(1.0, n_drafted / n), min(1.0, n_gained / n))
-            for n, n_drafted, n_gained in zip(allowed, drafted, gained, strict=True)
-            if n
-        ]
-        accepted = sum(gained)
+        self._ahead = others._ahead = None
+        n_steps = n_drafted = n_gained = accepted = 0
+        # From the deepest on: a step that reached a depth reached those before it. At a depth that
+        # was not allowed there is nothing to learn.
+        for d in range(len(self.reached) - 1, -1, -1):
+            n_steps += self._allowed[d + 1]
+            n_drafted += self._drafted[d + 1]
+            n_gained += self._gained[d + 1]
+            if n_steps:
+                accepted += n_gained
+                reached, gained = min(1.0, n_drafted / n_steps), min(1.0, n_gained / n_steps)
+                self._take(d, n_steps, reached, gained)
+                others._take(d, n_steps, reached, gained)
         tried = accepted + self._n_refused
-        for habit in (self, others):
-            habit._take(by_depth)
-            if tried:
-                habit._take_tried(tried, accepted)
+        if tried:
+            self._take_tried(tried, accepted)
+            others._take_tried(tried, accepted)
         self._forget()
 
     @property
@@ -179,14 +182,15 @@ class Habit:
             self._ahead = list(zip(gained, verified, drafted, strict=True))
         return self._ahead
 
-    def _take(self, by_depth: Iterable[tuple[int, float, float]]) -> None:
-        """Of each depth: steps, and the shares of them that reached and that gained it."""
-        self._ahead = None
-        for d, (n_steps, reached, gained) in enumerate(by_depth):
-            self._weight[d] = weight = min(self._weight[d] + n_steps, self.memory)
-            pace = min(1.0, n_steps / weight)
-            self.reached[d] += (reached - self.reached[d]) * pace
-            self.gained[d] += (gained - self.gained[d]) * pace
+    def _take(self, d: int, n_steps: int, reached: float, gained: float) -> None:
+        """Of one depth: steps, and the shares of them that reached and that gained it."""
+        weight = self._weight[d] + n_steps
+        if weight > self.memory:
+            weight = self.memory
+        self._weight[d] = weight
+        pace = n_steps / weight if n_steps < weight else 1.0
+        self.reached[d] += (reached - self.reached[d]) * pace
+        self.gained[d] += (gained - self.gained[d]) * pace
 
     def _take_tried(self, tried: int, accepted: int) -> None:
         self._n_tried = min(self._n_tried + tried, self.memory)
