@@ -318,12 +318,13 @@ class Scheduler:
         stuck = dict(result.stuck)
         n_prompt = n_generated = 0
         verifying = [0] * (self._facts.n_draft_max + 1)  # sequences by the length of their drafts
+        n_accepting = self._n_accepting
         for sequence, entry, outcome in zip(
             flight.sequences, plan.entries, result.entries, strict=True
         ):
-            if sequence is None or sequence.finished:  # since the step began
+            if sequence is None or sequence.finish_reason is not None:  # since the step began
                 continue
-            if entry.seq_id in stuck:
+            if stuck and entry.seq_id in stuck:
                 if outcome.token_ids:  # it was stuck after some drafts
                     delta = sequence.absorb(entry, outcome, now, repeated=repeated)
                     if delta is not None and delta.finish_reason is not None:
@@ -334,7 +335,7 @@ class Scheduler:
                 events.append(self._end_by_error(sequence, GrammarError(reason), now))
                 continue
             delta = sequence.absorb(entry, outcome, now, repeated=repeated)
-            if entry.tokens and not repeated:
+            if not repeated and entry.tokens:
                 n_prompt += len(entry.tokens)
             elif delta is not None:
                 verifying[outcome.n_drafted] += 1
@@ -345,8 +346,8 @@ class Scheduler:
             if delta is None:
                 continue
             n_generated += len(delta.token_ids)
-            self._n_accepting[delta.n_accepted] += 1
-            if delta.finish_reason is not None:
+            n_accepting[delta.n_accepted] += 1
+            if sequence.finish_reason is not None:
                 events.append(Event(sequence.request_id, delta, self._retire(sequence)))
             elif sequence.followed:
                 events.append(Event(sequence.request_id, delta))
@@ -791,10 +792,10 @@ class Scheduler:
             return PlanEntry(_id(sequence), chunk, False, 0, scored=scored)
         wish = self._speculator.wish_for(sequence)
         n_draft = min(wish.limit, most_drafts)
+        if not wish.adaptive:
+            return PlanEntry(_id(sequence), chunk, True, n_draft, scored=scored)
         expected = round(10 * sequence.habit.acceptance) / 10  # half of what round(…, 1) takes
-        return PlanEntry(
-            _id(sequence), chunk, True, n_draft, wish.adaptive, expected, scored=scored
-        )
+        return PlanEntry(_id(sequence), chunk, True, n_draft, True, expected, scored)
 
     def _admission(self, sequence: Sequence, snapshot: int) -> Admission:
         params = sequence.params

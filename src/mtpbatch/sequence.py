@@ -254,14 +254,13 @@ class Sequence:
         cancelled. ``repeated``: the entry's prompt tokens were fed by an earlier step. Raises
         :class:`InternalError` for a result that the entry cannot have.
         """
-        room = self.remaining
-        n_scored = 0 if repeated else len(entry.scored)
-        n_logprobs = 0 if self._logprobs is None else len(result.token_ids)
+        kept, accepted, reason = result.token_ids, result.n_accepted, result.finish_reason
+        room = self.max_tokens - len(self.token_ids)
+        chunk, n_scored = ((), 0) if repeated else (entry.tokens, len(entry.scored))
+        n_logprobs = 0 if self._logprobs is None else len(kept)
         if not _fits(entry, result, room, n_scored, n_logprobs):
             raise InternalError(f"{self!r} was given {result} for {entry}")
-        kept, accepted, reason = result.token_ids, result.n_accepted, result.finish_reason
-        chunk = () if repeated else entry.tokens
-        if kept or not entry.sample:
+        if chunk and (kept or not entry.sample):
             self.n_computed += len(chunk)
         if self._prompt_logprobs is not None:
             self._prompt_logprobs += result.prompt_logprobs
@@ -277,7 +276,8 @@ class Sequence:
                 kept, reason = kept[:n_taken], "stop"
                 accepted = min(accepted, n_taken)
         if not chunk:  # else it was prompt, of which nothing is drafted
-            self.habit.note(min(entry.n_draft, room - 1), result.n_drafted, accepted)
+            most = entry.n_draft
+            self.habit.note(most if most < room else room - 1, result.n_drafted, accepted)
         logprobs = None
         if self._logprobs is not None:
             logprobs = result.logprobs[: len(kept)]
@@ -350,19 +350,17 @@ def _frozen(logprobs: list[TokenLogprobs] | None) -> tuple[TokenLogprobs, ...] |
 
 def _fits(entry: PlanEntry, result: EntryResult, room: int, n_scored: int, n_logprobs: int) -> bool:
     """Whether it is a result that the entry can have, with room for so many tokens."""
+    n_tokens, n_accepted = len(result.token_ids), result.n_accepted
     if len(result.logprobs) != n_logprobs:
         return False
-    if result == NO_RESULT:
+    if not n_tokens and result == NO_RESULT:
         return True  # it took no part, or has more of its prompt to come
     if len(result.prompt_logprobs) != n_scored:
         return False
     if not entry.sample:
         return result == EntryResult((), 0, 0, None, prompt_logprobs=result.prompt_logprobs)
-    if not result.token_ids:
-        return False
-    n_tokens, n_accepted = len(result.token_ids), result.n_accepted
-    if not 0 <= n_accepted <= result.n_drafted <= entry.n_draft:
+    if not n_tokens or not 0 <= n_accepted <= result.n_drafted <= entry.n_draft:
         return False
     if result.finish_reason is None:
-        return n_tokens == n_accepted + 1 and n_tokens < room
+        return n_accepted + 1 == n_tokens < room
     return n_accepted <= n_tokens <= min(n_accepted + 1, room)

@@ -437,11 +437,11 @@ class Speculator:
         self.everybody.memory = steps + steps_each * len(sequences)
         if self.choice.depth or self.choice.trial:  # new requests show what they have
             self._n_begun = 0
-        adaptive = False
+        if not any(sequence.wish.adaptive for sequence in sequences):
+            return False  # what was noted of others waits until one comes, or they end
         for sequence in sequences:
-            adaptive = adaptive or sequence.wish.adaptive
             sequence.habit.settle(self.everybody)
-        if not adaptive or not self.costs.step:  # nothing but prompts was timed yet
+        if not self.costs.step:  # nothing but prompts was timed yet
             return False
         new_load = not 0.5 <= len(sequences) / max(1, self._load) <= 2
         if new_load:
