@@ -239,7 +239,9 @@ void Executor::serve() {
             since_report_us_ >= REPORT_EVERY_US) {
             since_report_us_ = 0;
             worth_a_look_    = true;
+            lock.unlock();  // else who wakes up would have to wait for it
             ended_.notify_one();
+            lock.lock();
         }
     }
 }

@@ -411,8 +411,6 @@ typedef enum mtpbatch_finish {
     MTPBATCH_TOKEN_LIMIT,
 } mtpbatch_finish;
 
-#define MTPBATCH_OUTCOME_WORDS 4
-
 typedef struct mtpbatch_saved {
     int64_t snapshot;
     int64_t n_bytes;  // 0: it could not be taken, and there is none
@@ -433,10 +431,11 @@ typedef struct mtpbatch_step {
     int64_t         plan;     // its number
     mtpbatch_status status;   // not MTPBATCH_OK: its entries' sequences (recurrent layers: all) are lost; release them
     const char *    message;  // the reason
-    // Parallel to the plan's entries, each: how many tokens, of them how many accepted drafts, how
-    // many were drafted, and a mtpbatch_finish; then the tokens: accepted drafts and the sampled
-    // one. All 0 if the sequence took no part: it was released, has finished, met a stop text, was
-    // cancelled or lost meanwhile, or waits for more of its prompt.
+    // Four columns parallel to the plan's entries: how many tokens, of them how many accepted drafts,
+    // how many were drafted, and a mtpbatch_finish. Then the tokens, one entry's after the other's:
+    // accepted drafts and the sampled one. All 0 if the sequence took no part: it was released, has
+    // finished, met a stop text, was cancelled or lost meanwhile, or waits for more of its prompt.
+    int32_t         n_entries;  // 0: the step failed, or had none
     int32_t         n_words;
     const int32_t * words;
     int32_t         n_target_tokens;

@@ -634,12 +634,17 @@ void Stepper::write(Step & out) const {
     out.ends_any = !out.failures.empty() || std::any_of(parts_.begin(), parts_.end(), [](const Part & part) {
         return part.request && part.request->over;
     });
-    for (const Part & part : parts_) {
-        out.words.insert(out.words.end(),
-                         { static_cast<int32_t>(part.tokens.size()), part.n_accepted,
-                           static_cast<int32_t>(part.draft.tokens.size()), static_cast<int32_t>(part.finish) });
+    const size_t n = parts_.size();
+    out.words.resize(4 * n);
+    for (size_t i = 0; i < n; ++i) {
+        const Part & part    = parts_[i];
+        out.words[i]         = static_cast<int32_t>(part.tokens.size());
+        out.words[n + i]     = part.n_accepted;
+        out.words[2 * n + i] = static_cast<int32_t>(part.draft.tokens.size());
+        out.words[3 * n + i] = static_cast<int32_t>(part.finish);
         out.words.insert(out.words.end(), part.tokens.begin(), part.tokens.end());
     }
+    out.report.n_entries = static_cast<int32_t>(n);
 }
 
 }  // namespace mtpbatch

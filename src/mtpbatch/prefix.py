@@ -176,9 +176,14 @@ class PrefixIndex:
 
     # --------------------------------------------------------------------- snapshots
 
-    def add(self, number: int, token_ids: tuple[int, ...], *, drafts: bool) -> None:
-        """Take note of a snapshot that holds these tokens, at least ``BLOCK`` of them."""
-        keys = _keys(token_ids, len(token_ids), drafts=drafts)
+    def add(
+        self, number: int, token_ids: tuple[int, ...], *, drafts: bool, of: str | None = None
+    ) -> None:
+        """Take note of a snapshot that holds these tokens, at least ``BLOCK`` of them.
+
+        ``of``: a request that entered, whose prompt begins them, or begins with them.
+        """
+        keys = self._keys_of(token_ids, drafts, of)
         if not self._truncates:  # by those that go on after its last whole block, and by its like
             keys = keys[max(0, len(token_ids) // BLOCK - 1) :]
         self._snapshots[number] = _Snapshot(token_ids, keys)
@@ -201,12 +206,27 @@ class PrefixIndex:
             return NO_HIT
         return self._longest(prompt.token_ids, prompt.keys, prompt.n_reusable)
 
-    def is_new(self, token_ids: tuple[int, ...], *, drafts: bool) -> bool:
-        """Whether a snapshot of these tokens would spare those that begin with it enough."""
+    def is_new(
+        self, token_ids: tuple[int, ...], *, drafts: bool, of: str | None = None
+    ) -> bool:
+        """Whether a snapshot of these tokens would spare those that begin with it enough.
+
+        ``of`` as in :meth:`add`.
+        """
         if len(token_ids) < LEAST:
             return False
-        keys = _keys(token_ids, len(token_ids), drafts=drafts)
+        keys = self._keys_of(token_ids, drafts, of)
         return len(token_ids) - self._longest(token_ids, keys, len(token_ids)).n_tokens >= LEAST
+
+    def _keys_of(
+        self, token_ids: tuple[int, ...], drafts: bool, of: str | None
+    ) -> tuple[int, ...]:
+        """The keys of tokens; a request's are known as far as its prompt goes."""
+        known: tuple[int, ...] = ()
+        if of is not None:
+            prompt = self._prompts[of]
+            known = prompt.keys[: min(prompt.n_reusable, len(token_ids)) // BLOCK]
+        return _keys(token_ids, len(token_ids), drafts=drafts, known=known)
 
     def _longest(self, token_ids: tuple[int, ...], keys: tuple[int, ...], most: int) -> Hit:
         found = [i for i, key in enumerate(keys) if key in self._holders]
@@ -260,11 +280,16 @@ class PrefixIndex:
                 raise InternalError(f"prefix index: it does not hold that {words}")
 
 
-def _keys(token_ids: tuple[int, ...], n_tokens: int, *, drafts: bool) -> tuple[int, ...]:
-    """The key of each block of the first ``n_tokens``, the last one being what is left."""
-    keys = []
-    key = hash(drafts)
-    for begin in range(0, n_tokens, BLOCK):
+def _keys(
+    token_ids: tuple[int, ...], n_tokens: int, *, drafts: bool, known: tuple[int, ...] = ()
+) -> tuple[int, ...]:
+    """The key of each block of the first ``n_tokens``, the last one being what is left.
+
+    ``known``: those of the first blocks, which are whole.
+    """
+    keys = list(known)
+    key = known[-1] if known else hash(drafts)
+    for begin in range(BLOCK * len(known), n_tokens, BLOCK):
         key = hash((key, token_ids[begin : min(begin + BLOCK, n_tokens)]))
         keys.append(key)
     return tuple(keys)

@@ -227,10 +227,11 @@ class Scheduler:
         outputs = budget if n_outputs is None else n_outputs - self._facts.n_seq
         for sequence in self._running.values():
             if sequence.prompt_planned:
-                entries.append(self._entry(sequence, (), budget))
+                entry = self._entry(sequence, (), budget)
+                entries.append(entry)
                 sequences.append(sequence)
-                budget -= entries[-1].n_draft
-                outputs -= entries[-1].n_draft
+                budget -= entry.n_draft
+                outputs -= entry.n_draft
 
         chunks: list[tuple[Sequence, tuple[int, ...]]] = []
         spare = budget  # rows for the drafts of these when the plan is repeated
@@ -242,8 +243,9 @@ class Scheduler:
             n_more = len(chunks[-1][1]) - 1
             budget -= n_more
             outputs -= n_more if sequence.scores_prompt else 0
-        while budget and (newcomer := self._next_to_begin()) is not None:
-            self._begin(newcomer, now, admit, resume)
+        while budget and (next_ := self._next_to_begin()) is not None:
+            newcomer, hit = next_
+            self._begin(newcomer, hit, now, admit, resume)
             if newcomer.prompt_planned:
                 entries.append(self._entry(newcomer, (), min(budget - 1, outputs)))
                 sequences.append(newcomer)
@@ -571,8 +573,9 @@ class Scheduler:
 
     # ------------------------------------------------------------------ beginning, pausing
 
-    def _next_to_begin(self) -> Sequence | None:
-        """Who takes a sequence id next, if there is one, and whoever is first need not wait.
+    def _next_to_begin(self) -> tuple[Sequence, Hit] | None:
+        """Who takes a sequence id next, if there is one, and whoever is first need not wait; and
+        what that starts from.
 
         Who waits for a prompt under way to be saved is set aside: others need not wait for that. Of
         many who do, the rest is looked at with the plans that follow.
@@ -593,11 +596,16 @@ class Scheduler:
                 if key is not None:
                     self._waiting.set_aside(key)
                     continue
-            return sequence
+            return sequence, hit
         return None  # the prompt that these wait for is under way, so that there are more plans
 
     def _begin(
-        self, sequence: Sequence, now: float, admit: list[Admission], resume: list[Resume]
+        self,
+        sequence: Sequence,
+        hit: Hit,
+        now: float,
+        admit: list[Admission],
+        resume: list[Resume],
     ) -> None:
         """Give the first of the waiting a sequence id."""
         self._waiting.pop()
@@ -610,8 +618,8 @@ class Scheduler:
             sequence.resume(seq_id, from_snapshot=parked.snapshot > 0)
             resume.append(Resume(seq_id, sequence.ticket, parked.snapshot))
             return
-        hit = self._hit(sequence)
-        points = self._prefix.points(request_id, self._prefix.longest(request_id).n_tokens)
+        stored = self._prefix.longest(request_id) if sequence.scores_prompt else hit
+        points = self._prefix.points(request_id, stored.n_tokens)
         self._expect(request_id, points)
         habit = self._speculator.new_habit(len(sequence.prompt) - hit.n_tokens)
         sequence.admit(seq_id, habit, now, cached_tokens=hit.n_tokens, save_points=points)
@@ -718,14 +726,17 @@ class Scheduler:
         """Save a sequence that has ended by itself: what comes next may begin with all of it."""
         held = sequence.state_token_ids
         drafts = sequence.wish.limit > 0
-        if self._reuses(sequence) and self._prefix.is_new(held, drafts=drafts):
+        if self._reuses(sequence) and self._prefix.is_new(
+            held, drafts=drafts, of=sequence.request_id
+        ):
             self._save(sequence, held)
 
     def _save(self, sequence: Sequence, token_ids: tuple[int, ...]) -> None:
         number = self._snapshots.take(len(token_ids), self._speculator.costs.prompt_row)
         if number:
             self._saves.append(Save(_id(sequence), number))
-            self._prefix.add(number, token_ids, drafts=sequence.wish.limit > 0)
+            drafts = sequence.wish.limit > 0
+            self._prefix.add(number, token_ids, drafts=drafts, of=sequence.request_id)
 
     def _expect(self, request_id: str, points: tuple[int, ...]) -> None:
         """Take note where a prompt under way is still to be saved; who waited for more goes on."""
@@ -787,15 +798,16 @@ class Scheduler:
 
     def _entry(self, sequence: Sequence, chunk: tuple[int, ...], most_drafts: int) -> PlanEntry:
         """A sequence's part in a plan. It drafts from the step on in which it generates."""
-        scored = sequence.scored_by(chunk)
-        if not sequence.prompt_planned:
-            return PlanEntry(_id(sequence), chunk, False, 0, scored=scored)
+        seq_id = _id(sequence)
+        scored = sequence.scored_by(chunk) if chunk else ()
+        if chunk and not sequence.prompt_planned:
+            return PlanEntry(seq_id, chunk, False, 0, scored=scored)
         wish = self._speculator.wish_for(sequence)
-        n_draft = min(wish.limit, most_drafts)
+        n_draft = wish.limit if wish.limit < most_drafts else most_drafts
         if not wish.adaptive:
-            return PlanEntry(_id(sequence), chunk, True, n_draft, scored=scored)
+            return PlanEntry(seq_id, chunk, True, n_draft, scored=scored)
         expected = round(10 * sequence.habit.acceptance) / 10  # half of what round(…, 1) takes
-        return PlanEntry(_id(sequence), chunk, True, n_draft, True, expected, scored)
+        return PlanEntry(seq_id, chunk, True, n_draft, True, expected, scored)
 
     def _admission(self, sequence: Sequence, snapshot: int) -> Admission:
         params = sequence.params

@@ -360,6 +360,7 @@ class Speculator:
     def __init__(self, facts: ModelFacts) -> None:
         self._depths = range(facts.n_draft_max + 1)
         self._recurrent = facts.recurrent
+        self._adaptive = [DraftWish(depth, adaptive=True) for depth in self._depths]
         self.costs = CostModel(facts)
         self.calibration = Calibration()
         self.everybody = Habit.guess(facts.n_draft_max, self._SHARED_MEMORY[0])
@@ -397,8 +398,8 @@ class Speculator:
         if choice.trial is not None and sequence.request_id in choice.on_trial:
             return DraftWish(choice.trial, adaptive=False)
         if sequence.request_id in choice.left_out:
-            return DraftWish(0, adaptive=True)
-        return DraftWish(choice.depth, adaptive=True)
+            return self._adaptive[0]
+        return self._adaptive[choice.depth]
 
     def observe(self, result: StepResult, lengths: Items[int], n_prompt: int) -> None:
         """Take in a step: see :meth:`CostModel.observe`."""

@@ -25,7 +25,6 @@ from mtpbatch.types import (
     TokenLogprobs,
 )
 
-_OUTCOME_WORDS: int = lib.MTPBATCH_OUTCOME_WORDS
 _LONGEST_WAIT: Final = 3600.0  # seconds: a clock that is asked for more can overflow
 
 # By mtpbatch_finish.
@@ -124,7 +123,8 @@ def _result(step: Any) -> StepResult:
             raise error
         failure = error
     t = step.trials
-    outcomes = _outcomes(tuple(ffi.unpack(step.words, step.n_words)) if step.n_words else ())
+    words = tuple(ffi.unpack(step.words, step.n_words)) if step.n_words else ()
+    outcomes = _outcomes(words, step.n_entries)
     return StepResult(
         step.plan,
         _with_logprobs(outcomes, step) if step.n_scored else outcomes,
@@ -150,17 +150,15 @@ def _result(step: Any) -> StepResult:
     )
 
 
-def _outcomes(words: tuple[int, ...]) -> tuple[EntryResult, ...]:
-    """What each entry was given: for each some numbers, then its tokens."""
+def _outcomes(words: tuple[int, ...], n: int) -> tuple[EntryResult, ...]:
+    """What each of ``n`` entries was given: four columns of numbers, then everybody's tokens."""
     outcomes = []
-    end = 0
-    while end < len(words):
-        begin = end + _OUTCOME_WORDS
-        n_tokens, n_accepted, n_drafted, finish = words[end:begin]
-        end = begin + n_tokens
+    end = 4 * n
+    columns = words[:n], words[n : 2 * n], words[2 * n : 3 * n], words[3 * n : end]
+    for n_tokens, n_accepted, n_drafted, finish in zip(*columns, strict=True):
         if n_tokens:
-            token_ids = words[begin:end]
-            outcomes.append(EntryResult(token_ids, n_drafted, n_accepted, _FINISH[finish]))
+            begin, end = end, end + n_tokens
+            outcomes.append(EntryResult(words[begin:end], n_drafted, n_accepted, _FINISH[finish]))
         else:
             outcomes.append(NO_RESULT)
     return tuple(outcomes)
@@ -221,10 +219,12 @@ def _native_plan(plan: Plan, dry_for: DryMaker) -> tuple[Any, list[Any]]:
             ]
         )
     entries = []
+    null = ffi.NULL
     for e in plan.entries:
-        tokens = ffi.new("int32_t[]", e.tokens) if e.tokens else ffi.NULL
-        scored = ffi.new("int32_t[]", e.scored) if e.scored else ffi.NULL
-        references += [tokens, scored]
+        tokens = scored = null
+        if e.tokens:
+            tokens, scored = ffi.new("int32_t[]", e.tokens), ffi.new("int32_t[]", e.scored)
+            references += [tokens, scored]
         entries.append(
             [
                 e.seq_id,
