@@ -96,7 +96,7 @@ class Habit:
 
     __slots__ = (
         *("reached", "gained", "acceptance", "behind", "memory", "_weight", "_n_tried"),
-        *("_allowed", "_drafted", "_gained", "_n_refused", "_ahead"),
+        *("_allowed", "_drafted", "_gained", "_n_refused", "_ahead", "_doubts"),
     )
     _PRIOR: Final = 4.0  # steps, and drafts, that what it begins with counts as
     _FADES: Final = 4.0  # turns
@@ -111,7 +111,9 @@ class Habit:
         self.memory = memory  # steps that count at most
         self._weight = [self._PRIOR] * len(self.reached)  # steps that count so far
         self._n_tried = self._PRIOR  # drafts that do
-        self._ahead: list[tuple[float, float, float]] | None = None  # if it was asked for
+        # If they were asked for since the figures changed.
+        self._ahead: list[tuple[float, float, float]] | None = None
+        self._doubts: dict[float, list[float]] = {}
         self._forget()
 
     @classmethod
@@ -130,15 +132,19 @@ class Habit:
         """All sequences were replaced so many times: what was known of them counts less."""
         kept = math.exp(-n_turns / self._FADES)
         self._weight = [self._PRIOR + (w - self._PRIOR) * kept for w in self._weight]
+        self._doubts.clear()
 
     def doubt(self, depth: int, n_steps: float = math.inf) -> float:
         """Standard deviation of how many of so many drafts are accepted; or, of it, how much may
         turn out in so many steps."""
-        return sum(
-            math.sqrt((gained * w + 1) * ((1 - gained) * w + 1) / (w + 3) / (1 + w / n_steps))
-            / (w + 2)
-            for gained, w in zip(self.gained[:depth], self._weight, strict=False)
-        )
+        if n_steps not in self._doubts:
+            by_depth = (
+                math.sqrt((gained * w + 1) * ((1 - gained) * w + 1) / (w + 3) / (1 + w / n_steps))
+                / (w + 2)
+                for gained, w in zip(self.gained, self._weight, strict=True)
+            )
+            self._doubts[n_steps] = list(accumulate(by_depth, initial=0.0))
+        return self._doubts[n_steps][depth]
 
     def note(self, allowed: int, drafted: int, accepted: int) -> None:
         """Take in a step that may draft ``allowed`` tokens."""
@@ -153,7 +159,8 @@ class Habit:
         """Bring the figures up to date, and ``others``, which is everybody's, with them."""
         if not any(self._allowed):
             return
-        self._ahead = others._ahead = None
+        self._outdate()
+        others._outdate()
         n_steps = n_drafted = n_gained = accepted = 0
         # From the deepest on: a step that reached a depth reached those before it. At a depth that
         # was not allowed there is nothing to learn.
@@ -181,6 +188,10 @@ class Habit:
             drafted = [0.0, *(1 + n for n in verified[:-1])]
             self._ahead = list(zip(gained, verified, drafted, strict=True))
         return self._ahead
+
+    def _outdate(self) -> None:
+        self._ahead = None
+        self._doubts.clear()
 
     def _take(self, d: int, n_steps: int, reached: float, gained: float) -> None:
         """Of one depth: steps, and the shares of them that reached and that gained it."""
@@ -404,10 +415,11 @@ class Speculator:
     def observe(self, result: StepResult, lengths: Items[int], n_prompt: int) -> None:
         """Take in a step: see :meth:`CostModel.observe`."""
         self.costs.observe(result, lengths, n_prompt)
-        longest = max((n for n, count in enumerate(lengths) if count), default=0)
         if self.choice.trial is None:
-            n_lengths = sum(count > 0 for count in lengths)
-            self._n_lengths[longest] += (n_lengths - self._n_lengths[longest]) * self._LENGTHS_PACE
+            present = [n for n, count in enumerate(lengths) if count]
+            longest = present[-1] if present else 0
+            n_lengths = self._n_lengths[longest]
+            self._n_lengths[longest] += (len(present) - n_lengths) * self._LENGTHS_PACE
         if result.trials:
             self.calibration.observe(result.trials)
         seconds = result.draft_time + result.target_time + result.sample_time
@@ -510,10 +522,10 @@ class Speculator:
         """By what steps of another size take."""
         return math.sqrt(self.costs.target.doubt((then.passes, then.rows), (now.passes, now.rows)))
 
-    def _outlooks(self, sequences: Collection[Drafter], terms: Terms | None) -> list[_Outlook]:
-        """What a step would come to, by depth. With terms, those draft for whom it pays, unless
-        it is better that all do."""
-        drafters = [(s.request_id, s.wish, s.habit.reached, s.habit.ahead) for s in sequences]
+    def _outlooks(self, sequences: Iterable[Drafter], terms: Terms) -> list[_Outlook]:
+        """What a step would come to, by depth. Those draft for whom it pays, unless it is better
+        that all do."""
+        drafters = _drafters(sequences)
         outlooks = [self._outlook(depth, drafters, terms) for depth in self._depths]
         for depth, outlook in enumerate(outlooks):
             if outlook.left_out:
@@ -640,8 +652,8 @@ class Speculator:
 
     def _loss(self, depth: int, now: _Outlook, subjects: Items[Drafter]) -> float:
         """Seconds that a trial is expected to lose."""
-        alone = self._outlooks(subjects, terms=None)
-        then, usual = alone[depth], alone[now.depth]
+        drafters = _drafters(subjects)
+        then, usual = (self._outlook(d, drafters, None) for d in (depth, now.depth))
         lost = then.seconds - usual.seconds - (then.tokens - usual.tokens) / now.speed
         lost *= self._trial_steps(len(subjects))
         if not now.depth:
@@ -661,6 +673,10 @@ class _Mean:
     def take(self, value: float) -> None:
         self._n = min(self._n + 1, self._MEMORY)
         self.value += (value - self.value) / self._n
+
+
+def _drafters(sequences: Iterable[Drafter]) -> list[_Drafter]:
+    return [(s.request_id, s.wish, s.habit.reached, s.habit.ahead) for s in sequences]
 
 
 def _hope(mean: float, deviation: float) -> float:
