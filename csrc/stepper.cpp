@@ -634,6 +634,7 @@ void Stepper::write(Step & out) const {
     out.ends_any = !out.failures.empty() || std::any_of(parts_.begin(), parts_.end(), [](const Part & part) {
         return part.request && part.request->over;
     });
+
     const size_t n = parts_.size();
     out.words.resize(4 * n);
     for (size_t i = 0; i < n; ++i) {

@@ -206,9 +206,7 @@ class PrefixIndex:
             return NO_HIT
         return self._longest(prompt.token_ids, prompt.keys, prompt.n_reusable)
 
-    def is_new(
-        self, token_ids: tuple[int, ...], *, drafts: bool, of: str | None = None
-    ) -> bool:
+    def is_new(self, token_ids: tuple[int, ...], *, drafts: bool, of: str | None = None) -> bool:
         """Whether a snapshot of these tokens would spare those that begin with it enough.
 
         ``of`` as in :meth:`add`.
@@ -218,9 +216,7 @@ class PrefixIndex:
         keys = self._keys_of(token_ids, drafts, of)
         return len(token_ids) - self._longest(token_ids, keys, len(token_ids)).n_tokens >= LEAST
 
-    def _keys_of(
-        self, token_ids: tuple[int, ...], drafts: bool, of: str | None
-    ) -> tuple[int, ...]:
+    def _keys_of(self, token_ids: tuple[int, ...], drafts: bool, of: str | None) -> tuple[int, ...]:
         """The keys of tokens; a request's are known as far as its prompt goes."""
         known: tuple[int, ...] = ()
         if of is not None:
