@@ -192,6 +192,31 @@ def test_different_tokens_of_one_key_are_not_reused(monkeypatch: pytest.MonkeyPa
         assert index.longest("r").snapshot == 0
 
 
+@pytest.mark.usefixtures("small_blocks")
+@settings(max_examples=400, deadline=None)
+@given(prompt=TOKENS, answer=TOKENS, cut=st.integers(1, 28), other=TOKENS, truncates=st.booleans())
+def test_a_snapshot_is_found_alike_if_its_prompt_is_known(
+    prompt: tuple[int, ...],
+    answer: tuple[int, ...],
+    cut: int,
+    other: tuple[int, ...],
+    truncates: bool,
+) -> None:
+    held = (*prompt, *answer)[:cut]
+    found = []
+    for of in ("r", None):
+        index = PrefixIndex(truncates=truncates)
+        index.enter("r", prompt, drafts=True)
+        assert index.is_new(held, drafts=True, of=of) == (len(held) >= LEAST)
+        index.add(1, held, drafts=True, of=of)
+        index.check_integrity()
+        index.enter("longer", (*held, *other), drafts=True)
+        index.enter("other", (*held[: len(other)], *other), drafts=True)
+        new = index.is_new((*held, *other), drafts=True, of="longer")
+        found.append((index.longest("longer"), index.longest("other"), new))
+    assert found[0] == found[1]
+
+
 def test_a_prompt_of_2000_tokens_costs_well_below_a_millisecond() -> None:
     index = PrefixIndex(truncates=True)
     prompts = [(*range(1900), *(7000 + number,) * 100) for number in range(1000)]
