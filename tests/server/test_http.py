@@ -332,7 +332,7 @@ async def test_a_request_id_is_taken_over_comes_back_and_stands_in_the_engines_l
 async def test_keys_are_asked_for_everywhere_but_for_health_and_the_description() -> None:
     async with scripted(ScriptedBackend(), api_keys=["one", "two"]) as (_, client):
         for header in (None, "Bearer three", "Bearer", "Bearer onetwo", "Basic one", "one"):
-            headers = {} if header is None else {"authorization": header}
+            headers: dict[str, str] = {} if header is None else {"authorization": header}
             answers = [await client.post(p, json=b, headers=headers) for p, b in POSTS.items()]
             answers += [await client.get(p, headers=headers) for p in ("/v1/models", "/v1/nothing")]
             for response in answers:
