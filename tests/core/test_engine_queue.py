@@ -558,9 +558,9 @@ async def test_a_submitted_request_tells_when_it_is_in_the_queue_or_why_it_never
         running, waiting = engine.submit("x", max_tokens=1), engine.submit("x", max_tokens=1)
         await waiting.entered()
         assert waiting.completion is None
+        gate.release()
         with pytest.raises(PromptTooLongError):
             await engine.submit("x" * 2000).entered()
-        gate.release()
         await running
         await waiting
         await waiting.entered()
