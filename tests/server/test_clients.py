@@ -24,6 +24,7 @@ import mtpbatch
 from mtpbatch import Engine, EngineConfig
 from mtpbatch.server import create_app
 from mtpbatch.testing import ScriptedBackend, open_scripted_engine
+from patience import until
 from serving import serving
 
 pytestmark = pytest.mark.anyio
@@ -421,18 +422,28 @@ async def test_errors_are_those_classes_that_the_client_has_for_them(url: str) -
         assert draining.value.status_code == 503
 
 
-async def test_leaving_the_clients_stream_frees_the_sequence(
-    engine: Engine, client: openai.AsyncOpenAI
+@pytest.mark.parametrize("stream", [False, True])
+async def test_who_leaves_the_client_frees_the_sequence(
+    engine: Engine, client: openai.AsyncOpenAI, stream: bool
 ) -> None:
-    async with await client.completions.create(
-        model="demo", prompt=PROMPT, max_tokens=400, stream=True, extra_body={"ignore_eos": True}
-    ) as stream:
-        async for _ in stream:
-            break
-    with anyio.fail_after(30):
-        while engine.stats().finished["abort"] + engine.stats().finished["length"] < 1:
-            await anyio.lowlevel.checkpoint()
+    async def ask() -> None:
+        answer: Any = await client.completions.create(
+            model="demo",
+            prompt=PROMPT,
+            max_tokens=400,
+            stream=stream,
+            extra_body={"ignore_eos": True},
+        )
+        async for _ in answer:
+            pass
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(ask)
+        await until(lambda: engine.stats().generated_tokens > 0)
+        group.cancel_scope.cancel()
+    await until(lambda: sum(engine.stats().finished.values()) == 1)
     assert engine.stats().finished["abort"] == 1
+    await until(lambda: engine.stats().free_sequences == 4)
     assert engine.stats().generated_tokens < 400
 
 
