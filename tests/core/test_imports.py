@@ -105,7 +105,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 MAY_IMPORT |= {
     "server/config": set(),
     "server/errors": {"exceptions"},
-    "server/limits": {"server", "types"},
+    "server/limits": {"server", "types", "exceptions"},
     "server/protocol": {"types", "exceptions"},
     "server/openapi": {"server"},
     "server/endpoint": {"server", "engine", "_log"},

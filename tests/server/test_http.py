@@ -410,7 +410,7 @@ WRONG: list[tuple[str, dict[str, Any], str, str]] = [
         "structured_outputs.choice",
         "cannot be combined",
     ),
-    ("/v1/chat/completions", {"messages": []}, "messages", "is empty"),
+    ("/v1/chat/completions", {"messages": []}, "messages", "length >= 1"),
     (
         "/v1/chat/completions",
         {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},

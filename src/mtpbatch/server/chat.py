@@ -24,6 +24,7 @@ from mtpbatch.server.generating import (
     stop_reason,
     submitted,
     usage,
+    wants_usage,
 )
 from mtpbatch.server.protocol import (
     AnsweredMessage,
@@ -78,15 +79,7 @@ async def chat(service: Service, asked: ChatRequest, answer: Answer) -> None:
         reader = make_reader(f"{answer.id}-{index}")
         parts = [reader.feed(completion.text), reader.flush()]
         choices.append(_choice(service, asked, index, completion, parts))
-    await answer.json(
-        ChatAnswer(
-            id=answer.id,
-            created=answer.created,
-            model=service.config.model_name,
-            choices=choices,
-            usage=usage(done, n),
-        )
-    )
+    await answer.json(ChatAnswer(**answer.head, choices=choices, usage=usage(done, n)))
 
 
 # ---------------------------------------------------------------------------- what is asked
@@ -221,14 +214,8 @@ async def _stream(
 ) -> None:
     done: dict[int, Completion] = {}
 
-    def event(*choices: ChatChunkChoice, **more: Any) -> ChatChunk:
-        return ChatChunk(
-            id=answer.id,
-            created=answer.created,
-            model=service.config.model_name,
-            choices=list(choices),
-            **more,
-        )
+    def event(choice: ChatChunkChoice) -> ChatChunk:
+        return ChatChunk(**answer.head, choices=[choice])
 
     async def follow(index: int) -> AsyncIterator[ChatChunk]:
         first = AnsweredMessage(role="assistant", content="")
@@ -240,9 +227,10 @@ async def _stream(
         [done[index]] = await completed(service, [generations[index]])
 
     def last() -> list[ChatChunk]:
-        if not (asked.stream_options and asked.stream_options.include_usage):
+        if not wants_usage(asked):
             return []
-        return [event(usage=usage([done[i] for i in range(len(done))], len(generations)))]
+        in_order = [done[index] for index in range(len(generations))]
+        return [ChatChunk(**answer.head, choices=[], usage=usage(in_order, len(in_order)))]
 
     await answer.stream([follow(index) for index in range(len(generations))], last)
 

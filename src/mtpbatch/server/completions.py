@@ -19,6 +19,7 @@ from mtpbatch.server.generating import (
     stop_reason,
     submitted,
     usage,
+    wants_usage,
 )
 from mtpbatch.server.protocol import (
     CompletionAnswer,
@@ -48,15 +49,7 @@ async def complete(service: Service, asked: CompletionRequest, answer: Answer) -
             _choice(service, asked, index, completion, echoes[index // n])
             for index, completion in enumerate(done)
         ]
-        await answer.json(
-            CompletionAnswer(
-                id=answer.id,
-                created=answer.created,
-                model=service.config.model_name,
-                choices=choices,
-                usage=usage(done, n),
-            )
-        )
+        await answer.json(CompletionAnswer(**answer.head, choices=choices, usage=usage(done, n)))
 
 
 def _check(asked: CompletionRequest, n: int) -> None:
@@ -150,14 +143,8 @@ async def _stream(
     echoes = await _echoes(service, asked, prompts)
     done: dict[int, Completion] = {}
 
-    def event(*choices: CompletionChoice, **more: Any) -> CompletionAnswer:
-        return CompletionAnswer(
-            id=answer.id,
-            created=answer.created,
-            model=service.config.model_name,
-            choices=list(choices),
-            **more,
-        )
+    def event(choice: CompletionChoice) -> CompletionAnswer:
+        return CompletionAnswer(**answer.head, choices=[choice])
 
     async def follow(index: int) -> AsyncIterator[CompletionAnswer]:
         told = _Told(service, asked)
@@ -169,9 +156,10 @@ async def _stream(
         [done[index]] = await completed(service, [generations[index]])
 
     def last() -> list[CompletionAnswer]:
-        if not (asked.stream_options and asked.stream_options.include_usage):
+        if not wants_usage(asked):
             return []
-        return [event(usage=usage([done[i] for i in range(len(done))], n))]
+        in_order = [done[index] for index in range(len(generations))]
+        return [CompletionAnswer(**answer.head, choices=[], usage=usage(in_order, n))]
 
     await answer.stream([follow(index) for index in range(len(generations))], last)
 

@@ -55,10 +55,7 @@ class Service(NamedTuple):
 
     def told(self, error: Exception, request_id: str) -> ApiError:
         """What a client is told of an error. What it is not told is logged."""
-        retry_after = 1
-        if not self.engine.closed:
-            retry_after = self.pace.retry_after(self.engine.stats())
-        told = api_error(error, request_id=request_id, retry_after=retry_after)
+        told = api_error(error, request_id=request_id, retry_after=self.pace.retry_after)
         if told.status == 500:
             log.error("http.failed", exc_info=error)
         return told
@@ -69,7 +66,12 @@ class Answer:
 
     def __init__(self, service: Service, scope: Scope, send: Send, prefix: str) -> None:
         self.id = f"{prefix}-{secrets.token_hex(12)}"
-        self.created = int(time.time())
+        self.head: dict[str, Any] = {
+            "id": self.id,
+            "created": int(time.time()),
+            "model": service.config.model_name,
+        }
+        """What every event, or the answer as a whole, begins with."""
         self.started = False
         self.ended = False
         self._service = service

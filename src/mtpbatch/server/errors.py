@@ -7,7 +7,7 @@ and not foreseen is told as a request id, under which the log has the rest.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Final
 
@@ -95,8 +95,10 @@ class ApiError(Exception):
         return headers
 
 
-def api_error(error: Exception, *, request_id: str, retry_after: int) -> ApiError:
-    """What a client is told of any error. ``retry_after``: seconds until there may be room."""
+def api_error(
+    error: Exception, *, request_id: str, retry_after: Callable[[EngineOverloaded], int]
+) -> ApiError:
+    """What a client is told of any error. ``retry_after``: in how many seconds to try again."""
     match error:
         case ApiError():
             return error
@@ -111,12 +113,13 @@ def api_error(error: Exception, *, request_id: str, retry_after: int) -> ApiErro
         case InvalidRequestError() | GrammarError():
             return ApiError(400, str(error))
         case EngineOverloaded():
+            seconds = retry_after(error)
             return ApiError(
                 429,
                 f"the server is full: {error.running} requests run and {error.waiting} wait, with "
-                f"prompts of {error.waiting_tokens} tokens; try again in {retry_after} s",
+                f"prompts of {error.waiting_tokens} tokens; try again in {seconds} s",
                 code="engine_overloaded",
-                retry_after=retry_after,
+                retry_after=seconds,
             )
         case EngineClosedError():
             return ApiError(503, "the server is shutting down", code="engine_closed")

@@ -87,11 +87,12 @@ async def submitted(
     They end with the block.
     """
     generations: list[Generation] = []
+    engine, n = service.engine, asked.n or 1
     try:
         for prompt in prompts:
-            generations += service.engine.submit_n(
-                prompt, asked.n or 1, followed=bool(asked.stream), **params
-            )
+            if n > 1 and isinstance(prompt, str):  # tokenised once for all
+                prompt = await engine.tokenize(prompt)
+            generations += engine.submit_n(prompt, n, followed=bool(asked.stream), **params)
         for generation in generations:
             await generation.entered()
         yield generations
@@ -150,6 +151,11 @@ def usage(done: Sequence[Completion], n: int) -> Usage:
             accepted, sum(answer.drafted for answer in done) - accepted
         ),
     )
+
+
+def wants_usage(asked: Generating) -> bool:
+    """Whether a stream is to end with the usage."""
+    return asked.stream_options is not None and asked.stream_options.include_usage
 
 
 def in_json(logprob: float) -> float:

@@ -9,8 +9,9 @@ from typing import Final
 
 from starlette.types import Receive, Scope
 
+from mtpbatch.exceptions import EngineOverloaded
 from mtpbatch.server.errors import ApiError
-from mtpbatch.types import Completion, EngineStats
+from mtpbatch.types import Completion
 
 _LONGEST_WAIT: Final = 60  # seconds: who is told more gives up
 _WEIGHT: Final = 0.1  # of the last request in the mean
@@ -85,9 +86,9 @@ class Pace:
         taken = done.timings.total - done.timings.queued
         self._seconds += _WEIGHT * (taken - self._seconds)
 
-    def retry_after(self, stats: EngineStats) -> int:
+    def retry_after(self, error: EngineOverloaded) -> int:
         """Whole seconds in which as many requests end as wait now, and at least one."""
-        rounds = max(1, stats.waiting) / stats.n_seq
+        rounds = max(1, error.waiting) / max(1, error.running)
         return min(_LONGEST_WAIT, max(1, math.ceil(self._seconds * rounds)))
 
 

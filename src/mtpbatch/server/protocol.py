@@ -155,7 +155,7 @@ class NamedTool(Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
 class ChatRequest(Generating, kw_only=True, forbid_unknown_fields=True, frozen=True):
     """``POST /v1/chat/completions``."""
 
-    messages: list[dict[str, Any]]
+    messages: Annotated[list[dict[str, Any]], Meta(min_length=1)]
     max_tokens: Annotated[int, Meta(ge=1)] | None = None
     """As many as the context has room for, unless it is given."""
     max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
