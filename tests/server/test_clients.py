@@ -21,11 +21,11 @@ import pydantic
 import pytest
 
 import mtpbatch
+from api_server import serving
 from mtpbatch import Engine, EngineConfig
 from mtpbatch.server import create_app
 from mtpbatch.testing import ScriptedBackend, open_scripted_engine
 from patience import until
-from serving import serving
 
 pytestmark = pytest.mark.anyio
 

@@ -10,8 +10,8 @@ import msgspec
 import pytest
 
 import mtpbatch
+from api_server import scripted
 from mtpbatch.testing import ScriptedBackend
-from serving import scripted
 
 pytestmark = pytest.mark.anyio
 
