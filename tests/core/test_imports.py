@@ -114,7 +114,7 @@ MAY_IMPORT |= {
     "server/completions": {"server", "generation", "types", "exceptions"},
     "server/chat": {"server", "chat", "generation", "types", "exceptions"},
     "server/embeddings": {"server", "exceptions"},
-    "server/app": {"server", "engine", "_log", "types", "exceptions"},
+    "server/app": {"server", "engine", "metrics", "_log", "types", "exceptions"},
     "server/run": {"server", "engine", "_log", "exceptions"},
 }
 
@@ -206,7 +206,11 @@ assert not {"mtpbatch.native", "mtpbatch.loadtest"} & set(sys.modules)
 
 @pytest.mark.parametrize(
     ("module", "needs", "extra"),
-    [("metrics", "prometheus_client", "server"), ("tracing", "opentelemetry", "otel")],
+    [
+        ("metrics", "prometheus_client", "server"),
+        ("server", "starlette", "server"),
+        ("tracing", "opentelemetry", "otel"),
+    ],
 )
 def test_a_missing_extra_is_named(module: str, needs: str, extra: str) -> None:
     program = f"import sys; sys.modules[{needs!r}] = None; import mtpbatch.{module}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -513,6 +512,8 @@ async def test_mounted_in_fastapi_beside_routes_of_its_own() -> None:
         assert (await plain.get("/running")).json() == 0
         assert (await plain.get("/llm/health")).json()["status"] == "ok"
         assert (await plain.get("/llm/v1/models")).status_code == 401
+        headers = {"authorization": "Bearer key"}
+        assert "mtpbatch_" in (await plain.get("/llm/metrics", headers=headers)).text
         assert (await plain.get("/health")).status_code == 404
         done = await client.chat.completions.create(model="demo", messages=MESSAGES, max_tokens=4)
         assert done.usage is not None
@@ -541,18 +542,3 @@ def test_a_wrong_setting_is_named() -> None:
         [name] = setting
         with pytest.raises(mtpbatch.InvalidParameterError, match=f"^{name}: "):
             create_app(EngineConfig(), **setting)
-
-
-def test_without_the_extra_it_says_what_to_install() -> None:
-    program = """
-import sys
-sys.modules["starlette"] = None
-try:
-    import mtpbatch.server
-except ImportError as error:
-    print(error)
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
-    )
-    assert "pip install 'mtpbatch[server]'" in done.stdout

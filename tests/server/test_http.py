@@ -10,6 +10,7 @@ from typing import Any
 import anyio
 import httpx
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from api_server import scripted, serving
 from mtpbatch import Engine
@@ -23,7 +24,7 @@ ASK: dict[str, Any] = {"prompt": "Is it raining?", "max_tokens": 20}
 CHAT: dict[str, Any] = {"messages": [{"role": "user", "content": "Is it raining?"}]}
 EMBED: dict[str, Any] = {"input": "Is it raining?"}
 POSTS = {"/v1/completions": ASK, "/v1/chat/completions": CHAT, "/v1/embeddings": EMBED}
-GETS = ("/v1/models", "/v1/models/mtpbatch", "/openapi.json", "/health")
+GETS = ("/v1/models", "/v1/models/mtpbatch", "/openapi.json", "/metrics", "/health")
 
 
 def error_of(response: httpx.Response) -> dict[str, Any]:
@@ -249,7 +250,7 @@ async def test_when_the_engine_dies_all_endpoints_are_503() -> None:
         assert error_of(response)["code"] == "engine_dead"
         later = [await client.post(path, json=body) for path, body in POSTS.items()]
         later += [await client.get(path) for path in GETS]
-        assert [response.status_code for response in later] == [503] * 7
+        assert [response.status_code for response in later] == [503] * 8
         assert "secret" not in "".join(response.text for response in later)
 
 
@@ -335,7 +336,9 @@ async def test_keys_are_asked_for_everywhere_but_for_health_and_the_description(
         for header in (None, "Bearer three", "Bearer", "Bearer onetwo", "Basic one", "one"):
             headers: dict[str, str] = {} if header is None else {"authorization": header}
             answers = [await client.post(p, json=b, headers=headers) for p, b in POSTS.items()]
-            answers += [await client.get(p, headers=headers) for p in ("/v1/models", "/v1/nothing")]
+            answers += [
+                await client.get(p, headers=headers) for p in ("/v1/models", "/metrics", "/nothing")
+            ]
             for response in answers:
                 assert response.status_code == 401
                 assert response.headers["www-authenticate"] == "Bearer"
@@ -346,6 +349,24 @@ async def test_keys_are_asked_for_everywhere_but_for_health_and_the_description(
                 assert (await client.post(path, json=body, headers=headers)).status_code == 200
         for path in ("/health", "/openapi.json"):
             assert (await client.get(path)).status_code == 200
+
+
+async def test_metrics_count_what_was_answered() -> None:
+    async with scripted(ScriptedBackend(lambda _: "abc" * 30), model_name="mine") as (_, client):
+        for tokens in (3, 4):
+            asked = ASK | {"max_tokens": tokens}
+            assert (await client.post("/v1/completions", json=asked)).status_code == 200
+        scraped = await client.get("/metrics")
+    assert scraped.headers["content-type"].startswith("text/plain")
+    values = {
+        (sample.name, sample.labels.get("finished_reason")): sample.value
+        for family in text_string_to_metric_families(scraped.text)
+        for sample in family.samples
+        if sample.labels["model_name"] == "mine"
+    }
+    assert values["mtpbatch_request_success_total", "length"] == 2
+    assert values["mtpbatch_generation_tokens_total", None] == 7
+    assert values["mtpbatch_e2e_request_latency_seconds_count", None] == 2
 
 
 async def test_paths_and_methods_that_are_none() -> None:

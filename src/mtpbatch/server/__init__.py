@@ -13,10 +13,11 @@ Needs the extra ``server``.
 from __future__ import annotations
 
 try:
+    import prometheus_client  # noqa: F401
     import starlette  # noqa: F401
     import uvicorn  # noqa: F401
 except ImportError as error:
-    raise ImportError(
+    raise ModuleNotFoundError(
         f"mtpbatch.server needs {error.name}, which is not installed: "
         "pip install 'mtpbatch[server]'",
         name=error.name,

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from typing import Any, Final
 
 import msgspec
+from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -23,6 +24,7 @@ from structlog.contextvars import bound_contextvars
 from mtpbatch._log import log
 from mtpbatch.engine import Engine
 from mtpbatch.exceptions import EngineClosedError, InvalidParameterError
+from mtpbatch.metrics import EngineMetrics
 from mtpbatch.server.chat import chat
 from mtpbatch.server.completions import complete
 from mtpbatch.server.config import ServerConfig
@@ -122,6 +124,11 @@ def _routes(service: Service) -> Sequence[BaseRoute]:
     async def openapi(request: Request) -> Response:
         return Response(document, media_type="application/json")
 
+    # Its registry is this app's own, so that apps of several engines do not meet in one.
+    metrics = EngineMetrics(
+        service.engine, CollectorRegistry(), model_name=service.config.model_name
+    ).asgi_app()
+
     def post(path: str, endpoint: Endpoint[Any]) -> Route:
         return Route(path, endpoint, methods=["POST"])
 
@@ -132,8 +139,19 @@ def _routes(service: Service) -> Sequence[BaseRoute]:
         Route("/v1/models", models),
         Route("/v1/models/{model:path}", one_model),
         Route("/health", health),
+        Route("/metrics", _Plain(metrics)),
         Route("/openapi.json", openapi),
     ]
+
+
+class _Plain:
+    """An ASGI app that is a function, which a route would take for a handler of requests."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._app(scope, receive, send)
 
 
 class _Door:
