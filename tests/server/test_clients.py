@@ -247,7 +247,7 @@ class Person(pydantic.BaseModel):
 async def test_parse_gives_what_the_type_says(client: openai.AsyncOpenAI, url: str) -> None:
     for n in (1, 2):
         done = await client.chat.completions.parse(
-            model="demo", messages=MESSAGES, response_format=Person, max_tokens=200, n=n
+            model="demo", messages=MESSAGES, response_format=Person, max_tokens=200, n=n, seed=1
         )
         for choice in done.choices:
             assert isinstance(choice.message.parsed, Person)
@@ -255,7 +255,7 @@ async def test_parse_gives_what_the_type_says(client: openai.AsyncOpenAI, url: s
     def blocking(sync: openai.OpenAI) -> object:
         return (
             sync.chat.completions.parse(
-                model="demo", messages=MESSAGES, response_format=Person, max_tokens=200
+                model="demo", messages=MESSAGES, response_format=Person, max_tokens=200, seed=1
             )
             .choices[0]
             .message.parsed
@@ -284,6 +284,7 @@ async def test_calls_that_are_insisted_on_come_and_fit(client: openai.AsyncOpenA
             "tools": [WEATHER, CLOCK],
             "tool_choice": choice,
             "max_tokens": 100,
+            "seed": 1,
         }
         done = await client.chat.completions.create(**asked)
         answer = done.choices[0]

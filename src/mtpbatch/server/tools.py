@@ -18,6 +18,12 @@ from mtpbatch.exceptions import InvalidParameterError
 from mtpbatch.server.protocol import ChatRequest, NamedTool
 
 _DEFINITIONS: Final = ("$defs", "definitions")  # what references in a schema lead to
+_LAYOUT: Final = {
+    # As models write calls: with room for white space, they may ramble in it.
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+}
 
 
 class ForcedCall:
@@ -25,7 +31,8 @@ class ForcedCall:
 
     def __init__(self, functions: Sequence[dict[str, Any]]) -> None:
         self._only = functions[0]["name"] if len(functions) == 1 else None
-        self.schema = _arguments(functions[0]) if self._only else _any_of(functions)
+        schema = _arguments(functions[0]) if self._only else _any_of(functions)
+        self.schema = {"x-guidance": _LAYOUT, **schema}
 
     def read(self, text: str, call_id: str) -> ChatDelta:
         """An answer as the call that it is; as content, if it was cut off."""
