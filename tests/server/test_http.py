@@ -369,6 +369,16 @@ async def test_metrics_count_what_was_answered() -> None:
     assert values["mtpbatch_e2e_request_latency_seconds_count", None] == 2
 
 
+async def test_the_live_page_is_there_and_its_events_ask_for_a_key() -> None:
+    async with scripted(ScriptedBackend(), api_keys=["key"]) as (_, client):
+        assert "<html" in (await client.get("/")).text
+        assert error_of(await client.get("/live/events"))["code"] == "invalid_api_key"
+        headers = {"authorization": "Bearer key"}
+        async with client.stream("GET", "/live/events", headers=headers) as events:
+            assert events.status_code == 200
+            assert (await anext(events.aiter_lines())).startswith("data: ")
+
+
 async def test_paths_and_methods_that_are_none() -> None:
     async with scripted(ScriptedBackend()) as (_, client):
         for response, status, words in (

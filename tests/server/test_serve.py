@@ -98,6 +98,16 @@ def test_asked_to_end_it_finishes_what_runs_and_refuses_what_is_new(end: signal.
         assert server.end()[0] == 0
 
 
+def test_a_live_page_that_is_open_does_not_hold_up_the_end() -> None:
+    with served() as server, server.client.stream("GET", "/live/events") as page:
+        lines = page.iter_lines()
+        assert next(lines).startswith("data: ")
+        server.process.send_signal(signal.SIGTERM)
+        for _ in lines:  # until the server ends it
+            pass
+        assert server.end()[0] == 0
+
+
 def test_after_its_grace_it_ends_what_is_left() -> None:
     with served("--grace", "0") as server, server.streaming() as lines:
         server.process.send_signal(signal.SIGTERM)

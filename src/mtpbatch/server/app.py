@@ -25,6 +25,7 @@ from mtpbatch._log import log
 from mtpbatch.engine import Engine
 from mtpbatch.exceptions import EngineClosedError, InvalidParameterError
 from mtpbatch.metrics import EngineMetrics
+from mtpbatch.server import page
 from mtpbatch.server.chat import chat
 from mtpbatch.server.completions import complete
 from mtpbatch.server.config import ServerConfig
@@ -44,7 +45,7 @@ from mtpbatch.server.protocol import (
 from mtpbatch.types import EngineConfig, parse
 
 _SANE_ID: Final = re.compile(rb"[\w.:+/=@-]{1,128}", re.ASCII)
-_OPEN_TO_ALL: Final = frozenset({"/health", "/openapi.json"})
+_OPEN_TO_ALL: Final = frozenset({"/health", "/openapi.json"}) | page.OPEN_PATHS
 
 
 def create_app(
@@ -140,6 +141,7 @@ def _routes(service: Service) -> Sequence[BaseRoute]:
         Route("/v1/models/{model:path}", one_model),
         Route("/health", health),
         Route("/metrics", _Plain(metrics)),
+        *page.routes(service.engine),
         Route("/openapi.json", openapi),
     ]
 
