@@ -31,7 +31,7 @@ import os
 import threading
 import time
 from collections import abc
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, asynccontextmanager
 from functools import partial
 from typing import Any, Final, Literal
@@ -217,6 +217,15 @@ class Engine:
         self._thread.join()
         atexit.unregister(self._stop_at_exit)
 
+    async def wait_closed(self) -> None:
+        """Wait until the engine has ended: closed, whoever does it, or dead.
+
+        Raises :class:`~mtpbatch.EngineDeadError` if it has died.
+        """
+        self._gate.home.check("engine")
+        await self._ended.wait()
+        self._gate.check_alive()
+
     @property
     def closed(self) -> bool:
         """Whether it was closed, or has died."""
@@ -286,13 +295,9 @@ class Engine:
         ``snapshot_memory=0``. If one request fails, or the waiting task is cancelled, the rest are
         cancelled.
         """
-        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-            raise InvalidParameterError("n", f"must be a whole number, at least 1, got {n!r}")
-        parsed = parse(SamplingParams, params)
+        each = _each(parse(SamplingParams, params), n)
         self._gate.check_accepting()
         token_ids = await self._tokenizer.prompt(prompt)
-        first = drawn_seed(parsed)
-        each = (msgspec.structs.replace(parsed, seed=(first + i) % 2**32) for i in range(n))
         return await self._all(
             self._intake.submit(token_ids, of_one, followed=False, shares_prompt=n > 1)
             for of_one in each
@@ -308,7 +313,7 @@ class Engine:
                 for generation in submitted:
                     generations.append(generation)
                     group.start_soon(generation._result)
-                    await generation._entered()
+                    await generation.entered()
             return [await generation for generation in generations]
         except BaseExceptionGroup as group_error:
             failures, others = group_error.split(Exception)
@@ -335,23 +340,46 @@ class Engine:
         """
         generation = self._intake.submit(prompt, parse(SamplingParams, params), followed=True)
         try:
-            await generation._entered()
+            await generation.entered()
             yield generation
         finally:
             generation.cancel()
 
-    def submit(self, prompt: Prompt, **params: Any) -> Generation:
+    def submit(self, prompt: Prompt, *, followed: bool = True, **params: Any) -> Generation:
         """Start to generate after one prompt, without waiting.
 
         Needs a running event loop in this thread. A long text is tokenised elsewhere; if the
-        prompt is then found wanting, waiting for the generation raises the error.
+        prompt is then found wanting, waiting for the generation raises the error. With
+        ``followed=False`` it has no deltas, and costs less: results are brought every 50 ms.
 
         Raises :class:`~mtpbatch.EngineOverloaded` if too many requests wait already. Where that
         depends on the tokens of a long text, waiting for the generation raises it.
         """
         return self._intake.submit(
-            prompt, parse(SamplingParams, params), followed=True, waits=False
+            prompt, parse(SamplingParams, params), followed=followed, waits=False
         )
+
+    def submit_n(
+        self, prompt: Prompt, n: int, *, followed: bool = True, **params: Any
+    ) -> list[Generation]:
+        """Start ``n`` answers to one prompt, at least 1, without waiting: all of them or none.
+
+        Answers and costs are those of :meth:`generate_n`, and all else is as in :meth:`submit`. A
+        text is tokenised for each of them: give tokens where it is long.
+        """
+        generations: list[Generation] = []
+        try:
+            for of_one in _each(parse(SamplingParams, params), n):
+                generations.append(
+                    self._intake.submit(
+                        prompt, of_one, followed=followed, waits=False, shares_prompt=n > 1
+                    )
+                )
+        except BaseException:
+            for generation in generations:
+                generation.cancel()
+            raise
+        return generations
 
     # ----------------------------------------------------------------------------- chat
 
@@ -376,7 +404,7 @@ class Engine:
         describes.
         """
         parsed = parse(SamplingParams, params)
-        prompt = await self._chat_prompt(messages, tools, template_args)
+        prompt = await self.chat_prompt(messages, tools, template_args)
         generation = self._intake.submit(prompt.text, parsed, followed=False, add_special=False)
         return prompt.answer.read(await generation)
 
@@ -399,10 +427,10 @@ class Engine:
             messages.append((await deltas).message)
         """
         parsed = parse(SamplingParams, params)
-        prompt = await self._chat_prompt(messages, tools, template_args)
+        prompt = await self.chat_prompt(messages, tools, template_args)
         generation = self._intake.submit(prompt.text, parsed, followed=True, add_special=False)
         try:
-            await generation._entered()
+            await generation.entered()
             yield ChatGeneration(generation, prompt.answer)
         finally:
             generation.cancel()
@@ -428,9 +456,17 @@ class Engine:
         """
         return self._chat_template.render(messages, tools, template_args)
 
-    async def _chat_prompt(
-        self, messages: object, tools: object, template_args: Mapping[str, Any] | None
+    async def chat_prompt(
+        self,
+        messages: abc.Sequence[Any],
+        tools: abc.Sequence[Any] | None = None,
+        template_args: Mapping[str, Any] | None = None,
     ) -> ChatPrompt:
+        """What :meth:`apply_chat_template` gives, made on a thread, and how to read the answer.
+
+        For those who submit a conversation themselves: ``text`` is to be tokenised with
+        ``add_special=False``, and ``answer.read(completion)`` takes what came apart.
+        """
         template = self._chat_template
         # On a thread, as to compile or to fill in a template can take long.
         return await anyio.to_thread.run_sync(template.prompt, messages, tools, template_args)
@@ -725,6 +761,14 @@ class Engine:
                 usage=event.completion.usage,
                 timings=event.completion.timings,
             )
+
+
+def _each(params: SamplingParams, n: int) -> Iterator[SamplingParams]:
+    """The parameters of each of ``n`` answers to one prompt."""
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise InvalidParameterError("n", f"must be a whole number, at least 1, got {n!r}")
+    first = drawn_seed(params)
+    return (msgspec.structs.replace(params, seed=(first + i) % 2**32) for i in range(n))
 
 
 def _chat_template(source: TemplateSource | None) -> ChatTemplate | None:

@@ -88,8 +88,8 @@ class Generation(AsyncIterator[Delta]):
             raise self._outcome.with_traceback(None)
         return self._outcome
 
-    async def _entered(self) -> None:
-        """Wait for room in the queue. Raises the error that has ended the request meanwhile."""
+    async def entered(self) -> None:
+        """Wait until the request is in the queue. Raises the error that ended it before."""
         await self._entry.wait()
         if isinstance(self._outcome, MtpBatchError):
             raise self._outcome.with_traceback(None)

@@ -57,6 +57,20 @@ async def test_an_answer_is_taken_apart_as_the_template_says() -> None:
         assert (await engine.chat(ASK)).content == ANSWER
 
 
+async def test_a_conversation_that_is_submitted_by_hand_is_that_of_chat() -> None:
+    backend = ScriptedBackend(lambda _: ANSWER, chat_template=MARKS)
+    async with open_scripted_engine(backend) as engine:
+        prompt = await engine.chat_prompt(ASK, TOOLS, {"enable_thinking": True})
+        assert prompt.text == engine.apply_chat_template(ASK, TOOLS, enable_thinking=True)
+        token_ids = await engine.tokenize(prompt.text, add_special=False)
+        answer = prompt.answer.read(await engine.submit(token_ids, followed=False))
+        wanted = await engine.chat(ASK, TOOLS, template_args={"enable_thinking": True})
+        assert (answer.content, answer.reasoning_content) == ("One moment.", "Let me see.")
+        assert [call.function for call in answer.tool_calls] == [
+            call.function for call in wanted.tool_calls
+        ]
+
+
 async def test_a_stream_gives_the_parts_of_its_completion() -> None:
     backend = ScriptedBackend(lambda _: ANSWER, chat_template=MARKS, acceptance=0.5)
     async with open_scripted_engine(backend) as engine:

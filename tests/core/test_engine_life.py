@@ -20,6 +20,7 @@ import pytest
 from mtpbatch import (
     Engine,
     EngineClosedError,
+    EngineDeadError,
     EngineStalledError,
     Generation,
     InvalidParameterError,
@@ -60,6 +61,38 @@ async def check_aborted(generations: list[Generation], texts: list[str]) -> None
     assert [completion.text for completion in done] == texts
 
 
+# ---------------------------------------------------------------------- waiting for the end
+
+
+@pytest.mark.parametrize("dies", [False, True])
+async def test_who_waits_for_the_end_hears_of_it_and_of_what_it_died_of(dies: bool) -> None:
+    backend = ScriptedBackend()
+    if dies:
+        backend.fail_step(0, RuntimeError("boom"))
+    engine = await Engine._start(lambda report: backend, clock=backend.clock)
+    heard: list[str] = []
+
+    async def wait() -> None:
+        try:
+            await engine.wait_closed()
+            heard.append("closed")
+        except EngineDeadError as error:
+            heard.append(repr(error.__cause__))
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(wait)
+        group.start_soon(wait)
+        await anyio.lowlevel.checkpoint()
+        assert heard == []
+        if dies:
+            with pytest.raises(EngineDeadError):
+                await engine.generate("x")
+        else:
+            await engine.aclose()
+    assert heard == ["RuntimeError('boom')" if dies else "closed"] * 2
+    await engine.aclose()
+
+
 # ----------------------------------------------------------------------------- draining
 
 
@@ -79,7 +112,8 @@ async def test_draining_finishes_what_runs_and_waits_and_takes_nothing_new() -> 
         group.start_soon(drain)
         group.start_soon(drain)
         await gate.reached()
-        await until(lambda: "draining" in repr(engine))
+        await until(lambda: engine.draining)
+        assert "draining" in repr(engine)
         with pytest.raises(EngineClosedError, match="draining"):
             engine.submit("x")
         with pytest.raises(EngineClosedError, match="draining"):

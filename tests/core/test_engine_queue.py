@@ -24,6 +24,7 @@ from mtpbatch import (
     EngineOverloaded,
     Generation,
     InvalidParameterError,
+    PromptTooLongError,
 )
 from mtpbatch.testing import ScriptedBackend, StepGate, open_scripted_engine
 from mtpbatch.types import Plan, StepResult
@@ -519,11 +520,59 @@ async def test_n_answers_without_a_seed_have_different_ones() -> None:
         assert len(set(backend.seeds)) == 5
 
 
+async def test_n_submitted_answers_are_those_of_generate_n() -> None:
+    """They share the prompt, have the same seeds, and have deltas only if somebody follows."""
+    backend = Model(n_seq=3, n_ctx=2000)
+    async with open_scripted_engine(backend) as engine:
+        for followed in (True, False):
+            generations = engine.submit_n(
+                [65] * 500,
+                3,
+                followed=followed,
+                seed=2**32 - 1,
+                max_tokens=4,
+                reuse_prefix=followed,
+            )
+            done = [await generation for generation in generations]
+            assert [sum([1 async for _ in g]) > 0 for g in generations] == [followed] * 3
+            cached = [c.usage.cached_tokens for c in done]
+            assert sorted(cached) == ([0, 499, 499] if followed else [0, 0, 0])
+        assert sorted(backend.seeds) == [0, 0, 1, 1, 2**32 - 1, 2**32 - 1]
+
+
+async def test_of_n_submitted_answers_all_or_none_are_begun() -> None:
+    async with open_scripted_engine(Model(n_seq=1, max_waiting=2)) as engine:
+        with pytest.raises(EngineOverloaded):
+            engine.submit_n("x", 4, **ENDLESS)
+        await until(lambda: engine.stats().finished["abort"] == 3)
+        assert [(await g).finish_reason for g in engine.submit_n("x", 3, max_tokens=1)] == [
+            "length"
+        ] * 3
+
+
+async def test_a_submitted_request_tells_when_it_is_in_the_queue_or_why_it_never_is() -> None:
+    backend = Model(n_seq=1, n_ctx=64)
+    backend.may_tokenise.set()
+    gate = backend.hold_step(0)
+    async with open_scripted_engine(backend) as engine:
+        running, waiting = engine.submit("x", max_tokens=1), engine.submit("x", max_tokens=1)
+        await waiting.entered()
+        assert waiting.completion is None
+        gate.release()
+        with pytest.raises(PromptTooLongError):
+            await engine.submit("x" * 2000).entered()
+        await running
+        await waiting
+        await waiting.entered()
+
+
 @pytest.mark.parametrize("n", [0, -1, 1.5, True, "2", None])
 async def test_the_number_of_answers_is_checked(n: Any) -> None:
     async with open_scripted_engine(Model()) as engine:
         with pytest.raises(InvalidParameterError, match=r"^n: must be a whole number, at least 1"):
             await engine.generate_n("x", n)
+        with pytest.raises(InvalidParameterError, match=r"^n: must be a whole number, at least 1"):
+            engine.submit_n("x", n)
         with pytest.raises(InvalidParameterError, match=r"^prompt: is empty"):
             await engine.generate_n("", 2)
 

@@ -102,6 +102,22 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
 }
 
+MAY_IMPORT |= {
+    "server/config": set(),
+    "server/errors": {"exceptions"},
+    "server/limits": {"server", "types", "exceptions"},
+    "server/protocol": {"types", "exceptions"},
+    "server/openapi": {"server"},
+    "server/endpoint": {"server", "engine", "_log"},
+    "server/generating": {"server", "generation", "types", "exceptions"},
+    "server/tools": {"server", "chat", "exceptions"},
+    "server/completions": {"server", "generation", "types", "exceptions"},
+    "server/chat": {"server", "chat", "generation", "types", "exceptions"},
+    "server/embeddings": {"server", "exceptions"},
+    "server/app": {"server", "engine", "metrics", "_log", "types", "exceptions"},
+    "server/run": {"server", "engine", "_log", "exceptions"},
+}
+
 IMPURE = {"anyio", "asyncio", "cffi", "ctypes", "llama_cpp", "threading", "time", "trio", "uvloop"}
 
 
@@ -172,7 +188,7 @@ assert type(handler) is logging.NullHandler
 assert logging.getLogger("mtpbatch").level == logging.NOTSET
 import structlog
 assert not structlog.is_configured()
-extras = {"prometheus_client", "opentelemetry", "starlette", "ray"}
+extras = {"prometheus_client", "opentelemetry", "starlette", "uvicorn", "ray"}
 heavy = {"trio", "uvloop", "llama_cpp", "numpy"}
 loaded = {name.split(".")[0] for name in sys.modules} & (heavy | extras)
 assert not loaded, loaded
@@ -190,7 +206,11 @@ assert not {"mtpbatch.native", "mtpbatch.loadtest"} & set(sys.modules)
 
 @pytest.mark.parametrize(
     ("module", "needs", "extra"),
-    [("metrics", "prometheus_client", "server"), ("tracing", "opentelemetry", "otel")],
+    [
+        ("metrics", "prometheus_client", "server"),
+        ("server", "starlette", "server"),
+        ("tracing", "opentelemetry", "otel"),
+    ],
 )
 def test_a_missing_extra_is_named(module: str, needs: str, extra: str) -> None:
     program = f"import sys; sys.modules[{needs!r}] = None; import mtpbatch.{module}"

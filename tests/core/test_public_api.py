@@ -88,6 +88,7 @@ def test_the_engines_surface() -> None:
         "aclose",
         "apply_chat_template",
         "chat",
+        "chat_prompt",
         "check_health",
         "closed",
         "config",
@@ -104,11 +105,13 @@ def test_the_engines_surface() -> None:
         "stream",
         "stream_chat",
         "submit",
+        "submit_n",
         "token_bytes",
         "tokenize",
+        "wait_closed",
         "watch",
     }
-    assert public(mtpbatch.Generation) == {"cancel", "completion", "request_id"}
+    assert public(mtpbatch.Generation) == {"cancel", "completion", "entered", "request_id"}
     assert public(mtpbatch.ChatGeneration) == {"cancel", "completion", "request_id"}
 
 

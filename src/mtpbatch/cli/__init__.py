@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import math
 import os
 import sys
 from collections.abc import Sequence
+from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import anyio
@@ -15,6 +18,7 @@ from mtpbatch._log import log_to_console
 from mtpbatch.cli import bench
 from mtpbatch.cli.demo import demo
 from mtpbatch.cli.generate import generate
+from mtpbatch.cli.serve import serve
 from mtpbatch.exceptions import InvalidParameterError, MtpBatchError
 
 
@@ -22,13 +26,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status."""
     parser = _parser()
     options = parser.parse_args(arguments)
-    if options.verbose:
-        log_to_console("DEBUG")
+    if options.verbose or options.command == "serve":
+        log_to_console("DEBUG" if options.verbose else "INFO")
     try:
         if options.command == "demo":
             anyio.run(demo)
         elif options.command == "bench":
             return bench.run(options, _ENGINE_OPTIONS)
+        elif options.command == "serve":
+            return anyio.run(
+                partial(
+                    serve,
+                    options.host,
+                    options.port,
+                    options.model,
+                    engine=_given(options, _ENGINE_OPTIONS | _SERVING_ENGINE_OPTIONS),
+                    server=_given(options, _SERVER_OPTIONS),
+                    grace=options.grace,
+                ),
+                backend_options={"use_uvloop": find_spec("uvloop") is not None},
+            )
         else:
             anyio.run(
                 generate,
@@ -72,6 +89,22 @@ def _status(error: BaseException) -> int:
             raise error
 
 
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 65535, got {text!r}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1
+    if not 0 <= seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds from 0 on, got {text!r}")
+    return seconds
+
+
 def _depth(text: str) -> int | str:
     if text != "auto" and not text.isdecimal():
         raise argparse.ArgumentTypeError(f'must be "auto" or a whole number, got {text!r}')
@@ -87,6 +120,25 @@ _ENGINE_OPTIONS: dict[str, dict[str, Any]] = {
     "n_gpu_layers": {"type": int, "help": "layers on a GPU, -1 for all"},
     "kv_type": {"help": "element type of the KV cache"},
 }
+_SERVING_ENGINE_OPTIONS: dict[str, dict[str, Any]] = {
+    "n_batch": {"type": int, "help": "most tokens in one step"},
+    "n_ubatch": {"type": int, "help": "most tokens in one forward pass"},
+    "n_cells": {"type": int, "help": "KV cells of all sequences together"},
+    "snapshot_memory": {"type": int, "help": "MiB for states of prompts that may come again"},
+    "draft_model": {"help": "GGUF file of an assistant that drafts"},
+    "speculation": {"type": _depth, "help": 'draft depth: 0 off, a number, or "auto"'},
+    "max_waiting": {"type": int, "help": "most requests that wait; more are refused with 429"},
+    "max_waiting_tokens": {"type": int, "help": "most prompt tokens that wait"},
+}
+_SERVER_OPTIONS: dict[str, dict[str, Any]] = {
+    "model_name": {"help": "what clients call the model; default: the file's name"},
+    "api_key": {
+        "action": "append",
+        "help": "clients must send it; can be repeated, or MTPBATCH_API_KEY holds keys and commas",
+    },
+    "max_body": {"type": int, "help": "most bytes in the body of a request"},
+    "stall_timeout": {"type": _seconds, "help": "seconds a step may take before /health fails"},
+}
 _REQUEST_OPTIONS: dict[str, dict[str, Any]] = {
     "max_tokens": {"type": int, "help": "most tokens to generate"},
     "temperature": {"type": float, "help": "0 (default): the most probable token"},
@@ -99,7 +151,13 @@ _REQUEST_OPTIONS: dict[str, dict[str, Any]] = {
     "speculation": {"type": _depth, "help": 'draft depth: 0 off, a number, or "auto"'},
 }
 
-_OPTIONS = _ENGINE_OPTIONS.keys() | _REQUEST_OPTIONS.keys() | bench.OPTIONS
+_OPTIONS = (
+    _ENGINE_OPTIONS.keys()
+    | _SERVING_ENGINE_OPTIONS.keys()
+    | _SERVER_OPTIONS.keys()
+    | _REQUEST_OPTIONS.keys()
+    | bench.OPTIONS
+)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -124,14 +182,37 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("prompts", nargs="+", metavar="PROMPT", help="a text to continue")
     run.add_argument("-m", "--model", metavar="FILE", help="GGUF file; default: packaged model")
     run.add_argument("--json", action="store_true", help="one JSON record per line, as they end")
-    for title, options in (("request", _REQUEST_OPTIONS), ("engine", _ENGINE_OPTIONS)):
-        group = run.add_argument_group(f"{title} options")
-        for name, details in options.items():
-            if "action" not in details:
-                details = details | {"metavar": "N" if "type" in details else "TYPE"}
-            group.add_argument("--" + name.replace("_", "-"), **details)
+    _add_options(run, "request", _REQUEST_OPTIONS)
+    _add_options(run, "engine", _ENGINE_OPTIONS)
+    server = commands.add_parser(
+        "serve",
+        help="an OpenAI-compatible server",
+        description="Serve one model over OpenAI's HTTP API, until SIGTERM or Ctrl-C.",
+    )
+    server.add_argument("-m", "--model", metavar="FILE", help="GGUF file; default: packaged model")
+    server.add_argument("--host", default="127.0.0.1", help="address to listen on; 0.0.0.0: all")
+    server.add_argument("--port", type=_port, default=8000, metavar="N", help="0: a free one")
+    server.add_argument(
+        "--grace",
+        type=_seconds,
+        default=30.0,
+        metavar="N",
+        help="seconds that requests may take once the server is asked to end",
+    )
+    _add_options(server, "server", _SERVER_OPTIONS)
+    _add_options(server, "engine", _ENGINE_OPTIONS | _SERVING_ENGINE_OPTIONS)
     bench.add_parser(commands, _ENGINE_OPTIONS)
     return parser
+
+
+def _add_options(
+    parser: argparse.ArgumentParser, title: str, options: dict[str, dict[str, Any]]
+) -> None:
+    group = parser.add_argument_group(f"{title} options")
+    for name, details in options.items():
+        if "action" not in details:
+            details = details | {"metavar": "N" if "type" in details else "NAME"}
+        group.add_argument("--" + name.replace("_", "-"), **details)
 
 
 def _given(options: argparse.Namespace, names: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -1,0 +1,163 @@
+"""What requests that generate have in common: parameters, prompts, and figures of the answers."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable, Sequence
+from contextlib import asynccontextmanager
+from typing import Any, Final, Literal
+
+from mtpbatch.exceptions import EngineClosedError, InvalidParameterError
+from mtpbatch.generation import Generation
+from mtpbatch.server.endpoint import Service
+from mtpbatch.server.protocol import (
+    CompletionTokensDetails,
+    FinishReason,
+    Generating,
+    JsonObjectFormat,
+    JsonSchemaFormat,
+    PromptTokensDetails,
+    Usage,
+)
+from mtpbatch.types import Completion
+
+_AS_IN_ENGINE: Final = (
+    *("temperature", "top_p", "frequency_penalty", "presence_penalty", "stop", "logit_bias"),
+    *("min_p", "typical_p", "xtc_probability", "xtc_threshold", "repetition_penalty"),
+    *("dry_multiplier", "dry_base", "dry_allowed_length", "dry_penalty_last_n"),
+    *("dry_sequence_breakers", "bad_words", "min_tokens", "stop_token_ids", "ignore_eos"),
+    *("priority", "deadline", "timeout", "queue_timeout", "speculation", "reuse_prefix"),
+    "metadata",
+)
+
+_LEAST_LOGPROB: Final = -9999.0  # JSON has no infinity
+
+
+def sampling(asked: Generating) -> dict[str, Any]:
+    """The engine's parameters, but for how long the answer is and what is told of its tokens."""
+    params = {name: value for name in _AS_IN_ENGINE if (value := getattr(asked, name)) is not None}
+    params.setdefault("temperature", 1.0)
+    if asked.seed is not None:
+        params["seed"] = asked.seed % 2**32
+    if asked.top_k is not None:
+        params["top_k"] = max(0, asked.top_k)
+    return params | form(asked)
+
+
+def form(asked: Generating) -> dict[str, Any]:
+    """The form that the answer is to keep to, as the engine's parameter; empty: none."""
+    forms: dict[str, Any] = {}
+    match asked.response_format:
+        case JsonSchemaFormat(json_schema=given):
+            forms["json_schema"] = given.schema
+        case JsonObjectFormat():
+            forms["json_schema"] = {"type": "object"}
+    if asked.structured_outputs is not None:
+        if forms:
+            raise InvalidParameterError(
+                "structured_outputs", "cannot be combined with response_format; give one of them"
+            )
+        wanted = asked.structured_outputs
+        forms = {
+            "json_schema": wanted.json,
+            "regex": wanted.regex,
+            "choice": wanted.choice,
+            "grammar": wanted.grammar,
+        }
+    return {name: value for name, value in forms.items() if value is not None}
+
+
+def names_of_form(asked: Generating) -> dict[str, str]:
+    """What clients call those parameters."""
+    if asked.structured_outputs is None:
+        return {"json_schema": "response_format"}
+    return {
+        "json_schema": "structured_outputs.json",
+        "regex": "structured_outputs.regex",
+        "choice": "structured_outputs.choice",
+        "grammar": "structured_outputs.grammar",
+    }
+
+
+@asynccontextmanager
+async def submitted(
+    service: Service, prompts: Iterable[str | Sequence[int]], asked: Generating, **params: Any
+) -> AsyncIterator[list[Generation]]:
+    """Requests for all answers, those to one prompt side by side, once all are in the queue.
+
+    They end with the block.
+    """
+    generations: list[Generation] = []
+    engine, n = service.engine, asked.n or 1
+    try:
+        for prompt in prompts:
+            if n > 1 and isinstance(prompt, str):  # tokenised once for all
+                prompt = await engine.tokenize(prompt)
+            generations += engine.submit_n(prompt, n, followed=bool(asked.stream), **params)
+        for generation in generations:
+            await generation.entered()
+        yield generations
+    finally:
+        for generation in generations:
+            generation.cancel()
+
+
+async def completed(service: Service, generations: Iterable[Generation]) -> list[Completion]:
+    """What has come of them, once all have ended."""
+    done = []
+    for generation in generations:
+        completion = await generation
+        service.pace.learn(completion)
+        check_whole(completion.finish_reason)
+        done.append(completion)
+    return done
+
+
+def check_whole(reason: str | None) -> None:
+    """Raise if the engine's end has cut an answer off."""
+    if reason == "abort":
+        raise EngineClosedError("the engine was closed")
+
+
+def finish(reason: str | None) -> FinishReason | None:
+    """OpenAI's words for how an answer ended: one that ran out of time was too long."""
+    match reason:
+        case None | "stop" | "length":
+            return reason
+        case _:
+            return "length"
+
+
+def stop_reason(reason: str | None) -> Literal["timeout"] | None:
+    """What those words leave out."""
+    return "timeout" if reason == "timeout" else None
+
+
+def usage(done: Sequence[Completion], n: int) -> Usage:
+    """Tokens of all answers, of which ``n`` follow one another to each prompt; prompts count once.
+
+    Of a prompt's tokens, those are cached that its first answer found computed.
+    """
+    prompt = sum(answer.usage.prompt_tokens for answer in done[::n])
+    generated = sum(answer.usage.completion_tokens for answer in done)
+    accepted = sum(answer.accepted for answer in done)
+    return Usage(
+        prompt_tokens=prompt,
+        completion_tokens=generated,
+        total_tokens=prompt + generated,
+        prompt_tokens_details=PromptTokensDetails(
+            sum(answer.usage.cached_tokens for answer in done[::n])
+        ),
+        completion_tokens_details=CompletionTokensDetails(
+            accepted, sum(answer.drafted for answer in done) - accepted
+        ),
+    )
+
+
+def wants_usage(asked: Generating) -> bool:
+    """Whether a stream is to end with the usage."""
+    return asked.stream_options is not None and asked.stream_options.include_usage
+
+
+def in_json(logprob: float) -> float:
+    """A log probability, as JSON can have it."""
+    return max(logprob, _LEAST_LOGPROB)

@@ -1,0 +1,61 @@
+"""A real server on a free port, in the test's own event loop."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any
+
+import anyio
+import httpx
+import uvicorn
+from starlette.types import ASGIApp
+
+from mtpbatch import Engine
+from mtpbatch.server import create_app
+from mtpbatch.testing import ScriptedBackend, open_scripted_engine
+
+
+class _Server(uvicorn.Server):
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield  # signals are the tests'
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.up.set()
+
+    up: anyio.Event
+
+
+@asynccontextmanager
+async def serving(app: ASGIApp) -> AsyncIterator[str]:
+    """Serve an app; its URL."""
+    server = _Server(
+        uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5)
+    )
+    server.up = anyio.Event()
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+        async with anyio.create_task_group() as group:
+            group.start_soon(server.serve, [listener])
+            await server.up.wait()
+            try:
+                yield f"http://127.0.0.1:{port}"
+            finally:
+                server.should_exit = True
+
+
+@asynccontextmanager
+async def scripted(
+    backend: ScriptedBackend, **config: Any
+) -> AsyncIterator[tuple[Engine, httpx.AsyncClient]]:
+    """A scripted engine, and a client of a server on it."""
+    async with (
+        open_scripted_engine(backend) as engine,
+        serving(create_app(engine, **config)) as url,
+        httpx.AsyncClient(base_url=url, timeout=30) as client,
+    ):
+        yield engine, client
