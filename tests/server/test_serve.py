@@ -9,9 +9,10 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import IO, Any
 
 import httpx
 import pytest
@@ -24,15 +25,19 @@ PATIENCE = 120  # seconds
 class Server:
     """A process that serves."""
 
-    def __init__(self, process: subprocess.Popen[str], url: str, client: httpx.Client) -> None:
+    def __init__(
+        self, process: subprocess.Popen[str], url: str, client: httpx.Client, log: IO[str]
+    ) -> None:
         self.process = process
         self.url = url
         self.client = client
+        self._log = log
 
     def end(self) -> tuple[int, str]:
         """Its exit status, and its log."""
-        _, log = self.process.communicate(timeout=PATIENCE)
-        return self.process.returncode, log
+        status = self.process.wait(timeout=PATIENCE)
+        self._log.seek(0)
+        return status, self._log.read()
 
     @contextmanager
     def streaming(self, max_tokens: int = 4000) -> Iterator[Iterator[str]]:
@@ -47,20 +52,23 @@ class Server:
 @contextmanager
 def served(*options: str, program: tuple[str, ...] = ("-m", "mtpbatch")) -> Iterator[Server]:
     settings = ["--port", "0", "--n-seq", "2", "--n-threads", "1", *options]
-    with subprocess.Popen(
-        [sys.executable, *program, "serve", *settings],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=ENVIRONMENT,
-    ) as process:
+    with (
+        tempfile.TemporaryFile("w+") as log,  # not a pipe, which might fill up
+        subprocess.Popen(
+            [sys.executable, *program, "serve", *settings],
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+            env=ENVIRONMENT,
+        ) as process,
+    ):
         try:
             assert process.stdout is not None
             said = re.fullmatch(r"mtpbatch: serving demo at (\S+)/v1\n", process.stdout.readline())
             assert said is not None
             headers = {"authorization": "Bearer second"}
             with httpx.Client(base_url=said[1], headers=headers, timeout=PATIENCE) as client:
-                yield Server(process, said[1], client)
+                yield Server(process, said[1], client, log)
         finally:
             process.kill()
 

@@ -18,6 +18,7 @@ from typing import Any, Final
 
 import anyio
 import uvicorn
+from anyio.abc import TaskStatus
 
 from mtpbatch._log import log
 from mtpbatch.engine import Engine
@@ -87,14 +88,15 @@ class _Process:
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
         self._http.on_start = lambda: ready(url)
         async with anyio.create_task_group() as group:
-            group.start_soon(self._end_on_signals)
+            await group.start(self._end_on_signals)
             group.start_soon(self._end_with_engine)
             await self._http.serve([listener])
             group.cancel_scope.cancel()
         return self._status
 
-    async def _end_on_signals(self) -> None:
+    async def _end_on_signals(self, *, task_status: TaskStatus[None]) -> None:
         with anyio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            task_status.started()
             async with anyio.create_task_group() as group:
                 first = await anext(signals)
                 log.info("server.draining", signal=first.name, grace=self._grace)
