@@ -11,7 +11,7 @@ from mtpbatch import Engine
 from mtpbatch.scaleout import EngineReplica
 from mtpbatch.testing import ScriptedBackend, StepGate, open_scripted_engine
 
-ANSWER = "abcdefghijklmnopqrstuvwxyz"
+ANSWER = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # each a token
 
 
 class Board:

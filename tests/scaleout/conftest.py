@@ -52,6 +52,7 @@ def cluster() -> Iterator[str]:
         tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as folder,
     ):
         patch.setenv("OMP_WAIT_POLICY", "passive")  # the replicas share the CPUs
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))  # for ray_replicas
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

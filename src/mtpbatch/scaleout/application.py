@@ -14,6 +14,8 @@ from mtpbatch.server import ServerConfig
 from mtpbatch.types import EngineConfig, parse
 
 _PREFIX_ROUTER: Final = "mtpbatch.scaleout.routing:PrefixRouter"
+# How long requests may take when what serves them is taken away, and how often that is looked at.
+_ENDING: Final = {"graceful_shutdown_timeout_s": 300.0, "graceful_shutdown_wait_loop_s": 0.5}
 
 
 class AppSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -52,8 +54,7 @@ def app(args: Mapping[str, Any]) -> serve.Application:
         "max_queued_requests": -1 if engine.max_waiting is None else engine.max_waiting,
         "ray_actor_options": {"num_cpus": engine.n_threads or 1},
         "health_check_period_s": 5.0,
-        "graceful_shutdown_timeout_s": 300.0,
-        "graceful_shutdown_wait_loop_s": 1.0,
+        **_ENDING,
         **settings.deployment,
     }
     scaling = options.get("autoscaling_config")
@@ -64,6 +65,6 @@ def app(args: Mapping[str, Any]) -> serve.Application:
     replica: Any = serve.deployment(**options)(EngineReplica)
     replicas = replica.bind(settings.model, settings.engine, settings.server)
     # The ingress lets everybody in: it is the replicas that have limits.
-    ingress: Any = serve.deployment(max_ongoing_requests=100_000)(Ingress)
+    ingress: Any = serve.deployment(max_ongoing_requests=100_000, **_ENDING)(Ingress)
     application: serve.Application = ingress.bind(replicas, server.max_body)
     return application
