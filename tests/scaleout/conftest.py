@@ -32,10 +32,13 @@ from ray import serve
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Ray leaves the processes that it starts to the garbage collector, and ends them itself."""
-    config.addinivalue_line(
-        "filterwarnings", r"ignore:.*subprocess \d+ is still running:ResourceWarning"
-    )
+    """What Ray itself is to be warned of."""
+    for warning in (
+        r"ignore:.*subprocess \d+ is still running:ResourceWarning",
+        # It compares with a setting that is deprecated; the interval is the one above.
+        "ignore:`look_back_period_s`:FutureWarning",
+    ):
+        config.addinivalue_line("filterwarnings", warning)
 
 
 @pytest.fixture

@@ -201,28 +201,32 @@ async def test_replicas_come_and_go_with_the_load(cluster: str, demo_f32_path: P
 async def test_a_replica_that_is_taken_away_finishes_what_it_runs(cluster: str) -> None:
     board = ray.remote(Board).options(num_cpus=0).remote()
     options = {"autoscaling_config": {**SCALING, "target_ongoing_requests": 4}}
-    many, more = [Stream() for _ in range(8)], [Stream() for _ in range(4)]
     with deployed(around(ScriptedReplica, board, 8, 5, **options), "taken"):
         async with client(f"{cluster}/taken") as http, anyio.create_task_group() as group:
 
-            async def begin(streams: list[Stream]) -> None:
+            async def one_of(n: int) -> Stream:
+                """Of as many streams, one that has begun when a replica holds its sixth step."""
+                begun = anyio.Event()
+                streams = [Stream(begun=begun) for _ in range(n)]
                 for stream in streams:
                     group.start_soon(lambda s=stream: s.follow(http, prompt="a", max_tokens=26))
-                for stream in streams:
-                    await stream.begun.wait()
+                await begun.wait()
+                [first, *_] = (stream for stream in streams if stream.text)
+                others.extend(stream for stream in streams if stream is not first)
+                return first
 
-            await begin(many)
+            others: list[Stream] = []
+            kept = [await one_of(8)]
             await until(lambda: replicas("taken", "ScriptedReplica") == {"RUNNING": 2})
-            await begin(more)
-            [first], [second] = ({stream.replica for stream in s} for s in (many, more))
-            assert first != second
-            for stream in (*many[1:], *more[1:]):
+            kept.append(await one_of(4))
+            assert kept[0].replica != kept[1].replica
+            for stream in others:
                 stream.scope.cancel()
             await until(
                 lambda: replicas("taken", "ScriptedReplica") == {"RUNNING": 1, "STOPPING": 1}
             )
             await board.set.remote("release")
-        for stream in (many[0], more[0]):
+        for stream in kept:
             assert (stream.text, stream.error, stream.ended) == (ANSWER, None, True)
         await until(lambda: replicas("taken", "ScriptedReplica") == {"RUNNING": 1})
 
