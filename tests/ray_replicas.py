@@ -60,7 +60,7 @@ class ScriptedReplica(EngineReplica):
     ) -> None:
         self._backend = _Backend(board, n_seq, hold, die)
         self._board = board
-        await super().__init__()  # type: ignore[misc]
+        await super().__init__()
         self._helper = asyncio.create_task(self._tell_and_hear())
 
     async def n_steps(self) -> int:

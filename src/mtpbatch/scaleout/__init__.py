@@ -19,7 +19,8 @@ or ``serve deploy`` a file that names ``mtpbatch.scaleout:app`` (``examples/ray_
 Guarantees:
 
 - A client that goes, and a handle's call that is cancelled, free their sequence: the cancellation
-  is passed on at once, and the step under way when it comes is the last.
+  is passed on at once, and the step under way when it comes is the last. Ray may lose one that is
+  asked for in the very moment in which a replica accepts the request.
 - If a replica dies, requests of which nothing has been sent yet are asked once more, elsewhere. The
   others end with an error event. Those of other replicas notice nothing.
 - A replica whose engine has died ends its process at once. Being least loaded it would draw all

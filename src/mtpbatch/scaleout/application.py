@@ -15,7 +15,10 @@ from mtpbatch.types import EngineConfig, parse
 
 _PREFIX_ROUTER: Final = "mtpbatch.scaleout.routing:PrefixRouter"
 # How long requests may take when what serves them is taken away, and how often that is looked at.
-_ENDING: Final = {"graceful_shutdown_timeout_s": 300.0, "graceful_shutdown_wait_loop_s": 0.5}
+_ENDING: Final[dict[str, Any]] = {
+    "graceful_shutdown_timeout_s": 300.0,
+    "graceful_shutdown_wait_loop_s": 0.5,
+}
 
 
 class AppSettings(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
