@@ -384,7 +384,8 @@ async def test_the_official_client_and_handles(cluster: str) -> None:
 async def test_the_example_of_a_configuration_file(cluster: str) -> None:
     text = (Path(__file__).parents[2] / "examples" / "ray_serve.yaml").read_text()
     schema = ServeDeploySchema.model_validate(yaml.safe_load(text))
-    _get_global_client().deploy_apps(schema)  # as `serve deploy` does, which needs the dashboard
+    serve_client: Any = _get_global_client()
+    serve_client.deploy_apps(schema)  # as `serve deploy` does, which needs the dashboard
     try:
         async with openai.AsyncOpenAI(base_url=f"{cluster}/v1", api_key="-") as api:
             await until(lambda: serve.status().applications["mtpbatch"].status == "RUNNING")

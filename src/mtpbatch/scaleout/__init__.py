@@ -35,7 +35,7 @@ from __future__ import annotations
 try:
     import ray.serve  # noqa: F401
 except ImportError as error:
-    raise ImportError(
+    raise ModuleNotFoundError(
         "mtpbatch.scaleout needs Ray Serve, which is not installed: pip install 'mtpbatch[ray]'",
         name=error.name,
     ) from error
