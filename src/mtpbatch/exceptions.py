@@ -33,7 +33,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mtpbatch.types import Completion
@@ -46,6 +46,14 @@ class MtpBatchError(Exception):
     """
 
     completion: Completion | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # So that errors reach other processes whole: what __init__ takes is not what some keep.
+        return _made_anew, (type(self), self.args), self.__dict__
+
+
+def _made_anew(kind: type[MtpBatchError], args: tuple[object, ...]) -> MtpBatchError:
+    return kind.__new__(kind, *args)
 
 
 class InvalidRequestError(MtpBatchError, ValueError):

@@ -118,6 +118,16 @@ MAY_IMPORT |= {
     "server/run": {"server", "engine", "_log", "exceptions"},
 }
 
+MAY_IMPORT |= {
+    "scaleout/passing": set(),
+    "scaleout/routing": {"scaleout"},
+    "scaleout/ingress": {"scaleout", "server", "_log"},
+    "scaleout/replica": {
+        *("scaleout", "server", "chat", "engine", "tokenizing", "_log", "types", "exceptions"),
+    },
+    "scaleout/application": {"scaleout", "server", "types"},
+}
+
 IMPURE = {"anyio", "asyncio", "cffi", "ctypes", "llama_cpp", "threading", "time", "trio", "uvloop"}
 
 
@@ -210,6 +220,7 @@ assert not {"mtpbatch.native", "mtpbatch.loadtest"} & set(sys.modules)
         ("metrics", "prometheus_client", "server"),
         ("server", "starlette", "server"),
         ("tracing", "opentelemetry", "otel"),
+        ("scaleout", "ray", "ray"),
     ],
 )
 def test_a_missing_extra_is_named(module: str, needs: str, extra: str) -> None:
