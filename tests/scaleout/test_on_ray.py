@@ -30,7 +30,7 @@ from ray_replicas import ANSWER, Board, PlainReplica, ScriptedReplica
 
 pytestmark = pytest.mark.anyio
 
-PATIENCE = 120.0  # seconds that anything may take on a busy machine
+PATIENCE = 200.0  # seconds that anything may take on a busy machine
 SCALING = {
     "min_replicas": 1,
     "max_replicas": 2,
@@ -388,7 +388,9 @@ async def test_the_example_of_a_configuration_file(cluster: str) -> None:
     serve_client.deploy_apps(schema)  # as `serve deploy` does, which needs the dashboard
     try:
         async with openai.AsyncOpenAI(base_url=f"{cluster}/v1", api_key="-") as api:
-            await until(lambda: serve.status().applications["mtpbatch"].status == "RUNNING")
+            await until(lambda: serve.status().applications["mtpbatch"].status != "DEPLOYING")
+            application = serve.status().applications["mtpbatch"]
+            assert application.status == "RUNNING", application.message
             done = await api.completions.create(model="demo", prompt="And", max_tokens=4)
             assert done.usage is not None
             assert done.usage.completion_tokens == 4
