@@ -77,7 +77,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "loadtest/steady": {"loadtest"},
     "loadtest/driver": {"loadtest"},
     "loadtest/sweep": set(),
-    "loadtest/settings": {"loadtest", "in_words", "exceptions"},
+    "loadtest/settings": {"loadtest", "testing", "in_words", "exceptions"},
     "loadtest/environment": {"machine"},
     "loadtest/progress": {"loadtest"},
     "loadtest/bench": {"loadtest", "exceptions"},

@@ -18,9 +18,8 @@ from mtpbatch.exceptions import EngineOverloaded, InvalidParameterError, MtpBatc
 from mtpbatch.generation import Generation
 from mtpbatch.loadtest.answer import Answer, RequestFailed
 from mtpbatch.loadtest.datasets import Work
+from mtpbatch.loadtest.records import Facts
 from mtpbatch.types import SamplingParams, parse
-
-Facts = dict[str, str | int | float | bool | None]
 
 
 class Target(Protocol):
