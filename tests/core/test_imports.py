@@ -60,8 +60,8 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("speculation", "tokenizing", "watching", "_loops", "_log", "types", "exceptions"),
         "native",  # inside open() only
     },
-    "metrics": {"engine", "types", "exceptions"},
-    "tracing": {"types", "exceptions"},
+    "metrics": {"engine", "watching", "types", "exceptions"},
+    "tracing": {"watching", "types", "exceptions"},
     "testing/scripted": {"backend", "engine", "_loops", "types", "exceptions"},
     "testing/workload": {"types", "exceptions"},
     "testing/simulated": {"testing", "speculation", "types", "exceptions"},
