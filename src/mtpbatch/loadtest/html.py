@@ -82,7 +82,7 @@ def _run(run: RunRecord) -> Page:
         sections=(
             Section(title="Figures", tables=run_tables(run, shown.summary)),
             Section(title="Plots", charts=run_charts([shown])),
-            Section(title="Settings", tables=settings(run)),
+            Section(title="Settings", tables=settings_tables(run)),
         ),
     )
 
@@ -107,7 +107,7 @@ def _sweep(sweep: SweepRecord) -> Page:
             *(
                 Section(
                     title=f"At {value:g}",
-                    tables=[*run_tables(run, summary), *settings(run)],
+                    tables=[*run_tables(run, summary), *settings_tables(run)],
                     folded=True,
                 )
                 for (value, run), summary in zip(runs, shown.summaries, strict=True)
@@ -184,7 +184,7 @@ def sweep_warnings(sweep: Sweep) -> list[str]:
     return found
 
 
-def settings(run: RunRecord) -> list[Table]:
+def settings_tables(run: RunRecord) -> list[Table]:
     """How it was measured."""
     parts: tuple[tuple[str, Mapping[str, object]], ...] = (
         ("Target", run.target),
