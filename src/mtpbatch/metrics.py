@@ -68,7 +68,9 @@ class EngineMetrics(Watcher):
     :class:`~mtpbatch.EngineDeadError` if there is nothing to watch any more.
     """
 
-    # What the engine's thread counts changes under ``_lock``, which is held for microseconds.
+    # State: ``_clock`` and ``_gained`` are for who has the engine's turn alone. ``_failures`` and
+    # ``_histograms`` change in that turn and are copied by scrapes, both under ``_lock``, which is
+    # held for microseconds. ``_stats`` is what a scrape found last.
 
     def __init__(
         self,
