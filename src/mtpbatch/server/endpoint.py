@@ -100,16 +100,16 @@ class Answer:
             async with anyio.create_task_group() as group:
                 for part in parts:
                     group.start_soon(self._forward, part)
-            end = b"".join([*map(_event, map(msgspec.json.encode, last())), _event(b"[DONE]")])
+            end = b"".join([*map(event, map(msgspec.json.encode, last())), event(b"[DONE]")])
         except Exception as error:
-            end = _event(self._service.told(error, self._request_id).body)
+            end = event(self._service.told(error, self._request_id).body)
         await self._end(end)
 
     async def _forward(self, part: AsyncIterator[Struct]) -> None:
         async for value in part:
-            event = _event(msgspec.json.encode(value))
+            body = event(msgspec.json.encode(value))
             async with self._sending:
-                await self._send({"type": "http.response.body", "body": event, "more_body": True})
+                await self._send({"type": "http.response.body", "body": body, "more_body": True})
 
     async def _end(self, body: bytes) -> None:
         self.ended = True
@@ -162,5 +162,6 @@ async def _cancel_when_gone(receive: Receive, answer: Answer, work: anyio.Cancel
         work.cancel()
 
 
-def _event(data: bytes) -> bytes:
+def event(data: bytes) -> bytes:
+    """One event of a stream, as it goes over the wire."""
     return b"data: %b\n\n" % data
