@@ -22,12 +22,6 @@ class _Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         yield  # signals are the tests'
 
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self.up.set()
-
-    up: anyio.Event
-
 
 @asynccontextmanager
 async def serving(app: ASGIApp) -> AsyncIterator[str]:
@@ -35,13 +29,10 @@ async def serving(app: ASGIApp) -> AsyncIterator[str]:
     server = _Server(
         uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5)
     )
-    server.up = anyio.Event()
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
+    with socket.create_server(("127.0.0.1", 0)) as listener:  # who connects waits until it is ready
         port = listener.getsockname()[1]
         async with anyio.create_task_group() as group:
             group.start_soon(server.serve, [listener])
-            await server.up.wait()
             try:
                 yield f"http://127.0.0.1:{port}"
             finally:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import pty
 import subprocess
 import sys
 
 import pytest
+
+from terminal import screen_of
 
 ENVIRONMENT = os.environ | {"OMP_WAIT_POLICY": "passive", "COLUMNS": "100", "LINES": "40"}
 
@@ -93,27 +94,8 @@ def test_the_demo_is_plain_when_nobody_watches() -> None:
 
 def test_the_demo_tells_accepted_drafts_apart_on_a_terminal() -> None:
     """On a real pseudo-terminal: accepted tokens are bold green, the table comes last."""
-    primary, secondary = pty.openpty()
-    with subprocess.Popen(
-        [sys.executable, "-m", "mtpbatch", "demo"],
-        stdout=secondary,
-        stderr=secondary,
-        stdin=secondary,
-        env=ENVIRONMENT | {"TERM": "xterm-256color"},
-    ) as process:
-        os.close(secondary)
-        chunks = []
-        while True:
-            try:
-                chunk = os.read(primary, 65536)
-            except OSError:  # the other end was closed
-                break
-            if not chunk:
-                break
-            chunks.append(chunk)
-        os.close(primary)
-        assert process.wait(timeout=120) == 0
-    screen = b"".join(chunks).decode()
+    environment = ENVIRONMENT | {"TERM": "xterm-256color"}
+    screen = screen_of([sys.executable, "-m", "mtpbatch", "demo"], environment)
     assert "\x1b[1;32m" in screen
     assert "accepted draft" in screen
     assert screen.rindex("tokens per step") > screen.rindex("\x1b[1;32m")

@@ -33,6 +33,7 @@ from mtpbatch.exceptions import (
     MtpBatchError,
 )
 from mtpbatch.types import Completion, EngineStats, SamplingParams, StepReport
+from mtpbatch.watching import Watcher
 
 try:
     from prometheus_client import REGISTRY, CollectorRegistry, make_asgi_app
@@ -53,7 +54,7 @@ _PREFIX: Final = "mtpbatch_"
 _LABELS: Final = ("model_name", "engine")
 
 
-class EngineMetrics:
+class EngineMetrics(Watcher):
     """The metrics of one engine, in a registry of prometheus_client's, until they are closed.
 
     ``registry``: the process's own if left out. ``model_name`` is the label by which models are
@@ -67,7 +68,9 @@ class EngineMetrics:
     :class:`~mtpbatch.EngineDeadError` if there is nothing to watch any more.
     """
 
-    # What the engine's thread counts changes under ``_lock``, which is held for microseconds.
+    # State: ``_clock`` and ``_gained`` are for who has the engine's turn alone. ``_failures`` and
+    # ``_histograms`` change in that turn and are copied by scrapes, both under ``_lock``, which is
+    # held for microseconds. ``_stats`` is what a scrape found last.
 
     def __init__(
         self,
@@ -117,14 +120,6 @@ class EngineMetrics:
         self.close()
 
     # ------------------------------------------------------------- what the engine tells
-
-    def admitted(
-        self, request_id: str, seq_id: int, queued: float, prompt_tokens: int, cached_tokens: int
-    ) -> None:
-        """Nothing is counted of this: the completion says it all."""
-
-    def paused(self, request_id: str) -> None:
-        """Nor of this: the engine counts it."""
 
     def stepped(self, report: StepReport) -> None:
         """Count a step's tokens, and how long each sequence waited for its own.

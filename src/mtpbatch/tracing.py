@@ -18,7 +18,8 @@ from collections.abc import Iterator
 from typing import Final, TypeAlias
 
 from mtpbatch.exceptions import MtpBatchError
-from mtpbatch.types import Completion, SamplingParams, StepReport
+from mtpbatch.types import Completion, SamplingParams
+from mtpbatch.watching import Watcher
 
 try:
     from opentelemetry.trace import SpanKind, Status, StatusCode, TracerProvider, get_tracer
@@ -31,8 +32,8 @@ _Attribute: TypeAlias = tuple[str, str | int | float | tuple[str, ...]]
 _OPERATION: Final = "text_completion"
 
 
-class RequestSpans:
-    """Makes a span of each request that ends: a :class:`~mtpbatch.Watcher`.
+class RequestSpans(Watcher):
+    """Makes a span of each request when it ends, as all is known then.
 
     ``model_name`` is told as the request's model; ``tracer_provider`` is the app's own if left out.
     A request that ends by an error has the status ERROR and says which; one that was cancelled, or
@@ -46,17 +47,6 @@ class RequestSpans:
     ) -> None:
         self._tracer = get_tracer("mtpbatch", tracer_provider=tracer_provider)
         self._model_name = model_name
-
-    def admitted(
-        self, request_id: str, seq_id: int, queued: float, prompt_tokens: int, cached_tokens: int
-    ) -> None:
-        """Nothing: a span is made at the end, when all is known."""
-
-    def paused(self, request_id: str) -> None:
-        """Nothing."""
-
-    def stepped(self, report: StepReport) -> None:
-        """Nothing."""
 
     def ended(
         self,

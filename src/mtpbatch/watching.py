@@ -24,7 +24,7 @@ class Watcher(Protocol):
     Calls come on the engine's thread, or in its place on one that ends requests, and never overlap.
     The next step's plan waits for them: be quick, wait for nothing, and leave the engine alone but
     for its :meth:`~mtpbatch.Engine.stats`. A watcher that raises is logged, as ``watcher.failed``,
-    and hears no more.
+    and hears no more. What a subclass does not define, it does not want to hear.
     """
 
     def admitted(
@@ -35,19 +35,19 @@ class Watcher(Protocol):
         ``queued``: seconds from its submission until it had its first. ``cached_tokens`` of its
         prompt did not have to be computed. Those that run when the watcher comes are told first.
         """
-        ...
+        return
 
     def paused(self, request_id: str) -> None:
         """A request has given up its sequence id, and goes on later.
 
         Steps that were under way may still be reported.
         """
-        ...
+        return
 
     def stepped(self, report: StepReport) -> None:
         """The results of a step were taken in. Where nobody follows a request as it is generated,
         those of some steps come together."""
-        ...
+        return
 
     def ended(
         self,
@@ -62,7 +62,7 @@ class Watcher(Protocol):
         was by then; ``None`` if it failed before it could start. Called in the context of whoever
         submitted the request (see :mod:`contextvars`).
         """
-        ...
+        return
 
 
 class _Watched:

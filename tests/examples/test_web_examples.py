@@ -20,9 +20,9 @@ from websockets.exceptions import ConnectionClosed
 
 import fastapi_app
 import websocket_chat
+from api_server import serving
 from mtpbatch import Engine
 from patience import until
-from serving import serving
 
 EXAMPLES = Path(fastapi_app.__file__).parent
 PATIENCE = 60  # seconds
@@ -38,14 +38,11 @@ def anyio_backend() -> str:
 
 
 @pytest.fixture
-def fastapi_host() -> Iterator[str]:
-    with serving(fastapi_app.app) as host:
-        yield host
-
-
-@pytest.fixture
-async def client(fastapi_host: str) -> AsyncIterator[httpx.AsyncClient]:
-    async with httpx.AsyncClient(base_url=f"http://{fastapi_host}", timeout=PATIENCE) as client:
+async def client() -> AsyncIterator[httpx.AsyncClient]:
+    async with (
+        serving(fastapi_app.app) as url,
+        httpx.AsyncClient(base_url=url, timeout=PATIENCE) as client,
+    ):
         await client.get("/health")  # the app has started
         yield client
 
@@ -233,10 +230,10 @@ async def test_a_chat_that_is_told_to_stop_says_goodbye() -> None:
 @pytest.fixture
 async def chat(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[str]:
     monkeypatch.setattr(websocket_chat, "SAMPLING", {"max_tokens": 3000, "ignore_eos": True})
-    with serving(websocket_chat.app) as host:
-        async with httpx.AsyncClient(base_url=f"http://{host}", timeout=PATIENCE) as client:
+    async with serving(websocket_chat.app) as url:
+        async with httpx.AsyncClient(base_url=url, timeout=PATIENCE) as client:
             assert "new WebSocket" in (await client.get("/")).text
-        yield f"ws://{host}/chat"
+        yield f"{url.replace('http', 'ws')}/chat"
 
 
 async def heard(websocket: ClientConnection) -> Any:

@@ -17,9 +17,8 @@ from mtpbatch.loadtest.arrivals import Arrivals, ClosedLoop, Level, OpenLoop, Re
 from mtpbatch.loadtest.datasets import Work
 from mtpbatch.loadtest.driver import Load, Observed, Run
 from mtpbatch.loadtest.overhead import doubts, quantile
-from mtpbatch.loadtest.records import ClientOverhead, RequestRecord
+from mtpbatch.loadtest.records import ClientOverhead, Facts, RequestRecord
 from mtpbatch.loadtest.steady import steady_window, whole_run
-from mtpbatch.loadtest.targets import Facts
 
 pytestmark = pytest.mark.anyio
 

@@ -27,11 +27,14 @@ N = 8
 class Measured:
     """A run against a mock, and what the mock says of it."""
 
-    def __init__(self, pace: Pace, *, tokens: int, cancelled: float = 0.0, n: int = N) -> None:
+    def __init__(
+        self, pace: Pace, *, tokens: int, cancelled: float = 0.0, n: int = N, clients: int = 4
+    ) -> None:
         self.began = 0.0
 
         async def measure(url: str) -> Observed:
-            load = Load(arrivals=ClosedLoop(Level(4, 4)), n_requests=n, seconds=None, timeout=60)
+            closed = ClosedLoop(Level(clients, clients))
+            load = Load(arrivals=closed, n_requests=n, seconds=None, timeout=60)
             work = datasets.work(datasets.builtin(), Fixed(tokens), 1, cancelled, seed=1)
             async with open_server(url, chat=False, model=None, api_key=None, params={}) as target:
                 self.run = Run(target, load, work)
@@ -111,20 +114,7 @@ def test_a_connection_that_breaks_is_an_error_with_what_came_before() -> None:
 def test_five_thousand_tokens_a_second_in_256_streams_are_no_burden() -> None:
     """A bound, not a figure: that of an idle machine is in docs/load-testing.md."""
     tokens, streams = 40, 256
-
-    async def measure(url: str) -> Observed:
-        load = Load(
-            arrivals=ClosedLoop(Level(streams, streams)),
-            n_requests=streams,
-            seconds=None,
-            timeout=60,
-        )
-        work = datasets.work(datasets.builtin(), Fixed(tokens), 1, 0.0, seed=1)
-        async with open_server(url, chat=False, model=None, api_key=None, params={}) as target:
-            return await Run(target, load, work)()
-
-    with mock.running(Pace()) as url:
-        observed = anyio.run(measure, url)
+    observed = Measured(Pace(), tokens=tokens, n=streams, clients=streams).observed
     assert sum(record.output_tokens for record in observed.requests) == streams * tokens
     # In CPU time of the client's thread, which others on the machine do not change much.
     assert streams * tokens / observed.overhead.cpu_seconds > 5000

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pty
 import subprocess
 import sys
 
@@ -13,6 +12,7 @@ from mtpbatch.loadtest.arrivals import ClosedLoop, Level
 from mtpbatch.loadtest.driver import Load
 from mtpbatch.loadtest.mock import Pace
 from mtpbatch.loadtest.progress import Progress
+from terminal import screen_of
 
 
 def test_a_line_says_what_is_done_and_what_is_left() -> None:
@@ -44,23 +44,8 @@ ENVIRONMENT = os.environ | {"TERM": "xterm-256color", "COLUMNS": "120", "LINES":
 
 def test_on_a_terminal_one_line_changes_and_is_gone_at_the_end() -> None:
     with mock.running(Pace(ttft=0.3)) as url:
-        primary, secondary = pty.openpty()
-        with subprocess.Popen(
-            bench("--target", url, "--requests", "32", "--output-length", "2"),
-            stdout=secondary,
-            stderr=secondary,
-            env=ENVIRONMENT,
-        ) as process:
-            os.close(secondary)
-            chunks = []
-            while True:
-                try:
-                    chunks.append(os.read(primary, 65536))
-                except OSError:  # the other end was closed
-                    break
-            os.close(primary)
-            assert process.wait(timeout=120) == 0
-    screen = b"".join(chunks).decode()
+        command = bench("--target", url, "--requests", "32", "--output-length", "2")
+        screen = screen_of(command, ENVIRONMENT)
     assert screen.count("tok/s  TTFT p50/p99") >= 2
     assert "\x1b[2K" in screen  # lines are erased
     assert screen.rindex("End to end") > screen.rindex("ETA")

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import io
 import os
-import pty
-import subprocess
 import sys
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from mtpbatch.cli import bench_results
 from mtpbatch.loadtest import results
 from mtpbatch.loadtest.records import Record
 from mtpbatch.loadtest.tables import Table, number, plain, print_record, seconds
+from terminal import screen_of
 
 SIZES = {"s": 1.0, "ms": 1e-3, "µs": 1e-6}
 
@@ -85,26 +84,8 @@ def test_on_a_terminal_figures_are_drawn(tmp_path: Path) -> None:
         "import sys; from pathlib import Path; from mtpbatch.loadtest import results, tables; "
         "tables.print_record(results.load(Path(sys.argv[1])))"
     )
-    primary, secondary = pty.openpty()
-    with subprocess.Popen(
-        [sys.executable, "-c", program, str(tmp_path / "result.json")],
-        stdout=secondary,
-        stderr=secondary,
-        env=os.environ | {"TERM": "xterm-256color", "COLUMNS": "100"},
-    ) as process:
-        os.close(secondary)
-        chunks = []
-        while True:
-            try:
-                chunk = os.read(primary, 65536)
-            except OSError:  # the other end was closed
-                break
-            if not chunk:
-                break
-            chunks.append(chunk)
-        os.close(primary)
-        assert process.wait(timeout=60) == 0
-    text = b"".join(chunks).decode()
+    command = [sys.executable, "-c", program, str(tmp_path / "result.json")]
+    text = screen_of(command, os.environ | {"TERM": "xterm-256color", "COLUMNS": "100"})
     assert "\x1b[1m" in text
     assert "End to end" in text
 

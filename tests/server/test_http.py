@@ -125,14 +125,8 @@ async def test_a_full_queue_is_429_and_says_when_to_try_again(on_full: Any) -> N
         group.start_soon(ask)
         await gate.reached()
         group.start_soon(ask)
-        engine_is_full = anyio.Event()
-
-        async def look() -> None:
-            while (await client.get("/health")).json()["waiting"] < 1:
-                pass
-            engine_is_full.set()
-
-        await look()
+        while (await client.get("/health")).json()["waiting"] < 1:
+            pass
         for path in ("/v1/completions", "/v1/chat/completions"):
             for stream in (False, True):
                 refused = await client.post(path, json=POSTS[path] | {"stream": stream})

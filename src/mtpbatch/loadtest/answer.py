@@ -17,7 +17,7 @@ class RequestFailed(Exception):
 
 
 class Tally:
-    """How a run stands, for whoever watches it, and for nobody else."""
+    """How a run stands: counted by the run and by its answers, read by whoever watches."""
 
     def __init__(self) -> None:
         self.sent = 0

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from msgspec import Struct
 
-from mtpbatch.loadtest.plots import N_SERIES, Axis, Numbers, Plot
+from mtpbatch.loadtest.plots import N_SERIES, Axis, Numbers, Plot, round_step
 from mtpbatch.loadtest.records import RequestRecord, RunRecord, SweepRecord
 from mtpbatch.loadtest.summary import (
     LATENCIES,
@@ -28,6 +28,7 @@ MOST_BARS = 600  # requests in a timeline: more could not be told apart
 MOST_POINTS = 2000  # requests in a scatter plot
 N_BINS = 40  # of a histogram
 MOST_COLUMNS = 150  # of a plot over time
+SHORTEST_COLUMN = 0.01  # seconds
 N_PLACES = 200  # at which a distribution's curve is drawn
 
 
@@ -142,12 +143,7 @@ def _legend(shown: Sequence[Shown]) -> tuple[tuple[str, str], ...]:
 def _bins(shown: Sequence[Shown]) -> Numbers:
     """Edges of equal pieces of time, of a round length, that hold all runs."""
     longest = max((max((r.ended for r in s.run.requests), default=0.0) for s in shown), default=0.0)
-    size = next(
-        m * 10.0**d
-        for d in range(-2, 9)
-        for m in (1, 2, 5)
-        if m * 10.0**d * MOST_COLUMNS >= max(longest, 1e-9)
-    )
+    size = round_step(max(longest / MOST_COLUMNS, SHORTEST_COLUMN))
     return size * np.arange(int(longest / size) + 2.0)
 
 

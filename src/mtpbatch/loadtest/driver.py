@@ -6,6 +6,7 @@ here, and nothing is thrown away.
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -60,7 +61,11 @@ class Observed(Struct, frozen=True, kw_only=True):
 
 
 class Run:
-    """One load on one target. ``tally`` says how it stands while it runs."""
+    """One load on one target, made once. ``tally`` says how it stands while it runs.
+
+    State, on one event loop: ``tally`` is counted by this and by the answers; ``_records`` and
+    ``_samples`` only grow; ``stopped`` is for good.
+    """
 
     def __init__(
         self,
@@ -71,11 +76,12 @@ class Run:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.tally = Tally()
+        self.stopped = False
         self._target = target
         self._load = load
         self._work = work
         self._clock = clock
-        self.stopped = False
+        self._began = math.nan  # not yet
         self._scope = anyio.CancelScope()
         self._records: list[RequestRecord] = []
         self._samples: list[tuple[float, int, int]] = []

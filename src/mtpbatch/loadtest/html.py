@@ -12,7 +12,7 @@ from msgspec import Struct
 from mtpbatch.loadtest.charts import Chart, Shown, Sweep, run_charts, sweep_charts
 from mtpbatch.loadtest.overhead import doubts
 from mtpbatch.loadtest.records import Record, RunRecord, SweepRecord
-from mtpbatch.loadtest.summary import Summary
+from mtpbatch.loadtest.summary import LATENCIES, Summary
 from mtpbatch.loadtest.tables import (
     Table,
     number,
@@ -82,7 +82,7 @@ def _run(run: RunRecord) -> Page:
         sections=(
             Section(title="Figures", tables=run_tables(run, shown.summary)),
             Section(title="Plots", charts=run_charts([shown])),
-            Section(title="Settings", tables=settings(run)),
+            Section(title="Settings", tables=settings_tables(run)),
         ),
     )
 
@@ -107,7 +107,7 @@ def _sweep(sweep: SweepRecord) -> Page:
             *(
                 Section(
                     title=f"At {value:g}",
-                    tables=[*run_tables(run, summary), *settings(run)],
+                    tables=[*run_tables(run, summary), *settings_tables(run)],
                     folded=True,
                 )
                 for (value, run), summary in zip(runs, shown.summaries, strict=True)
@@ -125,10 +125,11 @@ def _tiles(run: RunRecord, summary: Summary) -> list[tuple[str, str, str]]:
             f"{number(summary.request_rate)} requests/s",
         )
     ]
-    for name, words in (("ttft", "TTFT"), ("tpot", "TPOT"), ("e2e", "End to end")):
+    for name in ("ttft", "tpot", "e2e"):
         each = getattr(summary, name)
         if each is not None:
-            tiles.append((f"{words}, median", seconds(each.median), f"p99 {seconds(each.p99)}"))
+            title = f"{LATENCIES[name]}, median"
+            tiles.append((title, seconds(each.median), f"p99 {seconds(each.p99)}"))
     if run.slo:
         goodput = f"goodput {number(summary.goodput_requests)} requests/s"
         tiles.append(("Kept the SLO", percent(summary.slo_share), goodput))
@@ -183,7 +184,7 @@ def sweep_warnings(sweep: Sweep) -> list[str]:
     return found
 
 
-def settings(run: RunRecord) -> list[Table]:
+def settings_tables(run: RunRecord) -> list[Table]:
     """How it was measured."""
     parts: tuple[tuple[str, Mapping[str, object]], ...] = (
         ("Target", run.target),

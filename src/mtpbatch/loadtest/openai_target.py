@@ -21,7 +21,7 @@ from mtpbatch.exceptions import InvalidParameterError
 from mtpbatch.in_words import shown
 from mtpbatch.loadtest.answer import Answer, RequestFailed
 from mtpbatch.loadtest.datasets import Work
-from mtpbatch.loadtest.targets import Facts
+from mtpbatch.loadtest.records import Facts
 
 _NAMES: Final = {"llamacpp": "llama-server", "vllm": "vLLM", "mtpbatch": "mtpbatch"}
 """By what servers say of their models: who owns them."""

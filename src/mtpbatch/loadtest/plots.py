@@ -76,7 +76,7 @@ class Axis(Struct, frozen=True, kw_only=True):
             few = math.log10(self.high / self.low) < 3
             values = [m * 10.0**d for d in decades for m in ((1, 2, 5) if few else (1,))]
         else:
-            step = _round_step((self.high - self.low) / N_TICKS)
+            step = round_step((self.high - self.low) / N_TICKS)
             first = math.ceil(self.low / step)
             values = [i * step for i in range(first, math.floor(self.high / step + 1e-9) + 1)]
         return [(v, self._text(v)) for v in values if self.low <= v <= self.high]
@@ -94,7 +94,7 @@ class Axis(Struct, frozen=True, kw_only=True):
         return f"{value / size:.6g} {unit}"
 
 
-def _round_step(least: float) -> float:
+def round_step(least: float) -> float:
     """1, 2 or 5 times a power of ten, at least so much."""
     size = 10.0 ** math.floor(math.log10(least))
     return next(m * size for m in (1, 2, 5, 10) if m * size >= least * (1 - 1e-9))

@@ -20,6 +20,8 @@ SloName: TypeAlias = Literal["ttft", "tpot", "e2e"]
 Slo: TypeAlias = dict[SloName, float]
 """The most seconds that a good request may take: to its first token, per token after that, and
 altogether. What is not named has no limit."""
+Facts: TypeAlias = dict[str, str | int | float | bool | None]
+"""Settings, by name."""
 
 
 class RequestRecord(Struct, frozen=True, kw_only=True):
@@ -70,9 +72,9 @@ class RunRecord(Struct, frozen=True, kw_only=True, tag_field="kind", tag="run"):
     """What was measured, as a label: "mtpbatch", "llama-server"."""
     started_at: str
     """ISO 8601, UTC."""
-    target: dict[str, str | int | float | bool | None]
+    target: Facts
     """URL or engine settings, and the model."""
-    load: dict[str, str | int | float | bool | None]
+    load: Facts
     """Arrivals, dataset, lengths, seed, command line."""
     environment: dict[str, str | int]
     """Machine, CPUs, Python, versions."""

@@ -18,8 +18,9 @@ from mtpbatch.loadtest.arrivals import Arrivals, ClosedLoop, Level, OpenLoop, Re
 from mtpbatch.loadtest.datasets import Dataset, Filler, Listed, Work
 from mtpbatch.loadtest.driver import Load
 from mtpbatch.loadtest.lengths import lengths
-from mtpbatch.loadtest.records import Slo
+from mtpbatch.loadtest.records import Facts, Slo
 from mtpbatch.loadtest.traces import TraceEntry, read_trace
+from mtpbatch.testing.workload import Lengths
 
 ArrivalKind: TypeAlias = Literal["closed", "constant", "poisson", "gamma", "burst", "trace"]
 ARRIVALS: Final[tuple[ArrivalKind, ...]] = get_args(ArrivalKind)
@@ -187,7 +188,7 @@ class Settings(Struct, frozen=True, kw_only=True):
                 return datasets.SharedPrefixes(self.prefixes or 1, prefix, suffix, self._filler)
         return datasets.read_dataset("dataset", Path(self.dataset))
 
-    def _lengths(self, name: str) -> Any:
+    def _lengths(self, name: str) -> Lengths:
         return lengths(name, getattr(self, name) or _PROMPT)
 
     @property
@@ -226,7 +227,7 @@ class Settings(Struct, frozen=True, kw_only=True):
         """What a good request keeps to."""
         return {} if self.slo is None else units.slo("slo", self.slo)
 
-    def facts(self) -> dict[str, str | int | float | bool | None]:
+    def facts(self) -> Facts:
         """What the record says of the load: all that was asked for, but the target."""
         left_out = ("target", "model", "endpoint", "api_key", "name")
         said = {

@@ -19,7 +19,7 @@ from mtpbatch.loadtest.comparison import (
     ratio,
     surroundings,
 )
-from mtpbatch.loadtest.html import Page, Section, render, settings
+from mtpbatch.loadtest.html import Page, Section, render, settings_tables
 from mtpbatch.loadtest.records import Record, RunRecord, SweepRecord, runs_of
 from mtpbatch.loadtest.tables import UNKNOWN, Table, number, percent, seconds, sweep_table
 
@@ -101,7 +101,9 @@ def compare(records: Sequence[Record], labels: Sequence[str]) -> Comparison:
             else sweep_charts([Sweep.of(s, label) for s, label in zip(sweeps, labels, strict=True)])
         ),
         settings=[
-            (label, settings(each[0])) for label, each in zip(labels, of_each, strict=True) if each
+            (label, settings_tables(each[0]))
+            for label, each in zip(labels, of_each, strict=True)
+            if each
         ],
     )
 

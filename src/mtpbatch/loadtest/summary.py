@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import collections
 import itertools
+from collections.abc import Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -173,14 +174,15 @@ class Counted:
     """A run's records as arrays: what counts in its window, each with its moment.
 
     ``latencies`` holds "ttft", "tpot", "itl", "icl" and "e2e". The moment of a request is that at
-    which it was sent.
+    which it was sent. ``chunk_times``, ``chunk_tokens`` and ``owners``, the index of each one's
+    request, are of all chunks, inside the window and outside.
     """
 
     def __init__(self, run: RunRecord) -> None:
         self.begin, self.end = run.window
         self.sent = [r for r in run.requests if self.inside(r.sent)]
         self.ok = [r for r in self.sent if r.outcome == "ok"]
-        self._chunks(run.requests)
+        self.chunk_times, self.chunk_tokens, self.owners = _chunks(run.requests)
         self.latencies = {
             "ttft": self._of_requests([ttft(r) for r in self.ok]),
             "tpot": self._of_requests([tpot(r) for r in self.ok]),
@@ -205,23 +207,6 @@ class Counted:
         both = np.array(known, dtype=np.float64).reshape(-1, 2)
         return Samples(both[:, 0], both[:, 1])
 
-    def _chunks(self, requests: tuple[RequestRecord, ...]) -> None:
-        """Times and tokens of all chunks, and the request of each.
-
-        Where a request has another number of tokens than its chunks have together, as its server
-        does not tell how many tokens a chunk has, they are spread over its chunks.
-        """
-        counts = [len(r.chunks) for r in requests]
-        chunks = itertools.chain.from_iterable(r.chunks for r in requests)
-        numbers = itertools.chain.from_iterable(chunks)
-        flat = np.fromiter(numbers, dtype=np.float64, count=2 * sum(counts)).reshape(-1, 2)
-        self.owners: Ints = np.repeat(np.arange(len(requests)), counts)
-        together = np.bincount(self.owners, flat[:, 1], minlength=len(requests))
-        received = np.array([r.output_tokens for r in requests], dtype=np.float64)
-        scale = np.divide(received, together, out=np.zeros_like(received), where=together > 0)
-        self.chunk_times: Floats = flat[:, 0]
-        self.chunk_tokens: Floats = flat[:, 1] * scale[self.owners]
-
     def _gaps(self, *, per_token: bool) -> Samples:
         """Seconds between chunks; or between tokens, where a chunk's share its gap equally."""
         times, tokens, owners = self.chunk_times, self.chunk_tokens, self.owners
@@ -234,6 +219,23 @@ class Counted:
             return Samples(gaps, at)
         each = tokens[1:][counts]
         return Samples(gaps / each, at, each)
+
+
+def _chunks(requests: Sequence[RequestRecord]) -> tuple[Floats, Floats, Ints]:
+    """Times and tokens of all chunks, and the index of each one's request.
+
+    Where a request has another number of tokens than its chunks have together, as its server
+    does not tell how many tokens a chunk has, they are spread over its chunks.
+    """
+    counts = [len(r.chunks) for r in requests]
+    chunks = itertools.chain.from_iterable(r.chunks for r in requests)
+    numbers = itertools.chain.from_iterable(chunks)
+    flat = np.fromiter(numbers, dtype=np.float64, count=2 * sum(counts)).reshape(-1, 2)
+    owners: Ints = np.repeat(np.arange(len(requests)), counts)
+    together = np.bincount(owners, flat[:, 1], minlength=len(requests))
+    received = np.array([r.output_tokens for r in requests], dtype=np.float64)
+    scale = np.divide(received, together, out=np.zeros_like(received), where=together > 0)
+    return flat[:, 0], flat[:, 1] * scale[owners], owners
 
 
 class AcceptanceGroup(Struct, frozen=True, kw_only=True):

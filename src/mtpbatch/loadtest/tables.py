@@ -60,11 +60,6 @@ def percent(value: float | None) -> str:
     return UNKNOWN if value is None else f"{value:.1%}"
 
 
-def distributions(summary: Summary) -> dict[str, Distribution | None]:
-    """The latencies, by name."""
-    return {name: getattr(summary, name) for name in LATENCIES}
-
-
 def slo_words(slo: Slo) -> str:
     """ "TTFT ≤ 500 ms, TPOT ≤ 50 ms"."""
     return ", ".join(f"{LATENCIES[name]} ≤ {seconds(limit)}" for name, limit in slo.items())
@@ -94,9 +89,7 @@ def _latency(summary: Summary) -> Table:
         title="Latency",
         wide=True,
         head=("", "mean", "median", "p90", "p99", "std", "min", "max"),
-        rows=tuple(
-            (LATENCIES[name], *cells(each)) for name, each in distributions(summary).items()
-        ),
+        rows=tuple((words, *cells(getattr(summary, name))) for name, words in LATENCIES.items()),
     )
 
 

@@ -18,9 +18,8 @@ from mtpbatch.exceptions import EngineOverloaded, InvalidParameterError, MtpBatc
 from mtpbatch.generation import Generation
 from mtpbatch.loadtest.answer import Answer, RequestFailed
 from mtpbatch.loadtest.datasets import Work
+from mtpbatch.loadtest.records import Facts
 from mtpbatch.types import SamplingParams, parse
-
-Facts = dict[str, str | int | float | bool | None]
 
 
 class Target(Protocol):
@@ -49,8 +48,7 @@ class EngineTarget:
     def __init__(self, engine: Engine, params: Mapping[str, Any]) -> None:
         self._engine = engine
         self._params = dict(params)
-        model = repr(engine).removeprefix("<Engine ").split(": ")[0]
-        self.facts: Facts = {"model": model}
+        self.facts: Facts = {"model": engine._backend.description}
         for name, value in msgspec.structs.asdict(engine.config).items():
             if isinstance(value, str | int | float | None):
                 self.facts[name] = value

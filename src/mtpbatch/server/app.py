@@ -157,7 +157,8 @@ class _Plain:
 
 
 class _Door:
-    """What every request passes: it gets an id, shows its key, and finds the engine alive.
+    """What every request passes: it gets an id, shows its key, and finds the engine alive; and
+    what goes wrong is told.
 
     The id is the client's ``X-Request-ID``, if that is one; it comes back with the answer and
     stands in the log's events, those of the engine's requests included.

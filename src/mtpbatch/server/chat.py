@@ -22,9 +22,9 @@ from mtpbatch.server.generating import (
     names_of_form,
     sampling,
     stop_reason,
+    stream,
     submitted,
     usage,
-    wants_usage,
 )
 from mtpbatch.server.protocol import (
     AnsweredMessage,
@@ -71,7 +71,12 @@ async def chat(service: Service, asked: ChatRequest, answer: Answer) -> None:
         make_reader = _reader(asked, forced, prompt.answer)
         async with submitted(service, [token_ids], asked, **params) as generations:
             if asked.stream:
-                await _stream(service, asked, answer, generations, make_reader)
+
+                def follow(index: int, generation: Generation) -> AsyncIterator[ChatChunkChoice]:
+                    reader = make_reader(f"{answer.id}-{index}")
+                    return _follow(service, asked, index, generation, reader)
+
+                await stream(service, asked, answer, generations, ChatChunk, follow)
                 return
             done = await completed(service, generations)
     choices = []
@@ -205,41 +210,12 @@ def _choice(
     )
 
 
-async def _stream(
-    service: Service,
-    asked: ChatRequest,
-    answer: Answer,
-    generations: Sequence[Generation],
-    make_reader: _MakeReader,
-) -> None:
-    done: dict[int, Completion] = {}
-
-    def event(choice: ChatChunkChoice) -> ChatChunk:
-        return ChatChunk(**answer.head, choices=[choice])
-
-    async def follow(index: int) -> AsyncIterator[ChatChunk]:
-        first = AnsweredMessage(role="assistant", content="")
-        yield event(ChatChunkChoice(index=index, delta=first))
-        async for choice in _follow(
-            service, asked, index, generations[index], make_reader(f"{answer.id}-{index}")
-        ):
-            yield event(choice)
-        [done[index]] = await completed(service, [generations[index]])
-
-    def last() -> list[ChatChunk]:
-        if not wants_usage(asked):
-            return []
-        in_order = [done[index] for index in range(len(generations))]
-        return [ChatChunk(**answer.head, choices=[], usage=usage(in_order, len(in_order)))]
-
-    await answer.stream([follow(index) for index in range(len(generations))], last)
-
-
 async def _follow(
     service: Service, asked: ChatRequest, index: int, generation: Generation, reader: _Reader
 ) -> AsyncIterator[ChatChunkChoice]:
     """What can be said of an answer as it comes. Tokens are told of with the text that they
     complete, or once it is clear that they are markup."""
+    yield ChatChunkChoice(index=index, delta=AnsweredMessage(role="assistant", content=""))
     n_calls = 0
     untold: list[TokenLogprobs] = []
     async for delta in generation:

@@ -17,9 +17,9 @@ from mtpbatch.server.generating import (
     names_of_form,
     sampling,
     stop_reason,
+    stream,
     submitted,
     usage,
-    wants_usage,
 )
 from mtpbatch.server.protocol import (
     CompletionAnswer,
@@ -40,11 +40,15 @@ async def complete(service: Service, asked: CompletionRequest, answer: Answer) -
     with named_as(names_of_form(asked)):
         prompts = listed("prompt", asked.prompt)
         async with submitted(service, prompts, asked, **_params(asked)) as generations:
+            echoes = await _echoes(service, asked, prompts)
             if asked.stream:
-                await _stream(service, asked, answer, prompts, generations)
+
+                def follow(index: int, generation: Generation) -> AsyncIterator[CompletionChoice]:
+                    return _follow(service, asked, index, generation, echoes[index // n])
+
+                await stream(service, asked, answer, generations, CompletionAnswer, follow)
                 return
             done = await completed(service, generations)
-        echoes = await _echoes(service, asked, prompts)
         choices = [
             _choice(service, asked, index, completion, echoes[index // n])
             for index, completion in enumerate(done)
@@ -132,36 +136,16 @@ class _Told:
         return self._token_bytes[token_id].decode(errors="replace")
 
 
-async def _stream(
-    service: Service,
-    asked: CompletionRequest,
-    answer: Answer,
-    prompts: Sequence[str | Sequence[int]],
-    generations: Sequence[Generation],
-) -> None:
-    n = asked.n or 1
-    echoes = await _echoes(service, asked, prompts)
-    done: dict[int, Completion] = {}
-
-    def event(choice: CompletionChoice) -> CompletionAnswer:
-        return CompletionAnswer(**answer.head, choices=[choice])
-
-    async def follow(index: int) -> AsyncIterator[CompletionAnswer]:
-        told = _Told(service, asked)
-        if echo := echoes[index // n]:
-            yield event(CompletionChoice(index=index, text=echo))
-        async for delta in generations[index]:
-            if choice := _part(index, asked, delta, told):
-                yield event(choice)
-        [done[index]] = await completed(service, [generations[index]])
-
-    def last() -> list[CompletionAnswer]:
-        if not wants_usage(asked):
-            return []
-        in_order = [done[index] for index in range(len(generations))]
-        return [CompletionAnswer(**answer.head, choices=[], usage=usage(in_order, n))]
-
-    await answer.stream([follow(index) for index in range(len(generations))], last)
+async def _follow(
+    service: Service, asked: CompletionRequest, index: int, generation: Generation, echo: str
+) -> AsyncIterator[CompletionChoice]:
+    """What can be said of an answer as it comes."""
+    told = _Told(service, asked)
+    if echo:
+        yield CompletionChoice(index=index, text=echo)
+    async for delta in generation:
+        if choice := _part(index, asked, delta, told):
+            yield choice
 
 
 def _part(

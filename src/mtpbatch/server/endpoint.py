@@ -54,7 +54,10 @@ class Service(NamedTuple):
             )
 
     def told(self, error: Exception, request_id: str) -> ApiError:
-        """What a client is told of an error. What it is not told is logged."""
+        """What a client is told of an error, or of the first in a task group. What it is not told
+        is logged."""
+        while isinstance(error, ExceptionGroup):
+            error = error.exceptions[0]
         told = api_error(error, request_id=request_id, retry_after=self.pace.retry_after)
         if told.status == 500:
             log.error("http.failed", exc_info=error)
@@ -72,7 +75,6 @@ class Answer:
             "model": service.config.model_name,
         }
         """What every event, or the answer as a whole, begins with."""
-        self.started = False
         self.ended = False
         self._service = service
         self._request_id: str = scope[REQUEST_ID]
@@ -81,12 +83,10 @@ class Answer:
 
     async def json(self, value: object) -> None:
         """The answer as a whole."""
-        await self._whole(200, msgspec.json.encode(value), {})
-
-    async def error(self, error: Exception) -> None:
-        """An error in place of the answer."""
-        told = self._service.told(error, self._request_id)
-        await self._whole(told.status, told.body, told.headers)
+        body = msgspec.json.encode(value)
+        length = str(len(body))
+        await self._start({"content-type": "application/json", "content-length": length})
+        await self._end(body)
 
     async def stream(
         self, parts: Sequence[AsyncIterator[Struct]], last: Callable[[], Iterable[Struct]]
@@ -95,43 +95,36 @@ class Answer:
 
         An error ends it, as an event with an error object.
         """
-        await self._start(200, {"content-type": "text/event-stream", "cache-control": "no-cache"})
+        await self._start({"content-type": "text/event-stream", "cache-control": "no-cache"})
         try:
             async with anyio.create_task_group() as group:
                 for part in parts:
                     group.start_soon(self._forward, part)
-            end = b"".join([*map(_event, map(msgspec.json.encode, last())), _event(b"[DONE]")])
+            end = b"".join([*map(event, map(msgspec.json.encode, last())), event(b"[DONE]")])
         except Exception as error:
-            end = _event(self._service.told(_first(error), self._request_id).body)
+            end = event(self._service.told(error, self._request_id).body)
         await self._end(end)
 
     async def _forward(self, part: AsyncIterator[Struct]) -> None:
         async for value in part:
-            event = _event(msgspec.json.encode(value))
+            body = event(msgspec.json.encode(value))
             async with self._sending:
-                await self._send({"type": "http.response.body", "body": event, "more_body": True})
-
-    async def _whole(self, status: int, body: bytes, headers: dict[str, str]) -> None:
-        length = str(len(body))
-        await self._start(
-            status, {"content-type": "application/json", "content-length": length, **headers}
-        )
-        await self._end(body)
+                await self._send({"type": "http.response.body", "body": body, "more_body": True})
 
     async def _end(self, body: bytes) -> None:
         self.ended = True
         await self._send({"type": "http.response.body", "body": body})
 
-    async def _start(self, status: int, headers: dict[str, str]) -> None:
-        self.started = True
+    async def _start(self, headers: dict[str, str]) -> None:
         raw = [(name.encode(), value.encode()) for name, value in headers.items()]
-        await self._send({"type": "http.response.start", "status": status, "headers": raw})
+        await self._send({"type": "http.response.start", "status": 200, "headers": raw})
 
 
 class Endpoint(Generic[_Asked]):
     """An ASGI app that reads a request of one kind and has it handled.
 
-    ``handle`` answers before it returns, and may be cancelled wherever it waits.
+    ``handle`` answers before it returns, and may be cancelled wherever it waits. What goes wrong
+    before the answer begins is raised, for the app to tell.
     """
 
     def __init__(
@@ -152,22 +145,12 @@ class Endpoint(Generic[_Asked]):
             body = await read_json(scope, receive, self._service.config.max_body)
             async with anyio.create_task_group() as group:
                 group.start_soon(_cancel_when_gone, receive, answer, group.cancel_scope)
-                await self._answer(body, answer)
+                asked: Any = self._decoder.decode(body)
+                self._service.check_model(asked.model)
+                await self._handle(self._service, asked, answer)
                 group.cancel_scope.cancel()
         except ClientGone:
             log.info("http.client_gone")
-        except ApiError as error:
-            await answer.error(error)
-
-    async def _answer(self, body: bytes, answer: Answer) -> None:
-        try:
-            asked: Any = self._decoder.decode(body)
-            self._service.check_model(asked.model)
-            await self._handle(self._service, asked, answer)
-        except Exception as error:
-            if answer.started:  # the connection is all that is left to tell it by
-                raise
-            await answer.error(error)
 
 
 async def _cancel_when_gone(receive: Receive, answer: Answer, work: anyio.CancelScope) -> None:
@@ -179,12 +162,6 @@ async def _cancel_when_gone(receive: Receive, answer: Answer, work: anyio.Cancel
         work.cancel()
 
 
-def _event(data: bytes) -> bytes:
+def event(data: bytes) -> bytes:
+    """One event of a stream, as it goes over the wire."""
     return b"data: %b\n\n" % data
-
-
-def _first(error: Exception) -> Exception:
-    """The error itself, or the first of a task group's."""
-    while isinstance(error, ExceptionGroup):
-        error = error.exceptions[0]
-    return error

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any, Final, Literal
 
+from msgspec import Struct
+
 from mtpbatch.exceptions import EngineClosedError, InvalidParameterError
 from mtpbatch.generation import Generation
-from mtpbatch.server.endpoint import Service
+from mtpbatch.server.endpoint import Answer, Service
 from mtpbatch.server.protocol import (
     CompletionTokensDetails,
     FinishReason,
@@ -18,17 +20,11 @@ from mtpbatch.server.protocol import (
     PromptTokensDetails,
     Usage,
 )
-from mtpbatch.types import Completion
+from mtpbatch.types import Completion, SamplingParams
 
-_AS_IN_ENGINE: Final = (
-    *("temperature", "top_p", "frequency_penalty", "presence_penalty", "stop", "logit_bias"),
-    *("min_p", "typical_p", "xtc_probability", "xtc_threshold", "repetition_penalty"),
-    *("dry_multiplier", "dry_base", "dry_allowed_length", "dry_penalty_last_n"),
-    *("dry_sequence_breakers", "bad_words", "min_tokens", "stop_token_ids", "ignore_eos"),
-    *("priority", "deadline", "timeout", "queue_timeout", "speculation", "reuse_prefix"),
-    "metadata",
-)
-
+_AS_IN_ENGINE: Final = [
+    name for name in Generating.__struct_fields__ if name in SamplingParams.__struct_fields__
+]
 _LEAST_LOGPROB: Final = -9999.0  # JSON has no infinity
 
 
@@ -101,6 +97,31 @@ async def submitted(
             generation.cancel()
 
 
+async def stream(
+    service: Service,
+    asked: Generating,
+    answer: Answer,
+    generations: Sequence[Generation],
+    event: Callable[..., Struct],
+    follow: Callable[[int, Generation], AsyncIterator[Struct]],
+) -> None:
+    """Answer in events: the choices that ``follow`` makes of each generation, then the usage."""
+    done: dict[int, Completion] = {}
+
+    async def part(index: int, generation: Generation) -> AsyncIterator[Struct]:
+        async for choice in follow(index, generation):
+            yield event(**answer.head, choices=[choice])
+        [done[index]] = await completed(service, [generation])
+
+    def last() -> list[Struct]:
+        if asked.stream_options is None or not asked.stream_options.include_usage:
+            return []
+        in_order = [done[index] for index in range(len(generations))]
+        return [event(**answer.head, choices=[], usage=usage(in_order, asked.n or 1))]
+
+    await answer.stream([part(*each) for each in enumerate(generations)], last)
+
+
 async def completed(service: Service, generations: Iterable[Generation]) -> list[Completion]:
     """What has come of them, once all have ended."""
     done = []
@@ -151,11 +172,6 @@ def usage(done: Sequence[Completion], n: int) -> Usage:
             accepted, sum(answer.drafted for answer in done) - accepted
         ),
     )
-
-
-def wants_usage(asked: Generating) -> bool:
-    """Whether a stream is to end with the usage."""
-    return asked.stream_options is not None and asked.stream_options.include_usage
 
 
 def in_json(logprob: float) -> float:

@@ -86,10 +86,11 @@ class _Process:
         """Serve on a bound socket until the end; the exit status."""
         host, port = listener.getsockname()[:2]
         url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-        self._http.on_start = lambda: ready(url)
         async with anyio.create_task_group() as group:
             await group.start(self._end_on_signals)
             group.start_soon(self._end_with_engine)
+            listener.listen()  # who connects from now on waits until uvicorn is there
+            ready(url)
             await self._http.serve([listener])
             group.cancel_scope.cancel()
         return self._status
@@ -119,14 +120,8 @@ class _Process:
 
 
 class _Http(uvicorn.Server):
-    """uvicorn's server, which leaves signals to us and says when it listens."""
-
-    on_start: Callable[[], object]
+    """uvicorn's server, which leaves signals to us."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        self.on_start()

@@ -14,6 +14,7 @@ from starlette.routing import Route
 from starlette.types import Send
 
 from mtpbatch.engine import Engine
+from mtpbatch.server.endpoint import event
 from mtpbatch.server.page.feed import INTERVAL, Feed, Viewer
 
 # Seconds, after which the page opens the next one. A server that shuts down may wait for open
@@ -83,7 +84,7 @@ async def _events(feed: Feed, viewer: Viewer) -> AsyncIterator[bytes]:
     last = False
     while True:
         if frames := viewer.take():
-            yield b"".join(b"data: %b\n\n" % frame for frame in frames)
+            yield b"".join(map(event, frames))
         if last:
             return
         await anyio.sleep(INTERVAL)
