@@ -114,8 +114,8 @@ MAY_IMPORT |= {
     "server/completions": {"server", "generation", "types", "exceptions"},
     "server/chat": {"server", "chat", "generation", "types", "exceptions"},
     "server/embeddings": {"server", "exceptions"},
-    "server/app": {"server", "engine", "metrics", "_log", "types", "exceptions"},
-    "server/run": {"server", "engine", "_log", "exceptions"},
+    "server/app": {"server", "engine", "metrics", "tracing", "_log", "types", "exceptions"},
+    "server/run": {"server", "engine", "_log", "types", "exceptions"},
     "server/page/feed": {"engine", "types", "exceptions"},
     "server/page/web": {"server", "engine"},
 }

@@ -18,6 +18,9 @@ import numpy as np
 import openai
 import pydantic
 import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 import mtpbatch
 from api_server import serving
@@ -307,6 +310,27 @@ async def test_calls_that_are_insisted_on_come_and_fit(client: openai.AsyncOpenA
     assert cut_off.choices[0].message.tool_calls is None
 
 
+async def test_a_call_and_its_result_can_be_sent_back(client: openai.AsyncOpenAI) -> None:
+    """The demo model's template reads every message's content; a call has none."""
+    asked: Any = {"model": "demo", "tools": [CLOCK], "max_tokens": 40, "seed": 1}
+    called = await client.chat.completions.create(
+        messages=MESSAGES, tool_choice="required", **asked
+    )
+    message = called.choices[0].message
+    assert message.content is None
+    assert message.tool_calls is not None
+    result: Any = {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": "noon"}
+    said: Any = {**message.to_dict(), "content": ""}
+    answers = [
+        await client.chat.completions.create(messages=[*MESSAGES, each, result], **asked)
+        for each in (message, said)
+    ]
+    assert answers[0].choices[0].message.content == answers[1].choices[0].message.content
+    assert answers[0].usage is not None
+    assert answers[1].usage is not None
+    assert answers[0].usage.prompt_tokens == answers[1].usage.prompt_tokens
+
+
 HERMES = (
     "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     "{% if tools %}{{ tools }}{% endif %}assistant: {# <think> </think> <tool_call> #}"
@@ -532,6 +556,30 @@ async def test_alone_it_opens_its_engine_when_it_starts_and_closes_it_when_it_en
         assert done.json()["usage"]["completion_tokens"] == 2
     events = [record.message.split()[0] for record in caplog.records]
     assert (events[0], events[-1]) == ("engine.opened", "engine.closed")
+
+
+async def test_alone_it_can_be_started_again(demo_path: Path) -> None:
+    app = create_app(EngineConfig(n_seq=1, n_ctx=64, n_threads=1), demo_path)
+    for _ in range(2):
+        async with serving(app) as url, httpx.AsyncClient(base_url=url) as client:
+            assert (await client.get("/health")).status_code == 200
+
+
+async def test_alone_it_makes_spans_where_the_process_has_configured_them(
+    demo_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr("opentelemetry.trace.get_tracer_provider", lambda: provider)
+    config = EngineConfig(n_seq=1, n_ctx=64, n_threads=1)
+    app = create_app(config, demo_path, model_name="tiny")
+    async with serving(app) as url, httpx.AsyncClient(base_url=url) as client:
+        await client.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 3})
+    [span] = exporter.get_finished_spans()
+    assert span.attributes is not None
+    assert span.attributes["gen_ai.request.model"] == "tiny"
+    assert span.attributes["gen_ai.usage.output_tokens"] == 3
 
 
 def test_a_wrong_setting_is_named() -> None:

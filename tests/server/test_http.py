@@ -140,17 +140,29 @@ async def test_a_full_queue_is_429_and_says_when_to_try_again(on_full: Any) -> N
 
 
 async def test_of_several_answers_all_or_none_are_begun() -> None:
-    """Of four that are asked for, two find no room: the other two end as well."""
-    backend = ScriptedBackend(n_seq=1, max_waiting=1)
+    """Of three that are asked for, one finds no room: the other two end as well."""
+    backend = ScriptedBackend(n_seq=1, max_waiting=2)
     gate = backend.hold_step(0)
     async with scripted(backend) as (engine, client):
-        refused = await client.post("/v1/completions", json=ASK | {"n": 4})
+        runs = engine.submit("a", max_tokens=1)
+        refused = await client.post("/v1/completions", json=ASK | {"n": 3})
         assert refused.status_code == 429
         gate.release()
+        await runs
         await until(lambda: engine.stats().finished["abort"] == 2)
         await until(lambda: engine.stats().free_sequences == 1)
-        assert sum(engine.stats().finished.values()) == 2
+        assert sum(engine.stats().finished.values()) == 3
         assert (await client.post("/v1/completions", json=ASK | {"n": 2})).status_code == 200
+
+
+async def test_more_answers_than_ever_find_room_are_400_and_not_429() -> None:
+    """Who is told to try again would do so for ever."""
+    async with scripted(ScriptedBackend(n_seq=2, max_waiting=1)) as (_, client):
+        for more, field in (({"n": 4}, "n"), ({"prompt": ["a"] * 4}, "prompt")):
+            refused = await client.post("/v1/completions", json=ASK | more)
+            assert (refused.status_code, error_of(refused)["param"]) == (400, field)
+            assert "there is room for 3" in error_of(refused)["message"]
+        assert (await client.post("/v1/completions", json=ASK | {"n": 3})).status_code == 200
 
 
 @pytest.mark.parametrize("text", ["word ", "w"])
@@ -379,6 +391,7 @@ async def test_paths_and_methods_that_are_none() -> None:
             (await client.get("/v1/nothing"), 404, "GET /v1/nothing: Not Found"),
             (await client.get("/v1/completions"), 405, "Method Not Allowed"),
             (await client.post("/health"), 405, "Method Not Allowed"),
+            (await client.post("/metrics"), 405, "Method Not Allowed"),
             (await client.get("/v1/models/other"), 404, "there is no 'other'"),
             (await client.post("/v1/completions", content=b"{}"), 415, "Content-Type"),
         ):
@@ -422,7 +435,15 @@ WRONG: list[tuple[str, dict[str, Any], str, str]] = [
     ("/v1/completions", {"speculation": 9}, "speculation", "deeper"),
     ("/v1/completions", {"min_tokens": 99}, "min_tokens", "at most max_tokens=20"),
     ("/v1/completions", {"logit_bias": {"9999": 1}}, "logit_bias", "out of range"),
+    ("/v1/completions", {"logit_bias": {"a": 1}}, "logit_bias", "must be int, got str"),
     ("/v1/completions", {"logprobs": 21}, "logprobs", "<= 20"),
+    ("/v1/completions", {"structured_outputs": {}}, "structured_outputs", "is empty"),
+    (
+        "/v1/completions",
+        {"structured_outputs": {"choice": []}},
+        "structured_outputs.choice",
+        "length >= 1",
+    ),
     (
         "/v1/completions",
         {"stream": True, "echo": True, "logprobs": 1},
@@ -445,6 +466,17 @@ WRONG: list[tuple[str, dict[str, Any], str, str]] = [
     ("/v1/chat/completions", {"top_logprobs": 2}, "top_logprobs", "needs logprobs"),
     ("/v1/chat/completions", {"tool_choice": "required"}, "tool_choice", "needs tools"),
     ("/v1/chat/completions", {"tools": [{"type": "x"}]}, "tools", "tool 0"),
+    (
+        "/v1/chat/completions",
+        {
+            "tools": [
+                {"function": {"name": name, "parameters": {"$defs": [1]}}} for name in ("f", "g")
+            ],
+            "tool_choice": "required",
+        },
+        "tools",
+        "$defs of 'f' must be an object",
+    ),
     ("/v1/chat/completions", {"store": True}, "store", ""),
     ("/v1/chat/completions", {"model": "other"}, "model", "there is no 'other'"),
     (

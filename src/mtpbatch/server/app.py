@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import BaseRoute, Route
+from starlette.routing import BaseRoute, Mount, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from structlog.contextvars import bound_contextvars
 
@@ -67,7 +67,8 @@ def create_app(
 
     Whoever finds the queue full is told so (429), whatever the engine's ``on_full`` says.
 
-    Raises :class:`~mtpbatch.InvalidParameterError`.
+    Raises :class:`~mtpbatch.InvalidParameterError`, and :class:`~mtpbatch.EngineClosedError` or
+    :class:`~mtpbatch.EngineDeadError` if the engine has ended.
     """
     parsed = parse(ServerConfig, config)
     if isinstance(engine, Engine):
@@ -84,10 +85,24 @@ def _app_alone(
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         async with Engine.open(model, **msgspec.structs.asdict(config)) as engine:
-            app.mount("", _app(engine, server))
+            trace(engine, server.model_name)
+            app.router.routes[:] = [Mount("", _app(engine, server))]  # not that of an earlier start
             yield
 
     return Starlette(lifespan=lifespan)
+
+
+def trace(engine: Engine, model_name: str | None) -> None:
+    """Have spans of an engine's requests made, where OpenTelemetry is installed.
+
+    They go where the process has configured it to bring them. An engine that an app has opened is
+    the app's to watch.
+    """
+    try:
+        from mtpbatch.tracing import RequestSpans
+    except ModuleNotFoundError:
+        return
+    engine.watch(RequestSpans(model_name=model_name))
 
 
 def _app(engine: Engine, config: ServerConfig) -> Starlette:
@@ -140,7 +155,7 @@ def _routes(service: Service) -> Sequence[BaseRoute]:
         Route("/v1/models", models),
         Route("/v1/models/{model:path}", one_model),
         Route("/health", health),
-        Route("/metrics", _Plain(metrics)),
+        Route("/metrics", _Plain(metrics), methods=["GET"]),
         *page.routes(service.engine),
         Route("/openapi.json", openapi),
     ]

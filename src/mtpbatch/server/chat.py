@@ -8,8 +8,8 @@ from typing import Any, Protocol, TypeAlias
 import msgspec
 from msgspec import UNSET
 
-from mtpbatch.chat import AnswerFormat, AnswerParser, ChatDelta, ToolCall
-from mtpbatch.exceptions import InvalidParameterError
+from mtpbatch.chat import AnswerFormat, AnswerParser, ChatDelta, ChatPrompt, ToolCall
+from mtpbatch.exceptions import ChatTemplateError, InvalidParameterError
 from mtpbatch.generation import Generation
 from mtpbatch.server.endpoint import Answer, Service
 from mtpbatch.server.errors import named_as
@@ -62,11 +62,7 @@ async def chat(service: Service, asked: ChatRequest, answer: Answer) -> None:
     forced = forced_call(asked)
     params = _params(service, asked, forced)
     with named_as(_names(asked, forced)):
-        prompt = await service.engine.chat_prompt(
-            asked.messages,
-            None if asked.tool_choice == "none" else asked.tools,
-            _template_args(asked),
-        )
+        prompt = await _prompt(service, asked)
         token_ids = await service.engine.tokenize(prompt.text, add_special=False)
         make_reader = _reader(asked, forced, prompt.answer)
         async with submitted(service, [token_ids], asked, **params) as generations:
@@ -119,6 +115,26 @@ def _names(asked: ChatRequest, forced: ForcedCall | None) -> dict[str, str]:
     if asked.max_completion_tokens is not None:
         names["max_tokens"] = "max_completion_tokens"
     return names
+
+
+async def _prompt(service: Service, asked: ChatRequest) -> ChatPrompt:
+    """What the template makes of the conversation.
+
+    An answer that is a call has no content, and comes back so with the call's result. To templates
+    that always read the content it is an empty text.
+    """
+    tools = None if asked.tool_choice == "none" else asked.tools
+    args = _template_args(asked)
+    try:
+        return await service.engine.chat_prompt(asked.messages, tools, args)
+    except ChatTemplateError:
+        if all(message.get("content") is not None for message in asked.messages):
+            raise
+    messages = [
+        {**message, "content": ""} if message.get("content") is None else message
+        for message in asked.messages
+    ]
+    return await service.engine.chat_prompt(messages, tools, args)
 
 
 def _template_args(asked: ChatRequest) -> dict[str, Any]:

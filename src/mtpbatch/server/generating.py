@@ -59,6 +59,10 @@ def form(asked: Generating) -> dict[str, Any]:
             "choice": wanted.choice,
             "grammar": wanted.grammar,
         }
+        if not any(value is not None for value in forms.values()):
+            raise InvalidParameterError(
+                "structured_outputs", f"is empty; give one of {', '.join(wanted.__struct_fields__)}"
+            )
     return {name: value for name, value in forms.items() if value is not None}
 
 
@@ -84,6 +88,8 @@ async def submitted(
     """
     generations: list[Generation] = []
     engine, n = service.engine, asked.n or 1
+    prompts = list(prompts)
+    _check_fits(service, len(prompts), n)
     try:
         for prompt in prompts:
             if n > 1 and isinstance(prompt, str):  # tokenised once for all
@@ -120,6 +126,20 @@ async def stream(
         return [event(**answer.head, choices=[], usage=usage(in_order, asked.n or 1))]
 
     await answer.stream([part(*each) for each in enumerate(generations)], last)
+
+
+def _check_fits(service: Service, n_prompts: int, n: int) -> None:
+    """Raise if so many answers would find no room even if nobody else asked for any."""
+    config = service.engine.config
+    if config.max_waiting is None:
+        return
+    room = config.n_seq + config.max_waiting
+    if n_prompts * n > room:
+        name = "n" if n > 1 else "prompt"
+        raise InvalidParameterError(
+            name,
+            f"asks for {n_prompts * n} answers at once, and there is room for {room}; split it",
+        )
 
 
 async def completed(service: Service, generations: Iterable[Generation]) -> list[Completion]:

@@ -48,7 +48,7 @@ class StructuredOutputs(Struct, kw_only=True, forbid_unknown_fields=True, frozen
 
     json: dict[str, Any] | str | None = None
     regex: str | None = None
-    choice: list[Text] | None = None
+    choice: Annotated[list[Text], Meta(min_length=1)] | None = None
     grammar: str | None = None
 
 

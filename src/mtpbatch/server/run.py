@@ -23,7 +23,9 @@ from anyio.abc import TaskStatus
 from mtpbatch._log import log
 from mtpbatch.engine import Engine
 from mtpbatch.exceptions import EngineDeadError
-from mtpbatch.server.app import create_app
+from mtpbatch.server.app import create_app, trace
+from mtpbatch.server.config import ServerConfig
+from mtpbatch.types import parse
 
 ENGINE_DIED: Final = 70
 """The exit status (EX_SOFTWARE) by which a supervisor knows that it is worth to start again."""
@@ -49,8 +51,10 @@ async def serve(
 
     Raises :class:`OSError` if the address cannot be had, and what opening an engine raises.
     """
+    parse(ServerConfig, server)  # before a model is loaded, which may take long
     with _bound(host, port) as listener:
         async with Engine.open(model, **engine) as opened:
+            trace(opened, server.get("model_name"))
             return await _Process(opened, server, grace).run(listener, ready)
 
 
@@ -60,7 +64,10 @@ def _bound(host: str, port: int) -> Iterator[socket.socket]:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind((host, port))
+        try:
+            listener.bind((host, port))
+        except OSError as error:
+            raise OSError(error.errno, f"{host} port {port}: {error.strerror}") from None
         yield listener
 
 

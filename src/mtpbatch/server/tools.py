@@ -75,7 +75,12 @@ def _any_of(functions: Sequence[dict[str, Any]]) -> dict[str, Any]:
     for function in functions:
         arguments = _arguments(function)
         for place in _DEFINITIONS:
-            for name, definition in arguments.pop(place, {}).items():
+            definitions = arguments.pop(place, {})
+            if not isinstance(definitions, dict):
+                raise InvalidParameterError(
+                    "tools", f"{place} of {function['name']!r} must be an object"
+                )
+            for name, definition in definitions.items():
                 known = shared.setdefault(place, {}).setdefault(name, definition)
                 if known != definition:
                     raise InvalidParameterError(
