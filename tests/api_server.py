@@ -29,14 +29,26 @@ async def serving(app: ASGIApp) -> AsyncIterator[str]:
     server = _Server(
         uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5)
     )
+    ended = anyio.Event()
+
+    async def serve() -> None:
+        try:
+            await server.serve([listener])
+        finally:
+            ended.set()
+
     with socket.create_server(("127.0.0.1", 0)) as listener:  # who connects waits until it is ready
         port = listener.getsockname()[1]
         async with anyio.create_task_group() as group:
-            group.start_soon(server.serve, [listener])
+            group.start_soon(serve)
             try:
                 yield f"http://127.0.0.1:{port}"
             finally:
+                # Also where a test fails: one that is cancelled leaves its socket open, and uvloop
+                # waits for that when it is closed.
                 server.should_exit = True
+                with anyio.CancelScope(shield=True):
+                    await ended.wait()
 
 
 @asynccontextmanager

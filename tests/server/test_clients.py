@@ -540,7 +540,9 @@ async def test_mounted_in_fastapi_beside_routes_of_its_own() -> None:
         headers = {"authorization": "Bearer key"}
         assert "mtpbatch_" in (await plain.get("/llm/metrics", headers=headers)).text
         assert (await plain.get("/health")).status_code == 404
-        done = await client.chat.completions.create(model="demo", messages=MESSAGES, max_tokens=4)
+        done = await client.chat.completions.create(
+            model="demo", messages=MESSAGES, max_tokens=4, extra_body={"ignore_eos": True}
+        )
         assert done.usage is not None
         assert done.usage.completion_tokens == 4
 
@@ -552,7 +554,8 @@ async def test_alone_it_opens_its_engine_when_it_starts_and_closes_it_when_it_en
     app = create_app(EngineConfig(n_seq=2, n_ctx=256, n_threads=1), demo_path)
     async with serving(app) as url, httpx.AsyncClient(base_url=url) as client:
         assert (await client.get("/health")).status_code == 200
-        done = await client.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 2})
+        body = {"prompt": PROMPT, "max_tokens": 2, "ignore_eos": True}
+        done = await client.post("/v1/completions", json=body)
         assert done.json()["usage"]["completion_tokens"] == 2
     events = [record.message.split()[0] for record in caplog.records]
     assert (events[0], events[-1]) == ("engine.opened", "engine.closed")

@@ -13,7 +13,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 import anyio
@@ -100,6 +100,10 @@ class _Process:
             ready(url)
             await self._http.serve([listener])
             group.cancel_scope.cancel()
+        try:
+            self._engine.stats()  # of a closed engine there are some, of a dead one not
+        except EngineDeadError:
+            return ENGINE_DIED
         return self._status
 
     async def _end_on_signals(self, *, task_status: TaskStatus[None]) -> None:
@@ -115,15 +119,14 @@ class _Process:
                 await self._engine.aclose()
 
     async def _drain(self) -> None:
-        await self._engine.drain(self._grace)
+        with suppress(EngineDeadError):
+            await self._engine.drain(self._grace)
         self._http.should_exit = True
 
     async def _end_with_engine(self) -> None:
-        try:
+        with suppress(EngineDeadError):
             await self._engine.wait_closed()
-        except EngineDeadError:
-            self._status = ENGINE_DIED
-            self._http.should_exit = True
+        self._http.should_exit = True
 
 
 class _Http(uvicorn.Server):
