@@ -160,7 +160,7 @@ def test_the_load_client_is_measured_by_what_the_mock_did() -> None:
     figures_of_mock, ttft, tpot = pace_row(0.02, 0.005, tokens=5)
     assert figures_of_mock == "20, 5"
     assert float(ttft) >= 20
-    assert float(tpot) > 2
+    assert float(ttft) + 4 * float(tpot) > 39.9, "the last token comes after 40 ms"
 
 
 def test_metrics_work_while_it_is_measured_what_they_cost() -> None:
