@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 from mtpbatch.types import (
     EngineConfig,
@@ -88,6 +88,11 @@ class Backend(Protocol):
         """The model's own chat template, if it has one."""
         ...
 
+    @property
+    def tokenizes_at_once(self) -> bool:
+        """Whether an event loop may have short texts tokenised: it waits for nobody else."""
+        ...
+
     def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
         """The tokens of a prompt. ``add_special``: with those that the model wants around it."""
         ...
@@ -145,6 +150,13 @@ class Backend(Protocol):
         """
         ...
 
+    def stop(self) -> None:
+        """Wake, since :meth:`close` is to come: calls wait for nothing but the model's work now.
+
+        From any thread. Plans may still be exchanged.
+        """
+        ...
+
     def close(self) -> None:
         """Free everything."""
         ...
@@ -155,3 +167,21 @@ ProgressReport: TypeAlias = Callable[[float], bool]
 
 BackendFactory: TypeAlias = Callable[[ProgressReport], Backend]
 """Loads a backend. Called on the engine's thread."""
+
+
+@runtime_checkable
+class Mortal(Protocol):
+    """A backend whose native part can die while the app lives on.
+
+    Its :meth:`~Backend.exchange` then raises :class:`~mtpbatch.NativeDiedError`, once. From then
+    on it takes no plan and only waits, and other calls wait for the restart.
+    """
+
+    def restart(self, report: ProgressReport) -> None:
+        """Begin anew: nothing is left of sequences and snapshots; grammars stay good.
+
+        Called on the engine's thread. While it takes its time it calls ``report`` every now and
+        then, at least some times a second. Raises :class:`~mtpbatch.MtpBatchError` if it cannot
+        begin; then it may be called again.
+        """
+        ...

@@ -182,6 +182,8 @@ class _Request:
             self.ended.set()
 
     def end(self, error: BaseException) -> None:
+        if self.ended.is_set():
+            return
         if not isinstance(error, MtpBatchError):
             failure = InternalError(f"embedding failed: {error!r}")
             failure.__cause__ = error

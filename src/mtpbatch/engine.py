@@ -32,7 +32,7 @@ import threading
 import time
 from collections import abc
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager, suppress
 from functools import partial
 from typing import Any, Final, Literal
 
@@ -42,7 +42,7 @@ import msgspec
 
 from mtpbatch._log import log
 from mtpbatch._loops import ThreadEvent
-from mtpbatch.backend import Backend, BackendFactory
+from mtpbatch.backend import Backend, BackendFactory, Mortal
 from mtpbatch.chat import ChatCompletion, ChatPrompt, ChatTemplate
 from mtpbatch.chat.generation import ChatGeneration
 from mtpbatch.embedding import EmbeddingThread
@@ -51,11 +51,13 @@ from mtpbatch.exceptions import (
     EngineStalledError,
     InvalidParameterError,
     MtpBatchError,
+    NativeDiedError,
 )
 from mtpbatch.gate import Gate
 from mtpbatch.generation import Generation
 from mtpbatch.intake import Intake, Live, Post, drawn_seed
 from mtpbatch.loading import Loading, model_path
+from mtpbatch.restarts import Restarts
 from mtpbatch.scheduler import Event, Scheduler
 from mtpbatch.speculation import draft_wish
 from mtpbatch.tokenizing import Prompt, Tokenizer, snapshot
@@ -119,7 +121,12 @@ class Engine:
         with model_path(model) as path:
 
             def load(report: Callable[[float], bool]) -> Backend:
-                from mtpbatch.native import NativeBackend  # only here: it loads llama.cpp
+                # Only here: the native layer loads llama.cpp.
+                if parsed.isolation == "process":
+                    from mtpbatch.isolated import ProcessBackend
+
+                    return ProcessBackend(path, parsed, report)
+                from mtpbatch.native import NativeBackend
 
                 return NativeBackend(path, parsed, report)
 
@@ -137,6 +144,7 @@ class Engine:
         self._turn = threading.Lock()
         self._watchers = Watchers()
         self._left_behind = False
+        self._death: NativeDiedError | None = None  # of the native part, until it is up again
         self._last_step = 0.0  # when the results of one were taken in
         self._ready = ThreadEvent()
         self._drained = ThreadEvent()
@@ -243,12 +251,15 @@ class Engine:
         longer than the model needs for ``n_batch`` tokens of a prompt.
 
         Raises :class:`~mtpbatch.EngineDeadError` if the engine's thread ended because of an error,
-        :class:`~mtpbatch.EngineClosedError` if the engine was closed, or
-        :class:`~mtpbatch.EngineStalledError` if there are requests and no step has finished for
-        ``stall_timeout`` seconds.
+        :class:`~mtpbatch.EngineClosedError` if the engine was closed,
+        :class:`~mtpbatch.NativeDiedError` while the process that runs the model is being started
+        again, so that requests have to wait, or :class:`~mtpbatch.EngineStalledError` if there are
+        requests and no step has finished for ``stall_timeout`` seconds.
         """
         _check_seconds("stall_timeout", stall_timeout)
         self._gate.check_open()
+        if (death := self._death) is not None:
+            raise NativeDiedError(death.returncode, "; the engine starts another one")
         n_requests = self._intake.n_ready
         seconds = self._clock() - max(self._intake.busy_since, self._last_step)
         if n_requests and seconds > stall_timeout:
@@ -586,7 +597,7 @@ class Engine:
     def _stop(self) -> None:
         self._gate.close()
         if self._loaded:  # else its thread looks before it waits
-            self._backend.wake()
+            self._backend.stop()
 
     def _stop_at_exit(self) -> None:
         if self._gate.home.here:
@@ -642,6 +653,7 @@ class Engine:
             if backend is not None:
                 if self._loaded:
                     self._embedding.stop(self._gate.end_error())
+                    backend.stop()
                     self._embedding.join()
                     self._tokenizer.close()
                 backend.close()
@@ -651,12 +663,26 @@ class Engine:
             self._ready.set()
 
     def _serve(self) -> None:
+        restarts = Restarts()
+        while not self._gate.closing:
+            try:
+                self._run_plans()
+            except NativeDiedError as death:
+                self._outlive(death, restarts)
+        self._abort_all()
+        # Closing may have to wait for users; steps need not run on for nobody meanwhile.
+        with self._turn:
+            plan = self._scheduler.schedule(self._clock())
+        with suppress(NativeDiedError):
+            self._backend.exchange(plan, wait=False)
+
+    def _run_plans(self) -> None:
         backend, scheduler, intake = self._backend, self._scheduler, self._intake
         while True:
             with self._turn:
                 self._take_in_requests()
                 if self._gate.closing:
-                    break
+                    return
                 plan = scheduler.schedule(self._clock())
                 if plan is not None:
                     self._stats = scheduler.stats
@@ -667,11 +693,49 @@ class Engine:
             if results:
                 with self._turn:
                     self._take_in_results(results)
-        self._abort_all()
-        # Closing may have to wait for users; steps need not run on for nobody meanwhile.
+
+    def _outlive(self, death: NativeDiedError, restarts: Restarts) -> None:
+        """Have the native part begin anew; raise what it died of if that has been too often."""
+        backend = self._backend
+        failure: MtpBatchError = death
+        while not self._gate.closing:
+            now = self._clock()
+            pause = restarts.died(now)
+            if pause is None or not isinstance(backend, Mortal):
+                raise failure
+            if self._death is None:
+                with self._turn:
+                    self._death = death
+                    self._deliver(self._scheduler.start_over(death, now))
+            log.warning("engine.native_died", error=str(failure), restart_in=pause)
+            if not self._wait(now + pause):
+                return
+            try:
+                backend.restart(self._look_after_requests)
+            except MtpBatchError as error:
+                failure = error
+            else:
+                restarts.up(self._clock())
+                self._death = None
+                log.info("engine.restarted", requests=len(self._intake.live))
+                return
+
+    def _wait(self, until: float) -> bool:
+        """Let time pass, in which nothing runs; ``False``: the engine is being closed."""
+        while self._look_after_requests():
+            left = until - self._clock()
+            if left <= 0:
+                return True
+            expiry = self._intake.until_timeout()
+            timeout = left if expiry is None else min(left, expiry)
+            self._backend.exchange(None, wait=True, timeout=timeout)
+        return False
+
+    def _look_after_requests(self, _share: float = 0.0) -> bool:
+        """Take in who comes and who leaves while nothing runs; whether to go on."""
         with self._turn:
-            plan = scheduler.schedule(self._clock())
-        backend.exchange(plan, wait=False)
+            self._take_in_requests()
+        return not self._gate.closing
 
     def _take_in_requests(self) -> None:
         arrivals = self._intake.arrived()

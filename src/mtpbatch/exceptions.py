@@ -18,6 +18,7 @@
     │   ├── ContextError                    a context could not be made or was used wrongly
     │   ├── DecodeError                     a decode failed
     │   ├── GrammarError                    an answer cannot go on by its grammar
+    │   ├── NativeDiedError                 the process that runs it died; the engine starts another
     │   └── MtpSessionError                 speculative drafting
     │       ├── MtpInitError                the model's MTP heads cannot be used
     │       ├── MtpInvalidConfigError       a value of its config is out of range
@@ -33,6 +34,7 @@
 
 from __future__ import annotations
 
+import signal
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -130,7 +132,11 @@ class EngineClosedError(EngineError):
 
 
 class EngineDeadError(EngineError):
-    """The engine's thread ended because of an error (see ``__cause__``); open a new engine."""
+    """The engine's thread ended because of an error (see ``__cause__``); open a new engine.
+
+    With ``isolation="process"`` this is also the end when the process that runs the model died too
+    often in a row; the cause is then the last death, or why no other process could be started.
+    """
 
 
 class EngineStalledError(EngineError):
@@ -178,6 +184,27 @@ class GrammarError(NativeError):
 
     Most such grammars are refused before their request begins; no other request is affected.
     """
+
+
+class NativeDiedError(NativeError):
+    """The process that runs the model died, and what it was doing with it.
+
+    Only engines with ``isolation="process"`` raise it. They start another process and go on: send
+    the request again. Where none can be started any more, there is :class:`EngineDeadError`.
+    ``returncode`` is how the process ended: ``-n`` by signal n, otherwise its exit status.
+    """
+
+    def __init__(self, returncode: int, advice: str = "") -> None:
+        super().__init__(f"the process that runs the model died ({_ending(returncode)}){advice}")
+        self.returncode = returncode
+
+
+def _ending(returncode: int) -> str:
+    if returncode >= 0:
+        return f"exit status {returncode}"
+    known = -returncode in set(signal.Signals)
+    name = f", {signal.Signals(-returncode).name}" if known else ""
+    return f"signal {-returncode}{name}"
 
 
 class MtpSessionError(NativeError):

@@ -41,7 +41,7 @@ from mtpbatch.speculation import draft_wish
 from mtpbatch.structured.source import grammar_source
 from mtpbatch.text import TextAssembler
 from mtpbatch.timeouts import Timeouts
-from mtpbatch.tokenizing import LONG, Prompt, Tokenizer, snapshot
+from mtpbatch.tokenizing import Prompt, Tokenizer, snapshot
 from mtpbatch.types import Admission, GrammarSource, SamplingParams, has_dry
 
 
@@ -183,7 +183,7 @@ class Intake:
             RequestLog.of(request_id, params.metadata),
         )
         start: Callable[[], object]
-        if source is None and not _takes_long(given, params):
+        if source is None and not tokenizer.takes_long(given, params):
             token_ids = tokenizer.prompt_ids(given, add_special=add_special)
             start = partial(self._enter, build(token_ids, tokenizer.prepare(params)))
         else:
@@ -349,11 +349,6 @@ def drawn_seed(params: SamplingParams) -> int:
 
 def _name(ticket: int) -> str:
     return f"req-{ticket}"
-
-
-def _takes_long(prompt: str | tuple[int, ...], params: SamplingParams) -> bool:
-    """Whether a request would hold up the event loop until it is tokenised and prepared."""
-    return len(prompt) + sum(map(len, params.bad_words)) > LONG or has_dry(params)
 
 
 def _receive(parcel: list[tuple[Live, Event]]) -> None:

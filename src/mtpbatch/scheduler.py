@@ -24,6 +24,7 @@ from mtpbatch.exceptions import (
     GrammarError,
     InternalError,
     MtpBatchError,
+    NativeDiedError,
     NativeError,
 )
 from mtpbatch.memory import Cells, Snapshots
@@ -123,27 +124,11 @@ class Scheduler:
     def __init__(self, facts: ModelFacts, snapshot_bytes: int = 0) -> None:
         """``snapshot_bytes``: host memory for states of sequences; 0 keeps none."""
         self._facts = facts
-        self._waiting = WaitingQueue()
-        self._running: dict[str, Sequence] = {}
-        self._n_followed = 0
-        self._prompting: list[Sequence] = []
-        self._free = list(range(facts.n_seq))  # a heap: low ids close together decode fastest
-        self._released: list[int] = []
-        self._in_flight: deque[_InFlight] = deque()
-        self._bare: deque[int] = deque()
+        self._snapshot_bytes = snapshot_bytes
         self._n_plans = 0
         self._n_reported = 0
         self._speculator = Speculator(facts)
-
-        self._cells = Cells(facts)
-        self._snapshots = Snapshots(snapshot_bytes)
-        self._prefix = PrefixIndex(truncates=facts.truncates)
-        self._parked: dict[str, _Parked] = {}
-        self._saves: list[Save] = []
-        self._parks: list[Park] = []
-        self._forgotten: list[int] = []
-        self._n_settled = 0
-        self._settled_time = 0.0
+        self._begin_with_nothing()
 
         self._finished: dict[FinishReason, int] = dict.fromkeys(get_args(FinishReason), 0)
         self._prompt_tokens = 0
@@ -159,6 +144,29 @@ class Scheduler:
         self._draft_time = 0.0
         self._target_time = 0.0
         self._sample_time = 0.0
+        self._restarts = 0
+
+    def _begin_with_nothing(self) -> None:
+        """No request, and an executor that knows of none."""
+        facts = self._facts
+        self._waiting = WaitingQueue()
+        self._running: dict[str, Sequence] = {}
+        self._n_followed = 0
+        self._prompting: list[Sequence] = []
+        self._free = list(range(facts.n_seq))  # a heap: low ids close together decode fastest
+        self._released: list[int] = []
+        self._in_flight: deque[_InFlight] = deque()
+        self._bare: deque[int] = deque()
+
+        self._cells = Cells(facts)
+        self._snapshots = Snapshots(self._snapshot_bytes)
+        self._prefix = PrefixIndex(truncates=facts.truncates)
+        self._parked: dict[str, _Parked] = {}
+        self._saves: list[Save] = []
+        self._parks: list[Park] = []
+        self._forgotten: list[int] = []
+        self._n_settled = 0
+        self._settled_time = 0.0
 
     # ------------------------------------------------------------- requests in and out
 
@@ -186,6 +194,25 @@ class Scheduler:
     def let_go(self, request_id: str) -> Sequence | None:
         """A request's sequence, if there is one of that id. Nothing can go on after that."""
         return self._waiting.remove(request_id) or self._running.get(request_id)
+
+    def start_over(self, death: NativeDiedError, now: float) -> list[Event]:
+        """Go on with an executor that knows nothing, as the last one died.
+
+        Who ran, or was parked, ends with an error: what the executor knew of it is gone. Who only
+        waited has lost nothing, and goes on waiting.
+        """
+        parked = [sequence for sequence in self._waiting if sequence.request_id in self._parked]
+        advice = "; the engine starts another one: send the request again"
+        events = [
+            self._end_by_error(sequence, NativeDiedError(death.returncode, advice), now)
+            for sequence in (*self._running.values(), *parked)
+        ]
+        waiting = list(self._waiting)
+        self._begin_with_nothing()
+        for sequence in waiting:
+            self.add(sequence)
+        self._restarts += 1
+        return events
 
     # ---------------------------------------------------------------------- the step
 
@@ -392,6 +419,7 @@ class Scheduler:
             draft_time=self._draft_time,
             target_time=self._target_time,
             sample_time=self._sample_time,
+            restarts=self._restarts,
         )
 
     @property

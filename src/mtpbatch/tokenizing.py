@@ -20,7 +20,12 @@ from typing import Final, TypeAlias, TypeVar
 from mtpbatch._loops import ThreadEvent
 from mtpbatch._slices import encoded, slices
 from mtpbatch.backend import Backend
-from mtpbatch.exceptions import InternalError, InvalidParameterError, PromptTooLongError
+from mtpbatch.exceptions import (
+    InternalError,
+    InvalidParameterError,
+    NativeDiedError,
+    PromptTooLongError,
+)
 from mtpbatch.types import GrammarSource, SamplingParams, has_dry
 
 Prompt: TypeAlias = str | abc.Sequence[int]
@@ -44,6 +49,8 @@ class Tokenizer:
         self._check_open = check_open
         self._n_vocab = backend.facts.n_vocab
         self._n_ctx = backend.facts.n_ctx
+        # Characters that an event loop has tokenised: none where it would wait for another process.
+        self._at_once = LONG if backend.tokenizes_at_once else -1
         self._gate = threading.Condition()
         self._n_users = 0  # of the backend, under the gate
         # Each starts its one thread when the first long text comes, or the first grammar.
@@ -58,18 +65,29 @@ class Tokenizer:
             kind = type(text).__name__
             raise InvalidParameterError("text", f"must be a str, got {kind}; decode bytes first")
         work = partial(self._tokenize, "text", text, add_special=add_special)
-        return work() if len(text) <= LONG else await self._on_thread(work)
+        return work() if len(text) <= self._at_once else await self._on_thread(work)
 
     async def detokenize(self, token_ids: abc.Sequence[int]) -> str:
         """The text of tokens."""
         work = partial(self._detokenize, snapshot("token_ids", token_ids))
-        return work() if len(token_ids) <= LONG else await self._on_thread(work)
+        return work() if len(token_ids) <= self._at_once else await self._on_thread(work)
 
     async def prompt(self, prompt: Prompt) -> tuple[int, ...]:
         """The tokens of a prompt, checked."""
         given = prompt if isinstance(prompt, str) else snapshot("prompt", prompt)
         work = partial(self.prompt_ids, given, add_special=True)
-        return work() if len(given) <= LONG else await self._on_thread(work)
+        return work() if not self.takes_long(given) else await self._on_thread(work)
+
+    def takes_long(
+        self, prompt: str | tuple[int, ...], params: SamplingParams | None = None
+    ) -> bool:
+        """Whether it would hold up the event loop to prepare a request."""
+        texts = params.bad_words if params else ()
+        if isinstance(prompt, str):
+            texts = (*texts, prompt)
+        if texts and sum(map(len, texts)) > self._at_once:
+            return True
+        return len(prompt) > LONG or (params is not None and has_dry(params))
 
     async def _on_thread(self, work: Callable[[], _Result]) -> _Result:
         done = ThreadEvent()
@@ -167,6 +185,9 @@ class Tokenizer:
             self._n_users += 1
         try:
             yield self._backend
+        except NativeDiedError:
+            self._check_open()  # if the engine has ended meanwhile, that says more
+            raise
         finally:
             with self._gate:
                 self._n_users -= 1

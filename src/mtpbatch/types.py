@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 FinishReason = Literal["stop", "length", "abort", "timeout", "error"]
 OnFull = Literal["wait", "reject"]
+Isolation = Literal["none", "process"]
 KvType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 Speculation = Literal["auto"] | Annotated[int, Meta(ge=0, le=32)]
 
@@ -87,6 +88,11 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """What becomes of a request beyond these limits: "wait" lets the awaiting task wait for room,
     first come, first served; "reject" raises EngineOverloaded. submit(), which cannot wait, always
     raises it."""
+    isolation: Isolation = "none"
+    """Where the model runs: in the app's own process, or in a "process" of its own. If llama.cpp
+    aborts or crashes there, running requests end with NativeDiedError, the engine starts another
+    process, and requests that wait go on waiting. What reads texts as tokens is there as well, so
+    that texts are always tokenised on a helper thread."""
 
     def __post_init__(self) -> None:
         if isinstance(self.speculation, int) and self.speculation > self.n_draft_max:
@@ -722,6 +728,8 @@ class EngineStats(Struct, frozen=True, kw_only=True):
     draft_time: float
     target_time: float
     sample_time: float
+    restarts: int = 0
+    """How often the process that runs the model died, so that another one was needed."""
 
     @property
     def kv_cache_usage(self) -> float:

@@ -19,7 +19,7 @@ STRUCTS: list[type[Struct]] = [EngineConfig, SamplingParams]
 # What tells of the values that would be right.
 RANGE = re.compile(
     r"(?:whole|finite) number (>=?|<=?) -?\d|one of bf16, f16, f32|\"auto\" or|True or False"
-    r"|be a text|a list, each item|one of reject, wait|a dict, each key"
+    r"|be a text|a list, each item|one of reject, wait|one of none, process|a dict, each key"
 )
 
 

@@ -50,6 +50,12 @@ MAY_IMPORT: dict[str, set[str]] = {
     "_llama_cpp": {"exceptions", "_built_with"},  # the latter is written by the build
     "loading": {"_loops", "exceptions"},
     "gate": {"_process", "exceptions"},
+    "restarts": set(),
+    "isolated/messages": {"types", "exceptions"},
+    "isolated/channel": {"isolated", "exceptions"},
+    "isolated/process": {"isolated", "exceptions"},
+    "isolated/backend": {"isolated", "backend", "_process", "types", "exceptions"},
+    "isolated/__main__": {"isolated", "native", "types"},  # the program of the other process
     "intake": {
         *("backend", "backlog", "gate", "generation", "scheduler", "sequence", "speculation"),
         *("structured", "text", "timeouts", "tokenizing", "_loops", "_log", "types", "exceptions"),
@@ -57,8 +63,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "watching": {"sequence", "_log", "types", "exceptions"},
     "engine": {
         *("backend", "chat", "embedding", "gate", "generation", "intake", "loading", "scheduler"),
-        *("speculation", "tokenizing", "watching", "_loops", "_log", "types", "exceptions"),
-        "native",  # inside open() only
+        *("restarts", "speculation", "tokenizing", "watching", "_loops", "_log", "types"),
+        "exceptions",
+        *("isolated", "native"),  # inside open() only
     },
     "metrics": {"engine", "watching", "types", "exceptions"},
     "tracing": {"watching", "types", "exceptions"},
@@ -177,6 +184,15 @@ def test_every_module_of_the_native_layer_knows_nothing_of_requests() -> None:
         assert not above, f"native/{path.name} imports {above}"
 
 
+def test_the_apps_side_of_an_isolated_model_loads_no_native_code() -> None:
+    program = """
+import sys
+import mtpbatch.isolated
+assert not {"mtpbatch.native", "llama_cpp", "numpy"} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", program], timeout=60, check=True)
+
+
 def test_nothing_the_scheduler_imports_knows_time_threads_loops_or_native_code() -> None:
     closure, todo = set(), ["scheduler"]
     while todo:
@@ -188,7 +204,7 @@ def test_nothing_the_scheduler_imports_knows_time_threads_loops_or_native_code()
         *("scheduler", "memory", "prefix", "waiting", "sequence", "speculation", "costs"),
         *("text", "types", "in_words", "exceptions"),
     }
-    for module in closure:
+    for module in (*closure, "restarts"):
         outside = {name.split(".")[0] for name in imports(module)}
         assert not outside & IMPURE
 

@@ -54,6 +54,7 @@ def test_the_package_exports_exactly_these_names() -> None:
         "MtpProcessError",
         "MtpSessionError",
         "MtpStateError",
+        "NativeDiedError",
         "NativeError",
         "PromptTooLongError",
         "SamplingParams",
@@ -122,7 +123,7 @@ def test_the_engines_surface() -> None:
             mtpbatch.EngineConfig,
             "n_seq n_ctx n_draft_max draft_model n_batch n_ubatch n_threads n_gpu_layers kv_type "
             "kv_unified speculation n_cells snapshot_memory max_waiting max_waiting_tokens on_full "
-            "lora",
+            "lora isolation",
         ),
         (
             mtpbatch.SamplingParams,
@@ -172,7 +173,7 @@ def test_the_engines_surface() -> None:
             "prefix_queries prefix_hits preemptions "
             "kv_cells_used n_cells kv_cache_usage snapshot_bytes "
             "drafted accepted drafted_by_depth accepted_by_depth draft_depth steps gap_time "
-            "draft_time target_time sample_time acceptance tokens_per_step",
+            "draft_time target_time sample_time restarts acceptance tokens_per_step",
         ),
     ],
 )

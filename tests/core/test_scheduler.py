@@ -19,7 +19,7 @@ from hypothesis.stateful import (
 from msgspec.structs import replace
 
 from mtpbatch import memory, prefix, scheduler
-from mtpbatch.exceptions import DecodeError, GrammarError, InternalError
+from mtpbatch.exceptions import DecodeError, GrammarError, InternalError, NativeDiedError
 from mtpbatch.scheduler import Event, Scheduler
 from mtpbatch.sequence import Sequence
 from mtpbatch.testing import ScriptedBackend
@@ -213,6 +213,25 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.backend.fail_step(self.backend.n_steps)
         self.step()
 
+    @rule()
+    def executor_dies(self) -> None:
+        """Who ran or was parked ends; who only waited waits on, and the ids are free again."""
+        self.backend.die_in_step(self.backend.n_steps)
+        try:
+            self.step()
+        except NativeDiedError as death:
+            only_waited = [r for r in self.waiting() if r not in self.scheduler._parked]
+            n_others = len(self.live()) - len(only_waited)
+            events = self.scheduler.start_over(death, self.backend.clock())
+            assert len(events) == n_others
+            assert all(isinstance(event.error, NativeDiedError) for event in events)
+            self.take(events)
+            assert self.waiting() == only_waited
+            assert self.live() == sorted(only_waited)
+            self.backend.restart(lambda share: True)
+        else:
+            self.backend._errors.clear()  # there was nothing to run
+
     def live(self) -> list[str]:
         return sorted(self.sequences.keys() - self.last_events.keys())
 
@@ -234,8 +253,9 @@ class SchedulerMachine(RuleBasedStateMachine):
                 text = self.texts.get(event.request_id, "") + event.delta.text
                 self.texts[event.request_id] = text
             if event.error is not None:
-                assert isinstance(event.error, DecodeError)
-                assert isinstance(event.error.__cause__, DecodeError)
+                if not isinstance(event.error, NativeDiedError):
+                    assert isinstance(event.error, DecodeError)
+                    assert isinstance(event.error.__cause__, DecodeError)
                 assert event.error.completion is not None
                 assert event.error.completion.finish_reason == "error"
             if event.last:

@@ -35,6 +35,8 @@ _DEFAULT_N_CTX = 4096  # models allow far more, but cells for all sequences are 
 class NativeBackend:
     """A model ready to run plans. Made and driven by the engine's thread."""
 
+    tokenizes_at_once = True
+
     def __init__(
         self,
         path: str | os.PathLike[str],
@@ -133,6 +135,9 @@ class NativeBackend:
 
     def cancel(self, ticket: int) -> None:
         self._executor.cancel(ticket)
+
+    def stop(self) -> None:
+        self._executor.wake()
 
     def close(self) -> None:
         self._executor.close()

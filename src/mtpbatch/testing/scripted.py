@@ -13,9 +13,15 @@ from queue import SimpleQueue
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from mtpbatch._loops import ThreadEvent
-from mtpbatch.backend import Embedder
+from mtpbatch.backend import Embedder, ProgressReport
 from mtpbatch.engine import Engine
-from mtpbatch.exceptions import DecodeError, InternalError, NativeError
+from mtpbatch.exceptions import (
+    DecodeError,
+    InternalError,
+    ModelLoadError,
+    NativeDiedError,
+    NativeError,
+)
 from mtpbatch.types import (
     NO_RESULT,
     Admission,
@@ -136,9 +142,15 @@ class ScriptedBackend:
     The embedding of a text has 8 numbers, which count its tokens by the rest that their ids leave.
     Each decode embeds one text.
 
+    :meth:`die_in_step` plays the end of a process that runs a model, as with
+    ``isolation="process"``. The engine then waits, by ``clock``, and has it play on with nothing of
+    what it knew.
+
     It keeps its own record of every sequence and every snapshot, and raises
     :class:`InternalError` for a plan that a real model could not execute.
     """
+
+    tokenizes_at_once = True
 
     def __init__(
         self,
@@ -200,14 +212,25 @@ class ScriptedBackend:
         self.n_steps = 0
         """Steps played or begun."""
         self.closed = False
+        self.dead = False
+        """Whether it has died, and not begun anew."""
+        self._failing_saves: set[int] = set()
+        self._failing_restores: set[int] = set()
+        self._failing_restarts: dict[int, Exception] = {}
+        self._n_saves = 0
+        self._n_restores = 0
+        self._n_restarts = 0
+        self._wakes: SimpleQueue[None] = SimpleQueue()  # may be put from a garbage collection
+        self._cancels: SimpleQueue[int] = SimpleQueue()  # tickets; so may these
+        self._gates: dict[int, StepGate] = {}
+        self._errors: dict[int, Exception] = {}
+        self._begin_with_nothing()
+
+    def _begin_with_nothing(self) -> None:
         self._sequences: dict[int, _ScriptedSequence] = {}
         self._parked: dict[int, _ScriptedSequence] = {}  # by ticket
         self._snapshots: dict[int, _Snapshot | None] = {}  # None: it could not be taken
         self._copies: _Copies = _Copies([], [])  # for the next result
-        self._failing_saves: set[int] = set()
-        self._failing_restores: set[int] = set()
-        self._n_saves = 0
-        self._n_restores = 0
         self._plans: deque[Plan] = deque()  # handed over, not begun
         self._left_early: set[int] = set()  # ids that those have released already
         self._standing: Plan | None = None
@@ -215,11 +238,7 @@ class ScriptedBackend:
         self._results: deque[StepResult] = deque()
         self._n_unseen = 0  # steps whose results have not been taken in
         self._n_shown = 0  # of those, given out by the last exchange
-        self._wakes: SimpleQueue[None] = SimpleQueue()  # may be put from a garbage collection
-        self._cancels: SimpleQueue[int] = SimpleQueue()  # tickets; so may these
         self._cancelled: set[int] = set()
-        self._gates: dict[int, StepGate] = {}
-        self._errors: dict[int, Exception] = {}
 
     @property
     def active(self) -> frozenset[int]:
@@ -253,6 +272,14 @@ class ScriptedBackend:
         bug and kills the engine.
         """
         self._errors[index] = error or DecodeError("scripted failure")
+
+    def die_in_step(self, index: int) -> None:
+        """Have the process that runs the model die in the step of that index."""
+        self.fail_step(index, NativeDiedError(-9))
+
+    def fail_restart(self, index: int, error: Exception | None = None) -> None:
+        """Have the restart of that index end in ``error``, by default a :class:`ModelLoadError`."""
+        self._failing_restarts[index] = error or ModelLoadError("scripted failure")
 
     def fail_save(self, index: int) -> None:
         """Have no memory for the snapshot of that index, the first that is taken being 0."""
@@ -300,6 +327,11 @@ class ScriptedBackend:
         A ``timeout`` ends no wait by itself: whoever advances the clock does.
         """
         _require(not self.closed, "the backend is closed")
+        if self.dead:
+            _require(plan is None, "the backend is dead")
+            if wait:
+                self._wakes.get()
+            return []
         self._n_unseen -= self._n_shown
         self._n_shown = 0
         if plan is not None:
@@ -326,12 +358,25 @@ class ScriptedBackend:
         self._cancels.put(ticket)
         self.wake()
 
+    def restart(self, report: ProgressReport) -> None:
+        """Begin anew after a death."""
+        _require(self.dead, "it lives")
+        index = self._n_restarts
+        self._n_restarts += 1
+        report(0.0)
+        failure = self._failing_restarts.pop(index, None)
+        if failure is not None:
+            raise failure
+        self.dead = False
+
+    def stop(self) -> None:
+        """Nothing waits but an exchange."""
+        self.wake()
+
     def close(self) -> None:
         """Forget all sequences; nothing can be executed any more."""
         self.closed = True
-        self._sequences.clear()
-        self._parked.clear()
-        self._snapshots.clear()
+        self._begin_with_nothing()
 
     # ------------------------------------------------------------------------ details
 
@@ -468,6 +513,10 @@ class ScriptedBackend:
             gate._pass()
         self.clock.advance(self._step_time)
         failure = self._errors.pop(index, None)
+        if isinstance(failure, NativeDiedError):
+            self.dead = True
+            self._begin_with_nothing()
+            raise failure
         if failure is not None and not isinstance(failure, NativeError):
             raise failure
         return failure

@@ -1,0 +1,339 @@
+"""A backend whose model runs in another process, and which starts another one when that dies."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Final, TypeVar
+from weakref import WeakSet
+
+import msgspec
+from msgspec import Struct
+
+from mtpbatch._process import HomeProcess
+from mtpbatch.backend import Embedder, ProgressReport
+from mtpbatch.exceptions import ModelLoadError, NativeDiedError
+from mtpbatch.isolated.channel import WAKE, HangUp
+from mtpbatch.isolated.messages import (
+    AddText,
+    CloseEmbedder,
+    Compile,
+    Detokenize,
+    DropText,
+    Embed,
+    EmbedderFacts,
+    Exchange,
+    Load,
+    Loaded,
+    OpenEmbedder,
+    Prepare,
+    Progress,
+    Results,
+    Tokenize,
+)
+from mtpbatch.isolated.process import ModelProcess
+from mtpbatch.types import EngineConfig, GrammarSource, Plan, SamplingParams, StepResult
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+_LOOK_AROUND: Final = 0.05  # seconds between looks at what else there is while a model loads
+_MOST: Final = 2**31 - 1  # native code counts no further
+
+_Value = TypeVar("_Value")
+
+
+class Grammar:
+    """A grammar that was compiled in the process, under a number."""
+
+    def __init__(self, number: int, source: GrammarSource, forgotten: SimpleQueue[int]) -> None:
+        self.number = number
+        self.source = source
+        self._forgotten = forgotten
+
+    def __del__(self) -> None:
+        self._forgotten.put(self.number)  # which takes no lock, as this may be anywhere
+
+
+class ProcessBackend:
+    """What :class:`~mtpbatch.native.NativeBackend` is, in another process.
+
+    State, under ``_changed``: ``_process`` is the one that runs plans, ``None`` while there is
+    none; ``_newest`` is the last one that was started, which may be loading or dead; ``_stopped``
+    says that there will be no other one. ``_grammars`` are those that somebody may need.
+
+    ``_wakes`` are for waits while there is none. Whoever wakes puts first what there is to find,
+    and who waits looks after ``_process`` has changed: nothing is missed that was for the other.
+    """
+
+    tokenizes_at_once = False
+
+    def __init__(
+        self, path: str | os.PathLike[str], config: EngineConfig, report: ProgressReport
+    ) -> None:
+        self._home = HomeProcess()
+        self._path = os.fspath(path)
+        # Without what the engine alone needs, which may be more than a message can hold.
+        own = {"max_waiting": None, "max_waiting_tokens": None, "snapshot_memory": 0}
+        self._config = msgspec.structs.replace(config, **own)
+        self._folder = _current_folder()  # for relative paths, wherever the app goes meanwhile
+        self._changed = threading.Condition()
+        self._process: ModelProcess | None = None
+        self._newest: ModelProcess
+        self._stopped = False
+        self._wakes: SimpleQueue[None] = SimpleQueue()
+        self._numbers = itertools.count(1)
+        self._grammars: WeakSet[Grammar] = WeakSet()
+        self._forgotten: SimpleQueue[int] = SimpleQueue()
+
+        self._process, self._loaded = self._start(report)
+        self.facts = self._loaded.facts
+        own = {name: getattr(config, name) for name in own}
+        self.config = msgspec.structs.replace(self._loaded.config, **own)
+        self.token_bytes: Sequence[bytes] = self._loaded.token_bytes
+        self.description = self._loaded.description
+        self.chat_template = self._loaded.chat_template
+
+    # ------------------------------------------------------------------------ its thread
+
+    def exchange(
+        self, plan: Plan | None, *, wait: bool, timeout: float | None = None
+    ) -> list[StepResult]:
+        process = self._process
+        if process is None:
+            if wait:
+                self._wait(timeout)
+            return []
+        exchange = Exchange(_portable(plan), wait, timeout, self._take_forgotten())
+        try:
+            return list(process.steps.ask(exchange, Results))
+        except HangUp:
+            raise self._bury(process) from None
+
+    def restart(self, report: ProgressReport) -> None:
+        process, loaded = self._start(report)
+        try:
+            if loaded != self._loaded:
+                raise ModelLoadError(f"{self._path}: is not the model any more that it was before")
+            with self._changed:
+                grammars = list(self._grammars)
+            for grammar in grammars:
+                _compile(process, grammar)
+        except BaseException:
+            process.kill()
+            process.close()
+            raise
+        with self._changed:
+            self._process = process
+            self._changed.notify_all()
+
+    def close(self) -> None:
+        self.stop()
+        with self._changed:
+            self._process = None
+        self._newest.close()
+
+    # ------------------------------------------------------------------------ any thread
+
+    def wake(self) -> None:
+        self._note(WAKE)
+
+    def cancel(self, ticket: int) -> None:
+        self._note(ticket)
+
+    def stop(self) -> None:
+        with self._changed:
+            self._stopped = True
+            self._newest.end_in_time()
+            self._changed.notify_all()
+        self.wake()
+
+    def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
+        return self._ask(Tokenize(text, add_special), list[int])
+
+    def detokenize(self, token_ids: Sequence[int]) -> str:
+        return self._ask(Detokenize(tuple(token_ids)), str)
+
+    def prepare(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        return self._ask(Prepare(_portable_params(params)), tuple[tuple[int, ...], ...])
+
+    def compile_grammar(self, source: GrammarSource) -> Grammar:
+        grammar = Grammar(next(self._numbers), source, self._forgotten)
+        process: ModelProcess | None = None
+        while True:
+            process = self._running(other_than=process)
+            _compile(process, grammar)
+            with self._changed:
+                if self._process is process:
+                    self._grammars.add(grammar)
+                    return grammar
+
+    def open_embedder(self) -> Embedder:
+        return _Embedder(self._running())
+
+    # --------------------------------------------------------------------------- details
+
+    def _start(self, report: ProgressReport) -> tuple[ModelProcess, Loaded]:
+        """A process that has loaded the model."""
+        try:
+            process = ModelProcess(self._folder)
+        except OSError as error:
+            raise ModelLoadError(
+                f"{self._path}: no process could be started to load it: {error}"
+            ) from None
+        with self._changed:
+            self._newest = process
+        try:
+            return process, self._load(process, report)
+        except BaseException:
+            process.kill()
+            process.close()
+            raise
+
+    def _load(self, process: ModelProcess, report: ProgressReport) -> Loaded:
+        steps, share = process.steps, 0.0
+        try:
+            steps.send(Load(os.fsencode(self._path), self._config))
+            while True:
+                goes_on = report(share)
+                while goes_on and not steps.comes(_LOOK_AROUND):
+                    goes_on = report(share)
+                if not goes_on:
+                    raise ModelLoadError(f"{self._path}: loading was given up")
+                progress = steps.receive(Progress)
+                if progress.loaded is not None:
+                    return progress.loaded
+                share = progress.share
+        except HangUp:
+            raise ModelLoadError(f"{self._path}: {process.death()}; it was loading it") from None
+
+    def _bury(self, process: ModelProcess) -> NativeDiedError:
+        """There is no process from now on. What it died of."""
+        death = process.death()
+        with self._changed:
+            self._process = None
+        process.close()
+        return death
+
+    def _running(self, other_than: ModelProcess | None = None) -> ModelProcess:
+        """The process that runs, another one than that: wait until there is one."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or self._process not in (None, other_than))
+            process = self._process
+        if process is None or process is other_than:
+            raise self._newest.death()
+        return process
+
+    def _ask(self, request: Struct, kind: type[_Value]) -> _Value:
+        """Ask about texts. If the process dies meanwhile, this is hardly why: ask the next one."""
+        process = self._running()
+        try:
+            return process.texts.ask(request, kind)
+        except HangUp:
+            pass
+        process = self._running(other_than=process)
+        try:
+            return process.texts.ask(request, kind)
+        except HangUp:
+            raise process.death() from None
+
+    def _note(self, note: int) -> None:
+        # No lock: see the protocol.
+        if not self._home.here:
+            return
+        process = self._process
+        if process is None:
+            self._wakes.put(None)
+        else:
+            process.notes.send(note)
+
+    def _wait(self, timeout: float | None) -> None:
+        try:
+            self._wakes.get(timeout=timeout)
+            while True:
+                self._wakes.get_nowait()
+        except Empty:
+            pass
+
+    def _take_forgotten(self) -> tuple[int, ...]:
+        forgotten = []
+        while not self._forgotten.empty():
+            forgotten.append(self._forgotten.get())
+        return tuple(forgotten)
+
+
+class _Embedder:
+    """An embedder in a process; it dies with it."""
+
+    def __init__(self, process: ModelProcess) -> None:
+        self._process = process
+        facts = self._ask(OpenEmbedder(), EmbedderFacts)
+        self.n_ctx = facts.n_ctx
+        self.n_embd = facts.n_embd
+
+    def add(self, tokens: Sequence[int]) -> int:
+        return self._ask(AddText(tuple(tokens)), int)
+
+    def drop(self, ticket: int) -> None:
+        self._ask(DropText(ticket), type(None))
+
+    def step(self) -> list[tuple[int, npt.NDArray[np.float32]]]:
+        import numpy as np  # not before it is needed, as with the rest of the engine
+
+        done = self._ask(Embed(), list[tuple[int, bytes]])
+        return [(ticket, np.frombuffer(vector, np.float32)) for ticket, vector in done]
+
+    def close(self) -> None:
+        with suppress(NativeDiedError):
+            self._ask(CloseEmbedder(), type(None))
+
+    def _ask(self, request: Struct, kind: type[_Value]) -> _Value:
+        try:
+            return self._process.embeddings.ask(request, kind)
+        except HangUp:
+            raise self._process.death() from None
+
+
+def _compile(process: ModelProcess, grammar: Grammar) -> None:
+    try:
+        process.grammars.ask(Compile(grammar.number, grammar.source), type(None))
+    except HangUp:
+        raise process.death() from None
+
+
+def _portable(plan: Plan | None) -> Plan | None:
+    """The same, with nothing in it that only the app understands."""
+    if plan is None or not plan.admit:
+        return plan
+    admit = tuple(
+        msgspec.structs.replace(admission, params=_portable_params(admission.params))
+        for admission in plan.admit
+    )
+    return msgspec.structs.replace(plan, admit=admit)
+
+
+def _portable_params(params: SamplingParams) -> SamplingParams:
+    """Without what was compiled, which may be Python types, and what nobody samples by."""
+    return msgspec.structs.replace(
+        params,
+        json_schema=None,
+        regex=None,
+        choice=(),
+        grammar=None,
+        metadata={},
+        max_tokens=min(params.max_tokens, _MOST),
+        min_tokens=min(params.min_tokens, _MOST),
+        top_k=min(params.top_k, _MOST),
+    )
+
+
+def _current_folder() -> str | None:
+    try:
+        return os.getcwd()
+    except OSError:  # it has been removed
+        return None

@@ -1,0 +1,104 @@
+"""The process that runs a model, as the app sees it: started, watched, ended."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+from typing import Final
+
+from mtpbatch.exceptions import NativeDiedError
+from mtpbatch.isolated.channel import Channel, Notes
+
+CLOSING_TIME: Final = 5.0  # seconds that it has to end by itself
+
+
+class ModelProcess:
+    """A process with its channels.
+
+    A thread waits for its end, so that there is never a zombie. It then cuts the channels: their
+    other ends might be open in a process that the app has forked just when this one started.
+    Another thread kills it when it should have ended. Both are there from the start, as none can be
+    started when the interpreter ends.
+    """
+
+    def __init__(self, folder: str | None) -> None:
+        """Start it in that folder. Raises :class:`OSError` if that is not possible."""
+        pairs = [socket.socketpair() for _ in range(5)]
+        theirs = [str(their.fileno()) for _, their in pairs]
+        try:
+            # In a group of its own, as what the terminal tells the app's group is for the app.
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-m", "mtpbatch.isolated", str(os.getpid()), *theirs],
+                pass_fds=[their.fileno() for _, their in pairs],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                cwd=folder,
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                process_group=0,
+            )
+        except BaseException:
+            for ours, _ in pairs:
+                ours.close()
+            raise
+        finally:
+            for _, their in pairs:
+                their.close()
+        steps, notes, texts, grammars, embeddings = (ours for ours, _ in pairs)
+        self.notes = Notes(notes)
+        self.steps = Channel(steps)
+        self.texts = Channel(texts)
+        self.grammars = Channel(grammars)
+        self.embeddings = Channel(embeddings)
+        self._channels = (self.steps, self.texts, self.grammars, self.embeddings)
+        self._ending = threading.Event()  # it should end soon, or has
+        self._over = threading.Event()
+        self._threads = [
+            threading.Thread(target=work, name=f"mtpbatch-process-{self.pid}", daemon=True)
+            for work in (self._watch, self._hurry)
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def death(self, advice: str = "") -> NativeDiedError:
+        """Why a channel hung up. A process that lives on without is of no use, and is killed."""
+        self.kill()
+        self._over.wait()
+        return NativeDiedError(self._process.returncode, advice)
+
+    def kill(self) -> None:
+        """Have it end at once."""
+        self._process.kill()
+
+    def end_in_time(self) -> None:
+        """Kill it when it has had its time to end. From any thread."""
+        self._ending.set()
+
+    def close(self) -> None:
+        """End it, and wait for that. Nobody begins to use it any more."""
+        self._ending.set()
+        self.notes.hang_up()
+        for channel in self._channels:
+            channel.hang_up()
+        for thread in self._threads:
+            thread.join()
+        for channel in self._channels:
+            channel.close()
+
+    def _watch(self) -> None:
+        self._process.wait()
+        self._over.set()
+        self._ending.set()
+        for channel in self._channels:
+            channel.cut()
+
+    def _hurry(self) -> None:
+        self._ending.wait()
+        if not self._over.wait(CLOSING_TIME):
+            self.kill()

@@ -1,0 +1,213 @@
+"""An engine whose native part dies, played by the scripted backend, on all three event loops.
+
+Time is the backend's clock, which moves only when it is told to: no pause is slept through.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import anyio
+import pytest
+
+from mtpbatch import (
+    Completion,
+    Engine,
+    EngineClosedError,
+    EngineDeadError,
+    Generation,
+    ModelLoadError,
+    NativeDiedError,
+)
+from mtpbatch.restarts import MOST
+from mtpbatch.testing import ScriptedBackend, open_scripted_engine
+from patience import until
+
+pytestmark = pytest.mark.anyio
+
+ENDLESS: dict[str, Any] = {"max_tokens": 10**6, "ignore_eos": True}
+
+
+async def submitted(
+    engine: Engine, backend: ScriptedBackend, n: int, **params: Any
+) -> list[Generation]:
+    """So many requests, which all have come when the first step ends."""
+    gate = backend.hold_step(backend.n_steps)
+    generations = [engine.submit("x", **params) for _ in range(n)]
+    await gate.reached()
+    gate.release()
+    return generations
+
+
+async def check_died(generation: Generation) -> Completion:
+    """It ended with the death; what there was by then."""
+    with pytest.raises(
+        NativeDiedError, match=r"signal 9, SIGKILL\); .* send the request again"
+    ) as e:
+        await generation
+    assert e.value.returncode == -9
+    completion = generation.completion
+    assert completion is not None
+    assert completion is e.value.completion
+    assert completion.finish_reason == "error"
+    return completion
+
+
+async def test_who_runs_ends_with_the_death_and_who_waits_is_answered_after_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO, "mtpbatch")
+    backend = ScriptedBackend(lambda _: "y" * 40, n_seq=2, n_draft_max=0)
+    backend.die_in_step(5)
+    async with open_scripted_engine(backend) as engine:
+        generations = await submitted(engine, backend, 5)
+        for generation in generations[:2]:
+            assert (await check_died(generation)).text in ("yyyyy", "yyyy")
+        stats = engine.stats()
+        assert (stats.running, stats.waiting, stats.restarts) == (0, 3, 1)
+        assert stats.finished["error"] == 2
+        with pytest.raises(NativeDiedError, match="starts another one"):
+            engine.check_health()
+        assert backend.dead
+        late = engine.submit("x")  # while there is nothing that runs it
+        backend.clock.advance(1.0)
+        for generation in (*generations[2:], late):
+            assert (await generation).text == "y" * 40
+        engine.check_health()
+        engine._scheduler.check_integrity()
+        stats = engine.stats()
+        assert (stats.running, stats.waiting, stats.free_sequences) == (0, 0, 2)
+        assert stats.finished["stop"] == 4
+    words = [record.getMessage().split()[0] for record in caplog.records]
+    assert words == ["engine.opened", "engine.native_died", "engine.restarted", "engine.closed"]
+    assert "restart_in=1.0" in caplog.messages[1]
+    assert "requests=4" in caplog.messages[2]
+
+
+async def test_parked_requests_end_as_well_for_the_executor_had_their_random_state() -> None:
+    backend = ScriptedBackend(lambda _: "y" * 90, n_seq=4, n_ctx=64, n_cells=80, n_draft_max=0)
+    backend.die_in_step(40)
+    async with open_scripted_engine(backend) as engine:
+        generations = await submitted(engine, backend, 4, **ENDLESS)
+        n_tokens = [len((await check_died(generation)).token_ids) for generation in generations]
+        assert engine.stats().preemptions > 0
+        assert min(n_tokens) < 30 < max(n_tokens), "somebody has paused"
+        engine._scheduler.check_integrity()
+        backend.clock.advance(1.0)
+        assert (await engine.generate("x", max_tokens=3)).text == "yyy"
+        engine._scheduler.check_integrity()
+
+
+async def test_requests_are_cancelled_and_time_out_while_nothing_runs() -> None:
+    backend = ScriptedBackend(lambda _: "y" * 40, n_seq=1)
+    backend.die_in_step(0)
+    async with open_scripted_engine(backend) as engine:
+        running = engine.submit("x")
+        cancelled, late, early, last = (
+            engine.submit("x", **params)
+            for params in ({}, {"queue_timeout": 0.5}, {"timeout": 0.2}, {})
+        )
+        await check_died(running)
+        cancelled.cancel()
+        assert (await cancelled).finish_reason == "abort"
+        backend.clock.advance(0.5)
+        assert (await late).finish_reason == (await early).finish_reason == "timeout"
+        assert backend.dead, "half a second is left of the pause"
+        assert last.completion is None
+        backend.clock.advance(0.5)
+        assert (await last).text == "y" * 40
+
+
+async def test_pauses_grow_and_the_engine_is_dead_for_good_in_the_end(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    backend = ScriptedBackend(n_seq=1)
+    backend.die_in_step(0)
+    for index in range(MOST):
+        backend.fail_restart(index)
+    async with open_scripted_engine(backend) as engine:
+        running, waiting = engine.submit("x"), engine.submit("x")
+        await check_died(running)
+        for index in range(MOST):
+            said = f"restart_in={2.0**index}"
+            await until(lambda words=said: words in caplog.text)  # type: ignore[misc]
+            backend.clock.advance(2.0**index - 0.25)
+            with pytest.raises(NativeDiedError):
+                engine.check_health()
+            assert backend._n_restarts == index
+            backend.clock.advance(0.25)
+        with pytest.raises(EngineDeadError, match="scripted failure") as caught:
+            await waiting
+        assert isinstance(caught.value.__cause__, ModelLoadError)
+        assert waiting.completion is not None
+        for call in (engine.check_health, engine.stats, lambda: engine.submit("x")):
+            with pytest.raises(EngineDeadError):
+                call()
+
+
+async def test_who_dies_again_and_again_takes_a_request_along_each_time() -> None:
+    backend = ScriptedBackend(n_seq=1)
+    async with open_scripted_engine(backend) as engine:
+        for index in range(MOST):
+            backend.die_in_step(backend.n_steps)
+            await check_died(engine.submit("x", **ENDLESS))
+            backend.clock.advance(2.0**index)
+            await until(lambda: engine._death is None)
+            engine.check_health()
+        backend.die_in_step(backend.n_steps)
+        with pytest.raises(EngineDeadError, match="SIGKILL") as caught:
+            await engine.generate("x", **ENDLESS)
+        assert isinstance(caught.value.__cause__, NativeDiedError)
+
+
+async def test_who_runs_well_for_a_minute_has_recovered() -> None:
+    backend = ScriptedBackend(n_seq=1)
+    async with open_scripted_engine(backend) as engine:
+        for _ in range(MOST + 2):
+            backend.die_in_step(backend.n_steps)
+            await check_died(engine.submit("x", **ENDLESS))
+            backend.clock.advance(1.0)
+            await engine.generate("x")
+            backend.clock.advance(60.0)
+
+
+async def test_an_engine_is_closed_while_it_waits_to_restart() -> None:
+    backend = ScriptedBackend(n_seq=1)
+    backend.die_in_step(0)
+    async with open_scripted_engine(backend) as engine:
+        running, waiting = engine.submit("x"), engine.submit("x")
+        await check_died(running)
+        await engine.aclose()
+        assert (await waiting).finish_reason == "abort"
+        with pytest.raises(EngineClosedError):
+            engine.check_health()
+    assert backend.closed
+    assert backend._n_restarts == 0
+
+
+async def test_an_engine_is_drained_across_a_death() -> None:
+    backend = ScriptedBackend(lambda _: "answer", n_seq=1)
+    backend.die_in_step(0)
+    async with open_scripted_engine(backend) as engine:
+        running, waiting = engine.submit("x"), engine.submit("x")
+        async with anyio.create_task_group() as group:
+            group.start_soon(engine.drain)
+            await check_died(running)
+            assert waiting.completion is None
+            backend.clock.advance(1.0)
+        assert waiting.completion is not None
+        assert waiting.completion.text == "answer"
+
+
+async def test_a_backend_that_cannot_restart_ends_the_engine() -> None:
+    """A backend of one's own need not be able to."""
+
+    class Frail(ScriptedBackend):
+        restart = None  # type: ignore[assignment]
+
+    backend = Frail(n_seq=1)
+    backend.die_in_step(0)
+    async with open_scripted_engine(backend) as engine:
+        with pytest.raises(EngineDeadError, match="SIGKILL"):
+            await engine.generate("x")
