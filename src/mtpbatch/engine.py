@@ -668,7 +668,8 @@ class Engine:
             try:
                 self._run_plans()
             except NativeDiedError as death:
-                self._outlive(death, restarts)
+                # Its frames would keep what is left of the native part, as those below would.
+                self._outlive(death.with_traceback(None), restarts)
         self._abort_all()
         # Closing may have to wait for users; steps need not run on for nobody meanwhile.
         with self._turn:
@@ -713,7 +714,7 @@ class Engine:
             try:
                 backend.restart(self._look_after_requests)
             except MtpBatchError as error:
-                failure = error
+                failure = error.with_traceback(None)
             else:
                 restarts.up(self._clock())
                 self._death = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import anyio
 import numpy as np
@@ -17,9 +18,10 @@ TEXTS = ["In the beginning", "def main(", "And it came to pass in those days", "
 
 
 @pytest.fixture
-async def engine(demo_f32_path: Path) -> AsyncIterator[mtpbatch.Engine]:
+async def engine(demo_f32_path: Path, isolation: str) -> AsyncIterator[mtpbatch.Engine]:
+    sizes: dict[str, Any] = {"n_seq": 4, "n_ctx": 256, "n_batch": 32, "n_threads": 1}
     async with mtpbatch.Engine.open(
-        demo_f32_path, n_seq=4, n_ctx=256, n_batch=32, n_threads=1, kv_type="f32"
+        demo_f32_path, kv_type="f32", isolation=isolation, **sizes
     ) as engine:
         yield engine
 

@@ -21,9 +21,9 @@ PROMPTS = ["In the beginning", "def main(", "And it came to pass", "import os\n"
 
 
 @pytest.fixture
-async def engine(demo_path: Path) -> AsyncIterator[mtpbatch.Engine]:
+async def engine(demo_path: Path, isolation: str) -> AsyncIterator[mtpbatch.Engine]:
     async with mtpbatch.Engine.open(
-        demo_path, n_seq=4, n_ctx=512, n_batch=32, n_threads=1
+        demo_path, n_seq=4, n_ctx=512, n_batch=32, n_threads=1, isolation=isolation
     ) as engine:
         yield engine
         assert engine.stats().running == 0, "a test left a request running"
@@ -186,10 +186,17 @@ async def test_a_request_times_out_and_keeps_its_text(engine: mtpbatch.Engine) -
     assert engine.stats().finished["timeout"] == 1
 
 
-async def test_a_timeout_does_not_wait_for_the_step_under_way(demo_path: Path) -> None:
-    async with mtpbatch.Engine.open(
-        demo_path, n_seq=1, n_ctx=4096, n_batch=4096, n_ubatch=4096, n_threads=1
-    ) as engine:
+async def test_a_timeout_does_not_wait_for_the_step_under_way(
+    demo_path: Path, isolation: str
+) -> None:
+    sizes: dict[str, Any] = {
+        "n_seq": 1,
+        "n_ctx": 4096,
+        "n_batch": 4096,
+        "n_ubatch": 4096,
+        "n_threads": 1,
+    }
+    async with mtpbatch.Engine.open(demo_path, isolation=isolation, **sizes) as engine:
         running = engine.submit([5] * 4000, max_tokens=5, timeout=0.2)  # a step of a second or so
         await until(lambda: engine.stats().running == 1 or running.completion is not None)
         for waiting in (engine.submit("In the", queue_timeout=0.01), running):
@@ -217,8 +224,10 @@ async def test_sampling_with_a_seed_is_repeatable_whoever_shares_the_batch(
     assert alone.token_ids == together.token_ids == undrafted.token_ids
 
 
-async def test_closing_ends_everything_with_abort(demo_path: Path) -> None:
-    async with mtpbatch.Engine.open(demo_path, n_seq=1, n_ctx=256, n_threads=1) as engine:
+async def test_closing_ends_everything_with_abort(demo_path: Path, isolation: str) -> None:
+    async with mtpbatch.Engine.open(
+        demo_path, n_seq=1, n_ctx=256, n_threads=1, isolation=isolation
+    ) as engine:
         generations = [engine.submit("In the", max_tokens=250, ignore_eos=True) for _ in range(3)]
         async for _ in generations[0]:
             break
@@ -269,6 +278,7 @@ async def test_a_hybrid_model_without_heads_works_undrafted(tmp_path: Path) -> N
         assert (len(done.token_ids), done.drafted) == (20, 0)
 
 
+@pytest.mark.parametrize("isolation", ["none"])
 @pytest.mark.parametrize(
     ("prompt", "params", "parameter"),
     [
@@ -335,7 +345,7 @@ async def test_a_bad_config_names_its_parameter(
     assert caught.value.parameter == parameter
 
 
-async def test_a_bad_file_is_a_clear_error(tmp_path: Path, demo_path: Path) -> None:
+async def test_a_bad_file_is_a_clear_error(tmp_path: Path, demo_path: Path, isolation: str) -> None:
     missing = tmp_path / "missing.gguf"
     not_gguf = tmp_path / "notes.gguf"
     not_gguf.write_text("Dear diary")
@@ -343,7 +353,7 @@ async def test_a_bad_file_is_a_clear_error(tmp_path: Path, demo_path: Path) -> N
     truncated.write_bytes(demo_path.read_bytes()[:200_000])
     for path, words in ((missing, "no such file"), (not_gguf, "not a GGUF"), (truncated, "llama")):
         with pytest.raises(mtpbatch.ModelLoadError, match=words) as caught:
-            async with mtpbatch.Engine.open(path):
+            async with mtpbatch.Engine.open(path, isolation=isolation):
                 pass
         assert str(path) in str(caught.value)
 

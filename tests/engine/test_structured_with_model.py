@@ -75,9 +75,9 @@ def fits(text: str, form: dict[str, Any]) -> bool:
 
 
 @pytest.fixture
-async def engine(demo_f32_path: Path) -> AsyncIterator[mtpbatch.Engine]:
+async def engine(demo_f32_path: Path, isolation: str) -> AsyncIterator[mtpbatch.Engine]:
     async with mtpbatch.Engine.open(
-        demo_f32_path, n_seq=6, n_ctx=256, n_threads=1, kv_type="f32"
+        demo_f32_path, n_seq=6, n_ctx=256, n_threads=1, kv_type="f32", isolation=isolation
     ) as engine:
         yield engine
         assert engine.stats().running == 0, "a test left a request running"
@@ -213,6 +213,7 @@ async def test_xtc_from_a_probability_of_0_on_takes_nothing_that_cannot_come(
     assert len(done.token_ids) == 60 if "min_tokens" in form else done.text in form["choice"]
 
 
+@pytest.mark.parametrize("isolation", ["none"])
 async def test_who_is_cancelled_while_its_grammar_is_compiled_ends_at_once(
     engine: mtpbatch.Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,6 +258,7 @@ async def test_closing_ends_answers_under_way(demo_path: Path) -> None:
     assert (await waiting).finish_reason in ("abort", "stop")
 
 
+@pytest.mark.parametrize("isolation", ["none"])
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_random_schemas(engine: mtpbatch.Engine) -> None:
     """`tools/random_schemas.py` does the same with any number of them."""

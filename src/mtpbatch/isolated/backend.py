@@ -110,10 +110,9 @@ class ProcessBackend:
                 self._wait(timeout)
             return []
         exchange = Exchange(_portable(plan), wait, timeout, self._take_forgotten())
-        try:
+        with suppress(HangUp):
             return list(process.steps.ask(exchange, Results))
-        except HangUp:
-            raise self._bury(process) from None
+        raise self._bury(process)
 
     def restart(self, report: ProgressReport) -> None:
         process, loaded = self._start(report)
@@ -197,7 +196,7 @@ class ProcessBackend:
 
     def _load(self, process: ModelProcess, report: ProgressReport) -> Loaded:
         steps, share = process.steps, 0.0
-        try:
+        with suppress(HangUp):
             steps.send(Load(os.fsencode(self._path), self._config))
             while True:
                 goes_on = report(share)
@@ -209,8 +208,7 @@ class ProcessBackend:
                 if progress.loaded is not None:
                     return progress.loaded
                 share = progress.share
-        except HangUp:
-            raise ModelLoadError(f"{self._path}: {process.death()}; it was loading it") from None
+        raise ModelLoadError(f"{self._path}: {process.death()} while it loaded it")
 
     def _bury(self, process: ModelProcess) -> NativeDiedError:
         """There is no process from now on. What it died of."""
@@ -232,15 +230,12 @@ class ProcessBackend:
     def _ask(self, request: Struct, kind: type[_Value]) -> _Value:
         """Ask about texts. If the process dies meanwhile, this is hardly why: ask the next one."""
         process = self._running()
-        try:
+        with suppress(HangUp):
             return process.texts.ask(request, kind)
-        except HangUp:
-            pass
         process = self._running(other_than=process)
-        try:
+        with suppress(HangUp):
             return process.texts.ask(request, kind)
-        except HangUp:
-            raise process.death() from None
+        raise process.death()
 
     def _note(self, note: int) -> None:
         # No lock: see the protocol.
@@ -293,17 +288,16 @@ class _Embedder:
             self._ask(CloseEmbedder(), type(None))
 
     def _ask(self, request: Struct, kind: type[_Value]) -> _Value:
-        try:
+        with suppress(HangUp):
             return self._process.embeddings.ask(request, kind)
-        except HangUp:
-            raise self._process.death() from None
+        raise self._process.death()
 
 
 def _compile(process: ModelProcess, grammar: Grammar) -> None:
-    try:
+    with suppress(HangUp):
         process.grammars.ask(Compile(grammar.number, grammar.source), type(None))
-    except HangUp:
-        raise process.death() from None
+        return
+    raise process.death()
 
 
 def _portable(plan: Plan | None) -> Plan | None:

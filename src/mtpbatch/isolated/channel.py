@@ -6,6 +6,7 @@ import select
 import socket
 import struct
 import threading
+import weakref
 from contextlib import suppress
 from functools import cache
 from typing import Any, Final, TypeVar
@@ -145,6 +146,7 @@ class Notes:
     def __init__(self, end: socket.socket) -> None:
         self._socket = end
         end.setblocking(False)
+        weakref.finalize(self, end.close)
 
     def send(self, note: int) -> None:
         """Send a note, unless there are thousands that nobody has read: these will do."""
@@ -155,9 +157,6 @@ class Notes:
         """Tell the other end that no more notes come."""
         with suppress(OSError):  # there may be no other end any more
             self._socket.shutdown(socket.SHUT_WR)
-
-    def __del__(self) -> None:
-        self._socket.close()
 
 
 def read_note(end: socket.socket) -> int | None:

@@ -1,0 +1,486 @@
+"""The model's process dies, in every place, and the app lives on. On all three event loops.
+
+Nothing here sleeps: the process is stopped where it is to die, so that it is known to be there.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import anyio.to_thread
+import pytest
+
+import mtpbatch
+from mtpbatch import (
+    Engine,
+    EngineDeadError,
+    Generation,
+    ModelLoadError,
+    NativeDiedError,
+    WrongProcessError,
+)
+from mtpbatch import restarts as policy
+from mtpbatch.isolated import ProcessBackend
+from mtpbatch.isolated import process as isolated_process
+from mtpbatch.isolated.channel import Channel
+from mtpbatch.isolated.process import ModelProcess
+from patience import until
+
+pytestmark = pytest.mark.anyio
+
+LONG: dict[str, Any] = {"max_tokens": 400, "ignore_eos": True}
+SIZES: dict[str, Any] = {"n_ctx": 512, "n_threads": 1, "kv_type": "f32", "isolation": "process"}
+
+
+@pytest.fixture(autouse=True)
+def _quick_restarts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy, "FIRST", 0.01)
+
+
+def children() -> set[int]:
+    """Processes that this one has and has not taken leave of, zombies included."""
+    return {
+        int(pid)
+        for path in Path("/proc/self/task").glob("*/children")
+        for pid in path.read_text().split()
+    }
+
+
+@pytest.fixture(autouse=True)
+def _nothing_left() -> Iterator[None]:
+    before, n_files = children(), len(os.listdir("/proc/self/fd"))
+    yield
+    assert children() == before, "no process is left"
+    # Event loops come and go with fixtures; each pair of sockets would be at least five.
+    assert len(os.listdir("/proc/self/fd")) < n_files + 5, "no socket is left"
+
+
+@pytest.fixture
+async def engine(demo_f32_path: Path) -> AsyncIterator[Engine]:
+    async with Engine.open(demo_f32_path, n_seq=8, **SIZES) as engine:
+        yield engine
+
+
+def process_of(engine: Engine) -> ModelProcess:
+    assert isinstance(engine._backend, ProcessBackend)
+    process = engine._backend._process
+    assert process is not None
+    return process
+
+
+async def stopped(engine: Engine) -> ModelProcess:
+    """Have the process go no further. Who has begun is in it until it dies."""
+    process = process_of(engine)
+    os.kill(process.pid, signal.SIGSTOP)
+    threads = list(Path(f"/proc/{process.pid}/task").iterdir())
+    await until(lambda: all(state_of(thread) == "T" for thread in threads))
+    return process
+
+
+def state_of(thread: Path) -> str:
+    return (thread / "stat").read_text().rpartition(")")[2].split()[0]
+
+
+async def check_died(generation: Generation, number: int = signal.SIGKILL) -> None:
+    with pytest.raises(NativeDiedError, match=signal.Signals(number).name) as caught:
+        await generation
+    assert caught.value.returncode == -number
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGABRT, signal.SIGSEGV])
+async def test_eight_streams_end_and_those_who_waited_are_answered(
+    engine: Engine, number: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "mtpbatch")
+    undisturbed = await engine.generate("In the", **LONG)
+    streams = [engine.submit("In the", **LONG) for _ in range(8)]
+    for stream in streams:
+        await anext(stream)
+    waiting = [engine.submit("In the", **LONG) for _ in range(4)]
+    first = process_of(engine)
+    beats = 0
+
+    async def beat() -> None:
+        nonlocal beats
+        while True:
+            beats += 1
+            await anyio.lowlevel.checkpoint()
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(beat)
+        os.kill(first.pid, number)
+        for stream in streams:
+            await check_died(stream, number)
+            completion = stream.completion
+            assert completion is not None
+            n_tokens = len(completion.token_ids)
+            assert 0 < n_tokens < 400
+            assert completion.token_ids == undisturbed.token_ids[:n_tokens]
+        n_beats = beats
+        for generation in waiting:
+            assert (await generation).token_ids == undisturbed.token_ids
+        assert beats > n_beats, "the loop goes on meanwhile"
+        group.cancel_scope.cancel()
+    assert process_of(engine).pid != first.pid
+    engine.check_health()
+    engine._scheduler.check_integrity()
+    stats = engine.stats()
+    assert (stats.running, stats.waiting, stats.restarts) == (0, 0, 1)
+    assert (stats.finished["error"], stats.finished["length"]) == (8, 5)
+    words = [record.getMessage().split()[0] for record in caplog.records]
+    assert words == ["engine.native_died", "engine.restarted"]
+
+
+async def test_prompts_with_a_known_beginning_are_computed_anew(engine: Engine) -> None:
+    """Snapshots died with the process."""
+    first = await engine.generate("And it came to pass in those days, " * 8, max_tokens=30)
+    turn = [*first.prompt_token_ids, *first.token_ids, *first.token_ids[:3]]
+    again = await engine.generate(turn, max_tokens=20, ignore_eos=True)
+    assert again.usage.cached_tokens > 0
+    process_of(engine).kill()
+    await until(lambda: engine.stats().restarts == 1)
+    after = await engine.generate(turn, max_tokens=20, ignore_eos=True)
+    assert after.usage.cached_tokens == 0
+    assert after.token_ids == again.token_ids
+
+
+async def test_a_text_that_is_being_tokenised_is_tokenised_by_the_next_process(
+    engine: Engine,
+) -> None:
+    expected = await engine.generate("In the", max_tokens=20)
+    process = await stopped(engine)
+    generation = engine.submit("In the", max_tokens=20)
+    await until(process.texts._lock.locked)
+    process.kill()
+    assert (await generation).token_ids == expected.token_ids
+    process = await stopped(engine)
+    async with anyio.create_task_group() as group:
+        group.start_soon(engine.tokenize, "In the")
+        await until(process.texts._lock.locked)
+        process.kill()
+
+
+async def test_whose_grammar_is_being_compiled_ends(engine: Engine) -> None:
+    process = await stopped(engine)
+    generation = engine.submit([70, 71], regex="[a-z]{3}")
+    await until(process.grammars._lock.locked)
+    process.kill()
+    await check_died(generation)
+    assert generation.completion is None
+    assert len((await engine.generate([70, 71], regex="[a-z]{3}")).text) == 3
+
+
+async def test_who_waits_with_a_grammar_keeps_it(engine: Engine) -> None:
+    for _ in range(8):
+        await anext(engine.submit("In the", **LONG))
+    waiting = [
+        engine.submit("In the", regex=f"[a-z]{{{n}}}", max_tokens=100, temperature=1.0)
+        for n in range(3, 9)
+    ]
+    await until(lambda: engine._intake.n_ready == 14)
+    process_of(engine).kill()
+    for n, generation in enumerate(waiting, 3):
+        done = await generation
+        assert len(done.text) == n
+        assert done.text.isalpha()
+    del generation, done, waiting
+    await engine.generate("x", max_tokens=2)  # the last plan is the last that knew them
+    assert isinstance(engine._backend, ProcessBackend)
+    assert not engine._backend._grammars, "nobody needs them any more"
+
+
+async def test_texts_that_are_being_embedded_end(engine: Engine) -> None:
+    expected = (await engine.embed(["In the beginning"])).vectors
+    process = await stopped(engine)
+    errors: list[NativeDiedError] = []
+
+    async def embed() -> None:
+        with pytest.raises(NativeDiedError, match="SIGKILL") as caught:
+            await engine.embed(["In the beginning"] * 9)
+        errors.append(caught.value)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(embed)
+        await until(lambda: process.texts._lock.locked() or process.embeddings._lock.locked())
+        # The next process tokenises the texts, and the embedder they were for is gone.
+        process.kill()
+    assert len(errors) == 1
+    assert ((await engine.embed(["In the beginning"])).vectors == expected).all()
+
+
+async def test_a_process_that_dies_while_it_loads(
+    demo_f32_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine is not opened, and says of what it died: a hostile file can do no more."""
+    send = Channel.send
+
+    def send_and_stop(self: Any, message: object) -> None:
+        [pid] = children()
+        os.kill(pid, signal.SIGABRT)
+        send(self, message)
+
+    monkeypatch.setattr(Channel, "send", send_and_stop)
+    words = rf"{demo_f32_path}: .*process that runs the model died \(signal 6, SIGABRT\)"
+    with pytest.raises(ModelLoadError, match=words):
+        async with Engine.open(demo_f32_path, **SIZES):
+            pass
+
+
+async def test_a_process_that_cannot_be_started(
+    demo_f32_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for program, words in (("/nowhere/python", "no process could be"), ("false", "exit status 1")):
+        monkeypatch.setattr(sys, "executable", program)
+        with pytest.raises(ModelLoadError, match=words):
+            async with Engine.open(demo_f32_path, **SIZES):
+                pass
+
+
+async def test_loading_is_given_up_when_nobody_waits_for_it(demo_f32_path: Path) -> None:
+    shares: list[float] = []
+    with anyio.CancelScope() as scope:
+
+        def progress(share: float) -> None:
+            shares.append(share)
+            scope.cancel()
+
+        async with Engine.open(demo_f32_path, progress=progress, **SIZES):
+            pytest.fail("it was cancelled")
+    assert shares
+
+
+async def test_what_the_progress_of_loading_raises_is_raised(demo_f32_path: Path) -> None:
+    def progress(share: float) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        async with Engine.open(demo_f32_path, progress=progress, **SIZES):
+            pass
+
+
+async def test_deaths_in_a_row_end_the_engine_for_good(engine: Engine) -> None:
+    for index in range(policy.MOST + 1):
+        generation = engine.submit("In the", **LONG)
+        await anext(generation)
+        process_of(engine).kill()
+        if index < policy.MOST:
+            await check_died(generation)
+            await engine.tokenize("x")  # which waits until another one runs
+    with pytest.raises(EngineDeadError, match="SIGKILL") as caught:
+        await generation
+    assert isinstance(caught.value.__cause__, NativeDiedError)
+    for wait in (engine.generate("x"), engine.tokenize("x"), engine.embed(["x"])):
+        with pytest.raises(EngineDeadError):
+            await wait
+
+
+@pytest.mark.parametrize("left", ["nothing", "another model"])
+async def test_a_model_that_is_not_there_any_more_ends_the_engine(
+    demo_f32_path: Path, dense_path: Path, tmp_path: Path, left: str
+) -> None:
+    path = tmp_path / "model.gguf"
+    path.symlink_to(demo_f32_path)
+    words = "no such file" if left == "nothing" else "is not the model any more"
+    async with Engine.open(path, n_seq=1, **SIZES) as engine:
+        running, waiting = engine.submit("In the", **LONG), engine.submit("In the", **LONG)
+        await anext(running)
+        path.unlink()
+        if left == "another model":
+            path.symlink_to(dense_path)
+        # A text on its way meanwhile must not wait for ever either.
+        process = await stopped(engine)
+        async with anyio.create_task_group() as group:
+
+            async def tokenize() -> None:
+                with pytest.raises(EngineDeadError):
+                    await engine.tokenize("x")
+
+            group.start_soon(tokenize)
+            await until(process.texts._lock.locked)
+            process.kill()
+        await check_died(running)
+        with pytest.raises(EngineDeadError, match=words):
+            await waiting
+
+
+async def test_closing_waits_for_nobody_who_hangs(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(isolated_process, "CLOSING_TIME", 0.1)
+    running = engine.submit("In the", **LONG)
+    await anext(running)
+    process = await stopped(engine)
+    texts = engine.submit("def main(")
+    await until(process.texts._lock.locked)
+    await engine.aclose()
+    assert engine._ended.is_set(), "nothing is left behind"
+    for generation in (running, texts):
+        assert (await generation).finish_reason == "abort"
+
+
+async def test_closing_while_there_is_no_process(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(policy, "FIRST", 1000.0)
+    running = engine.submit("In the", **LONG)
+    await anext(running)
+    process_of(engine).kill()
+    await check_died(running)
+    waiting = engine.submit("In the", **LONG)
+    with pytest.raises(NativeDiedError):
+        engine.check_health()
+    await engine.aclose()
+    assert (await waiting).finish_reason == "abort"
+
+
+async def test_what_the_terminal_and_supervisors_send_is_for_the_app(engine: Engine) -> None:
+    running = engine.submit("In the", **LONG)
+    await anext(running)
+    process = process_of(engine)
+    assert os.getpgid(process.pid) == process.pid, "Ctrl-C goes to another group"
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(process.pid, number)
+    assert len((await running).token_ids) == 400
+    assert process_of(engine) is process
+
+
+async def test_a_fork_of_the_app_neither_uses_the_process_nor_keeps_it(engine: Engine) -> None:
+    """Its copies of the sockets are open for as long as it lives: a death shows all the same."""
+    running = engine.submit("In the", **LONG)
+    await anext(running)
+    at, end = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(end)
+        try:
+            running.cancel()
+        except WrongProcessError:
+            engine._backend.cancel(1)  # as a garbage collection might
+            engine._backend.wake()
+            os.read(at, 1)
+            os._exit(0)
+        os._exit(1)
+    os.close(at)
+    assert len((await running).token_ids) == 400
+    process_of(engine).kill()
+    expected = await engine.generate("In the", **LONG)
+    assert expected.token_ids == (await running).token_ids
+    os.close(end)
+    _, status = await anyio.to_thread.run_sync(os.waitpid, child, 0)
+    assert status == 0
+
+
+async def test_a_cancelled_request_costs_no_more_steps_though_the_app_keeps_the_gil(
+    dense_path: Path,
+) -> None:
+    async with Engine.open(dense_path, n_seq=1, n_ctx=4096, n_threads=1, isolation="process") as e:
+        async with e.stream("In the", max_tokens=4000, ignore_eos=True) as deltas:
+            await anext(deltas)
+            sum(range(30_000_000))  # half a second, in which hundreds of steps pass
+            n_before = e.stats().steps
+            deltas.cancel()
+            sum(range(30_000_000))
+            done = await deltas
+        assert done.finish_reason == "abort"
+        await e.generate("In the", max_tokens=1)
+        assert e.stats().steps - n_before < 4000 - 1
+        assert len(done.token_ids) < 4000
+
+
+async def test_numbers_that_no_message_can_hold(demo_f32_path: Path) -> None:
+    huge = 10**30
+    limits: dict[str, Any] = {
+        "max_waiting": huge,
+        "max_waiting_tokens": huge,
+        "snapshot_memory": huge,
+    }
+    async with Engine.open(demo_f32_path, n_seq=1, **SIZES, **limits) as engine:
+        assert {name: getattr(engine.config, name) for name in limits} == limits
+        done = await engine.generate(
+            "In the", max_tokens=huge, min_tokens=huge, top_k=huge, temperature=1.0, seed=1
+        )
+        assert done.finish_reason == "length"
+
+
+@pytest.mark.parametrize("ending", ["os._exit(0)", "os.kill(os.getpid(), signal.SIGKILL)"])
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_the_process_ends_with_the_app(demo_f32_path: Path, ending: str) -> None:
+    program = f"""
+import anyio, os, signal, sys
+import mtpbatch
+
+async def main():
+    async with mtpbatch.Engine.open(sys.argv[1], isolation="process", n_threads=1) as engine:
+        stream = engine.submit("In the", max_tokens=4000, ignore_eos=True)
+        await anext(stream)
+        print(engine._backend._process.pid, flush=True)
+        sys.stdin.read(1)
+        {ending}
+
+anyio.run(main)
+"""
+    command = [sys.executable, "-c", program, str(demo_f32_path)]
+    async with await anyio.open_process(command) as app:
+        assert app.stdout is not None
+        assert app.stdin is not None
+        pid = int(await app.stdout.receive())
+        watch = os.pidfd_open(pid)
+        try:
+            await app.stdin.send(b"x")
+            await anyio.wait_readable(watch)
+        finally:
+            os.close(watch)
+        await app.wait()
+
+
+def comparable(done: mtpbatch.Completion) -> dict[str, Any]:
+    """Without what is never the same twice."""
+    values = {field: getattr(done, field) for field in done.__struct_fields__}
+    return {k: v for k, v in values.items() if k not in ("request_id", "timings")}
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_all_that_can_be_asked_is_answered_as_in_process(demo_f32_path: Path) -> None:
+    prompt = "And it came to pass in those days, " * 8
+    asked: list[dict[str, Any]] = [
+        {"speculation": 0},
+        {"speculation": 3},
+        {"temperature": 0.9, "top_k": 40, "top_p": 0.95, "min_p": 0.01, "seed": 5},
+        {"logprobs": 3, "prompt_logprobs": 2, "speculation": 3},
+        {"stop": ["the", "ü"], "min_tokens": 5},
+        {"stop_token_ids": [10, 11, 12], "logit_bias": {10: 5.0}},
+        {"bad_words": ["the", "and"], "repetition_penalty": 1.3, "presence_penalty": 0.5},
+        {"dry_multiplier": 0.8, "dry_sequence_breakers": ["\n"], "speculation": 2},
+        {"json_schema": dict[str, int], "temperature": 1.0, "seed": 3, "max_tokens": 60},
+        {"regex": "[a-z]{5}", "metadata": {"a": 1, "b": None, "c": "x", "d": 0.5}},
+        {"choice": ["yes", "no"]},
+        {
+            "typical_p": 0.9,
+            "xtc_probability": 0.5,
+            "xtc_threshold": 0.1,
+            "temperature": 1,
+            "seed": 9,
+        },
+    ]
+    found = []
+    for isolation in ("none", "process"):
+        async with Engine.open(
+            demo_f32_path, n_seq=2, **{**SIZES, "isolation": isolation}
+        ) as engine:
+            done = [
+                await engine.generate(prompt, **({"max_tokens": 30} | params)) for params in asked
+            ]
+            texts = [await engine.tokenize(prompt), await engine.detokenize([80, 90, 1000])]
+            chat = await engine.chat([{"role": "user", "content": "Hello"}], max_tokens=10)
+            vectors = (await engine.embed([prompt, "x"])).vectors.tolist()
+            found.append(([*map(comparable, done)], texts, chat.message, vectors, engine.model))
+    assert found[0] == found[1]
+    assert any(one["usage"].cached_tokens for one in found[0][0])
