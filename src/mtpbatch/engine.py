@@ -708,6 +708,7 @@ class Engine:
                 with self._turn:
                     self._death = death
                     self._deliver(self._scheduler.start_over(death, now))
+                    self._watchers.see(self._scheduler.running)
             log.warning("engine.native_died", error=str(failure), restart_in=pause)
             if not self._wait(now + pause):
                 return

@@ -364,6 +364,12 @@ _FIGURES: Final = (
     ),
     _Figure(
         CounterMetricFamily,
+        "engine_restarts",
+        "How often the process that runs the model died, so that another one was needed.",
+        lambda s: s.stats.restarts,
+    ),
+    _Figure(
+        CounterMetricFamily,
         "spec_decode_num_drafts",
         "How often a sequence drafted.",
         lambda s: s.stats.drafted_by_depth[0] if s.stats.drafted_by_depth else 0,

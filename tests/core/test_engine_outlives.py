@@ -102,12 +102,10 @@ async def test_parked_requests_end_as_well_for_the_executor_had_their_random_sta
 async def test_requests_are_cancelled_and_time_out_while_nothing_runs() -> None:
     backend = ScriptedBackend(lambda _: "y" * 40, n_seq=1)
     backend.die_in_step(0)
+    asked: list[dict[str, Any]] = [{}, {"queue_timeout": 0.5}, {"timeout": 0.2}, {}]
     async with open_scripted_engine(backend) as engine:
         running = engine.submit("x")
-        cancelled, late, early, last = (
-            engine.submit("x", **params)
-            for params in ({}, {"queue_timeout": 0.5}, {"timeout": 0.2}, {})
-        )
+        cancelled, late, early, last = (engine.submit("x", **params) for params in asked)
         await check_died(running)
         cancelled.cancel()
         assert (await cancelled).finish_reason == "abort"

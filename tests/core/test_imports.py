@@ -111,11 +111,11 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 MAY_IMPORT |= {
     "server/config": set(),
-    "server/errors": {"exceptions"},
+    "server/errors": {"restarts", "exceptions"},
     "server/limits": {"server", "types", "exceptions"},
     "server/protocol": {"types", "exceptions"},
     "server/openapi": {"server"},
-    "server/endpoint": {"server", "engine", "_log"},
+    "server/endpoint": {"server", "engine", "_log", "exceptions"},
     "server/generating": {"server", "generation", "types", "exceptions"},
     "server/tools": {"server", "chat", "exceptions"},
     "server/completions": {"server", "generation", "types", "exceptions"},

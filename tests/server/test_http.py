@@ -260,6 +260,22 @@ async def test_when_the_engine_dies_all_endpoints_are_503() -> None:
         assert "secret" not in "".join(response.text for response in later)
 
 
+async def test_a_request_under_which_the_model_dies_is_to_be_sent_again() -> None:
+    backend = ScriptedBackend(lambda _: "abc" * 9, mtp=False)
+    backend.die_in_step(3)
+    async with scripted(backend) as (_, client):
+        response = await client.post("/v1/completions", json=ASK)
+        health = await client.get("/health")
+        for one in (response, health):
+            assert one.status_code == 503
+            assert error_of(one)["code"] == "engine_restarting"
+            assert one.headers["retry-after"] == "1"
+        backend.clock.advance(1.0)
+        response = await client.post("/v1/completions", json=ASK)
+        assert response.status_code == 200, "it waits, if need be"
+        assert (await client.get("/health")).status_code == 200
+
+
 async def test_health_says_when_no_step_ends() -> None:
     backend = ScriptedBackend()
     gate = backend.hold_step(0)

@@ -10,7 +10,7 @@ import anyio
 import msgspec
 import pytest
 
-from mtpbatch import InternalError, SequenceStep, StepReport
+from mtpbatch import InternalError, NativeDiedError, SequenceStep, StepReport
 from mtpbatch.server.page import feed as feed_module
 from mtpbatch.server.page.feed import INTERVAL, Feed, Slot, Viewer, slots
 from mtpbatch.testing import ScriptedBackend, open_scripted_engine
@@ -284,6 +284,19 @@ async def test_a_dead_engine_is_shown_as_that(backend: ScriptedBackend) -> None:
             assert (last["state"], last["stats"]) == ("dead", None)
             assert feed.over
             assert "secret" not in screen.text
+
+
+async def test_an_engine_whose_model_dies_is_shown_as_that(backend: ScriptedBackend) -> None:
+    backend.die_in_step(2)
+    async with open_scripted_engine(backend) as engine:
+        with Feed(engine, backend.clock).viewer() as viewer:
+            screen = Screen(backend, viewer)
+            with pytest.raises(NativeDiedError):
+                await engine.generate("a", max_tokens=50, ignore_eos=True)
+            assert screen.look()["state"] == "restarting"
+            backend.clock.advance(1.0)
+            await engine.generate("a", max_tokens=5, ignore_eos=True)
+            assert screen.look()["state"] == "serving"
 
 
 async def test_an_engine_in_which_no_step_ends_is_shown_as_that(backend: ScriptedBackend) -> None:

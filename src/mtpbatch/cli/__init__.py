@@ -129,6 +129,7 @@ _SERVING_ENGINE_OPTIONS: dict[str, dict[str, Any]] = {
     "speculation": {"type": _depth, "help": 'draft depth: 0 off, a number, or "auto"'},
     "max_waiting": {"type": int, "help": "most requests that wait; more are refused with 429"},
     "max_waiting_tokens": {"type": int, "help": "most prompt tokens that wait"},
+    "isolation": {"help": 'where the model runs: "none", or in a "process" of its own'},
 }
 _SERVER_OPTIONS: dict[str, dict[str, Any]] = {
     "model_name": {"help": "what clients call the model; default: the file's name"},

@@ -10,6 +10,7 @@ import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import anyio
@@ -19,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from mtpbatch._log import log
 from mtpbatch.engine import Engine
+from mtpbatch.exceptions import NativeDiedError
 from mtpbatch.server.config import ServerConfig
 from mtpbatch.server.errors import ApiError, api_error
 from mtpbatch.server.limits import ClientGone, Pace, read_json
@@ -40,7 +42,8 @@ class Service(NamedTuple):
 
     def check(self) -> None:
         """Raise if the engine serves nobody any more."""
-        self.engine.check_health(stall_timeout=math.inf)
+        with suppress(NativeDiedError):  # requests wait until the model is there again
+            self.engine.check_health(stall_timeout=math.inf)
 
     def check_model(self, name: str | None) -> None:
         """Raise unless that is the name of our model, or none."""

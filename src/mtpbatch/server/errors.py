@@ -23,8 +23,10 @@ from mtpbatch.exceptions import (
     GrammarError,
     InvalidParameterError,
     InvalidRequestError,
+    NativeDiedError,
     PromptTooLongError,
 )
+from mtpbatch.restarts import FIRST
 
 _PLACE = re.compile(r" - at `(?:key` in `)?\$\.?(.*)`$", re.DOTALL)
 _UNKNOWN = re.compile(r"Object contains unknown field `(.*)`")
@@ -127,6 +129,13 @@ def api_error(
             return ApiError(503, "the engine has died; the server restarts", code="engine_dead")
         case EngineStalledError():
             return ApiError(503, str(error), code="engine_stalled")
+        case NativeDiedError():
+            return ApiError(
+                503,
+                "the process that runs the model died; another one is started: try again",
+                code="engine_restarting",
+                retry_after=round(FIRST),
+            )
         case ContextError():
             return ApiError(501, str(error), code="not_possible")
         case _:

@@ -26,6 +26,7 @@ from mtpbatch.exceptions import (
     EngineError,
     EngineStalledError,
     MtpBatchError,
+    NativeDiedError,
 )
 from mtpbatch.types import Completion, EngineStats, SamplingParams, StepReport
 
@@ -35,7 +36,7 @@ _SLOT: Final = 0.025  # seconds: on a screen that shows 20 of them, less is no w
 _MOST_NOTES: Final = 2048  # that wait for a frame; if that is late, the oldest are left out
 _KEPT_FRAMES: Final = 20  # who is further behind leaves some out
 
-State: TypeAlias = Literal["serving", "stalled", "draining", "closed", "dead"]
+State: TypeAlias = Literal["serving", "stalled", "restarting", "draining", "closed", "dead"]
 
 
 class Run(Struct, frozen=True, gc=False):
@@ -252,6 +253,8 @@ class Feed:
             engine.check_health()
         except EngineStalledError:
             return "stalled", stats
+        except NativeDiedError:
+            return "restarting", stats
         except EngineError:  # since a moment ago
             return "closed", stats
         return ("draining" if engine.draining else "serving"), stats

@@ -10,6 +10,7 @@ const SAID = {
   connecting: "Connecting",
   serving: "Live",
   stalled: "No step ends: the engine may hang",
+  restarting: "The model's process died: another one is started",
   draining: "Draining: no new requests",
   closed: "The engine is closed",
   dead: "The engine has died",
