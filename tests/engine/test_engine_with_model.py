@@ -164,7 +164,8 @@ async def test_a_queued_request_is_cancelled_before_it_is_prefilled(
 
 async def test_a_request_is_cancelled_in_the_middle_of_its_prompt(engine: mtpbatch.Engine) -> None:
     long_prompt = (await engine.tokenize("In the beginning ") * 200)[:500]  # 16 chunks and more
-    clock = engine.submit("In the", max_tokens=100, ignore_eos=True)
+    first = await engine.tokenize("In the")  # else it might enter after the victim
+    clock = engine.submit(first, max_tokens=100, ignore_eos=True)
     victim = engine.submit(long_prompt, max_tokens=5)
     n_steps = 0
     async for _ in clock:
