@@ -332,15 +332,20 @@ void Context::decode(const std::vector<Row> & rows) {
         }
     }
     last_batch_.clear();
-    const int32_t rc = llama_process(raw_, LLAMA_PROCESS_TYPE_DECODE, batch_);
+    int32_t rc = 0;
+    try {
+        rc = llama_process(raw_, LLAMA_PROCESS_TYPE_DECODE, batch_);
+    } catch (...) {
+        resynchronize(rows);
+        throw;
+    }
+    if (rc != 0) {
+        resynchronize(rows);
+    }
     if (rc == 1) {
         throw Error(MTPBATCH_NO_KV_SLOT, "no free KV cells for a batch of " + std::to_string(rows.size()) + " rows");
     }
     if (rc != 0) {
-        for (auto & s : sequences_) {
-            s.retractable = 0;  // its earlier passes may have moved any state
-        }
-        resynchronize(rows);
         throw Error(MTPBATCH_DECODE_FAILED, with_reason("decode failed with code " + std::to_string(rc)));
     }
     llama_synchronize(raw_);
@@ -386,8 +391,11 @@ void Context::require_free() const {
     }
 }
 
-// After a failed decode some of its passes may have left their positions behind.
+// After a failed decode some of its passes may have left their positions behind, and moved any state.
 void Context::resynchronize(const std::vector<Row> & rows) {
+    for (auto & s : sequences_) {
+        s.retractable = 0;
+    }
     for (const Row & row : rows) {
         auto & s = sequences_[row.seq_id];
         s.length = llama_memory_seq_pos_max(llama_get_memory(raw_), row.seq_id) + 1;

@@ -332,7 +332,7 @@ void Executor::step(Step & out) {
     const mtpbatch_status failures[] = { MTPBATCH_OK, MTPBATCH_OUT_OF_MEMORY, MTPBATCH_NO_KV_SLOT,
                                          MTPBATCH_DECODE_FAILED };
     if (std::find(std::begin(failures), std::end(failures), out.report.status) == std::end(failures)) {
-        out.report.status = MTPBATCH_INTERNAL;  // the plan was right: a rule was broken in here
+        out.report.status = MTPBATCH_DECODE_FAILED;  // a rule was broken in here; who took part is lost all the same
     }
     out.message = error.message;
     stepped_    = true;

@@ -73,6 +73,8 @@ void Stepper::admit(Admission & admission) {
     request.over      = admission.cancelled;
     if (admission.snapshot != 0 && !admission.cancelled) {
         start_from_snapshot(seq_id, [&] { snapshots_.restore(admission.snapshot, seq_id, admission.n_reused); });
+    } else {
+        request.unclean = target_->length(seq_id) > 0;
     }
     ignore_undrafted(seq_id);
 }
@@ -109,6 +111,7 @@ void Stepper::resume(const mtpbatch_resume & resume) {
         start_from_snapshot(resume.seq_id, [&] { snapshots_.restore(resume.snapshot, resume.seq_id); });
     } else {
         request.last_token = -1;  // it comes again, with all before it
+        request.unclean    = target_->length(resume.seq_id) > 0;
         if (request.lost) {
             request.over = request.lost = false;
         }
@@ -268,6 +271,10 @@ void Stepper::begin(const Plan & plan, bool repeated) {
         part.n_accepted = 0;
         part.finish     = MTPBATCH_GOES_ON;
         part.stuck      = false;
+        if (part.request && part.request->unclean) {
+            throw Error(MTPBATCH_DECODE_FAILED,
+                        sequence_name(part.seq_id) + " could not be emptied of what was decoded on it before");
+        }
     }
 }
 

@@ -58,7 +58,8 @@ class Stepper {
         bool                     drafts;
         int32_t                  n_logprobs;
         int32_t                  n_prompt_logprobs;
-        bool                     lost = false;  // its state is not to be relied on
+        bool                     lost    = false;  // its state is not to be relied on
+        bool                     unclean = false;  // its id still holds what was decoded on it before
         bool        over = false;  // finished, cancelled, lost or at a stop text: nothing goes on until it is released
         int32_t     n_generated = 0;
         llama_token last_token  = -1;  // sampled, not yet decoded; -1: the prompt is not complete

@@ -48,6 +48,7 @@ from mtpbatch.chat.generation import ChatGeneration
 from mtpbatch.embedding import EmbeddingThread
 from mtpbatch.exceptions import (
     ChatTemplateError,
+    DecodeError,
     EngineStalledError,
     InvalidParameterError,
     MtpBatchError,
@@ -760,9 +761,10 @@ class Engine:
             of_step = self._scheduler.update(result, now, parts)
             if parts is not None:
                 self._watchers.stepped(result, parts, now)
-            if result.error is not None:
-                requests = [event.request_id for event in of_step]
-                log.warning("step.failed", requests=requests, error=str(result.error))
+            failures = [event for event in of_step if isinstance(event.error, DecodeError)]
+            if failures:
+                requests = [event.request_id for event in failures]
+                log.warning("step.failed", requests=requests, error=str(failures[0].error))
             events += of_step
         self._last_step = self._clock()
         self._deliver(events)
@@ -797,19 +799,18 @@ class Engine:
     def _bury(self) -> None:
         """End every request because the engine has died."""
         for request_id, live in self._intake.everyone():
-            error = self._gate.end_error()
-            error.completion = self._last_words(request_id)
-            event = Event(request_id, error=error)
+            event = self._last_words(request_id)
             self._forget(event)
             live.mailbox.put([(live, event)])
         self._drained.set()
 
-    def _last_words(self, request_id: str) -> Completion:
+    def _last_words(self, request_id: str) -> Event:
         """What came of a request before the engine died."""
         sequence = self._scheduler.let_go(request_id) or self._intake.withdrawn(request_id)
-        if not sequence.finished:
-            sequence.end("error", self._clock())
-        return sequence.completion()
+        delta = None if sequence.finished else sequence.end("error", self._clock())
+        error = self._gate.end_error()
+        error.completion = sequence.completion()
+        return Event(request_id, delta, error=error)
 
     def _forget(self, event: Event) -> None:
         """A request has had its last event."""

@@ -334,7 +334,8 @@ class Scheduler:
         if result.error is not None:
             return self._fail(flight.sequences, result.error, now)
         if len(result.entries) != len(plan.entries):
-            raise InternalError(f"{len(plan.entries)} entries gave {len(result.entries)} results")
+            gave = f"{len(plan.entries)} entries gave {len(result.entries)} results"
+            return self._fail(flight.sequences, DecodeError(gave), now)
         self._steps += result.n_target_tokens > 0  # not if all its sequences had ended by then
         self._gap_time += result.gap_time
         self._draft_time += result.draft_time
@@ -353,17 +354,14 @@ class Scheduler:
         ):
             if sequence is None or sequence.finish_reason is not None:  # since the step began
                 continue
-            if stuck and entry.seq_id in stuck:
-                if outcome.token_ids:  # it was stuck after some drafts
+            stuck_by = stuck.get(entry.seq_id) if stuck else None
+            delta = None
+            try:
+                if stuck_by is None or outcome.token_ids:  # else it was stuck before any draft
                     delta = sequence.absorb(entry, outcome, now, repeated=repeated)
-                    if delta is not None and delta.finish_reason is not None:
-                        events.append(Event(sequence.request_id, delta, self._retire(sequence)))
-                        continue
-                    events.append(Event(sequence.request_id, delta))
-                reason = f"the answer cannot go on by its grammar: {stuck[entry.seq_id]}"
-                events.append(self._end_by_error(sequence, GrammarError(reason), now))
+            except DecodeError as garbled:  # nothing is known of it any more
+                events.append(self._end_by_error(sequence, garbled, now))
                 continue
-            delta = sequence.absorb(entry, outcome, now, repeated=repeated)
             if not repeated and entry.tokens:
                 n_prompt += len(entry.tokens)
             elif delta is not None:
@@ -372,14 +370,17 @@ class Scheduler:
                 n_fed = 0 if repeated else len(entry.tokens)
                 if n_fed or delta is not None:
                     parts.append(_part(sequence, entry, n_fed, outcome.n_drafted, delta))
-            if delta is None:
-                continue
-            n_generated += len(delta.token_ids)
-            n_accepting[delta.n_accepted] += 1
-            if sequence.finish_reason is not None:
-                events.append(Event(sequence.request_id, delta, self._retire(sequence)))
-            elif sequence.followed:
-                events.append(Event(sequence.request_id, delta))
+            if delta is not None:
+                n_generated += len(delta.token_ids)
+                n_accepting[delta.n_accepted] += 1
+                if sequence.finish_reason is not None:
+                    events.append(Event(sequence.request_id, delta, self._retire(sequence)))
+                    continue
+                if sequence.followed:
+                    events.append(Event(sequence.request_id, delta))
+            if stuck_by is not None:
+                failure = GrammarError(f"the answer cannot go on by its grammar: {stuck_by}")
+                events.append(self._end_by_error(sequence, failure, now))
         self._prompt_tokens += n_prompt
         self._generated_tokens += n_generated
         for n_drafted, count in enumerate(verifying):

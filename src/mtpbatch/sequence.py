@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mtpbatch.exceptions import InternalError
+from mtpbatch.exceptions import DecodeError, InternalError
 from mtpbatch.speculation import DraftWish, Habit, at_least
 from mtpbatch.text import TextAssembler
 from mtpbatch.types import (
@@ -252,14 +252,14 @@ class Sequence:
 
         ``None`` if it gave no tokens: more of the prompt is to come, or the sequence is being
         cancelled. ``repeated``: the entry's prompt tokens were fed by an earlier step. Raises
-        :class:`InternalError` for a result that the entry cannot have.
+        :class:`DecodeError` for a result that the entry cannot have.
         """
         kept, accepted, reason = result.token_ids, result.n_accepted, result.finish_reason
         room = self.max_tokens - len(self.token_ids)
         chunk, n_scored = ((), 0) if repeated else (entry.tokens, len(entry.scored))
         n_logprobs = 0 if self._logprobs is None else len(kept)
-        if not _fits(entry, result, room, n_scored, n_logprobs):
-            raise InternalError(f"{self!r} was given {result} for {entry}")
+        if not (_fits(entry, result, room, n_scored, n_logprobs) and self._assembler.knows(kept)):
+            raise DecodeError(f"{self!r} was given {result} for {entry}")
         if chunk and (kept or not entry.sample):
             self.n_computed += len(chunk)
         if self._prompt_logprobs is not None:

@@ -31,6 +31,7 @@ class TextAssembler:
         "_held",
         "_matchers",
         "_n_before",
+        "_n_vocab",
         "stopped",
     )
 
@@ -38,6 +39,7 @@ class TextAssembler:
         self, token_bytes: Sequence[bytes], stop: Sequence[str] = (), min_tokens: int = 0
     ) -> None:
         self._bytes_of = token_bytes.__getitem__
+        self._n_vocab = len(token_bytes)
         self._between_characters = True
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._matchers = tuple(_StopMatcher(text) for text in stop)
@@ -46,6 +48,10 @@ class TextAssembler:
         self._n_before = min_tokens  # tokens to come that complete no stop text
         self.stopped = False
         """Whether a stop text was completed; nothing is taken in after that."""
+
+    def knows(self, token_ids: Sequence[int]) -> bool:
+        """Whether all of these are in the vocabulary."""
+        return not token_ids or (min(token_ids) >= 0 and max(token_ids) < self._n_vocab)
 
     def feed(self, token_ids: Sequence[int]) -> tuple[str, int]:
         """Take in tokens: the text that may now be shown, and how many tokens were taken.

@@ -14,7 +14,7 @@ import textwrap
 import threading
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import anyio
@@ -652,6 +652,21 @@ async def test_a_bug_ends_every_request_with_its_cause(caplog: pytest.LogCapture
         assert "closed" in repr(engine)
     assert any("engine.died" in r.message and r.levelno == logging.ERROR for r in caplog.records)
     assert backend.closed
+
+
+async def test_a_stream_that_a_crash_ends_has_all_of_its_completions_text() -> None:
+    backend = ScriptedBackend(lambda _: "xyzwv", n_draft_max=0)
+    backend.fail_step(3, RuntimeError("boom"))
+    async with open_scripted_engine(backend) as engine:
+        generation = engine.submit("x", stop="zwv")
+        with pytest.raises(EngineDeadError):
+            await generation
+        seen = ""
+        with suppress(EngineDeadError):
+            async for delta in generation:
+                seen += delta.text
+        assert generation.completion is not None
+        assert seen == generation.completion.text == "xyz", "also what was held back"
 
 
 # --------------------------------------------------------------------- opening, closing

@@ -575,17 +575,29 @@ def test_a_request_id_cannot_be_used_twice_at_a_time() -> None:
         EntryResult((1, 2), 1, 2, None),
         EntryResult((1, 2, 3, 4, 5), 3, 4, "length"),
         EntryResult((), 0, 0, "stop"),
+        EntryResult((270,), 0, 0, None),
+        EntryResult((1, -1), 1, 1, None),
         EntryResult((1,), 0, 0, None, logprobs=(TokenLogprobs(1, 0.0, 1),)),
         EntryResult((1,), 0, 0, None, prompt_logprobs=(TokenLogprobs(1, 0.0, 1),)),
     ],
 )
-def test_a_result_that_the_plan_cannot_have_is_noticed(outcome: EntryResult) -> None:
-    backend = ScriptedBackend()
+def test_a_result_that_the_plan_cannot_have_ends_its_request_alone(outcome: EntryResult) -> None:
+    backend = ScriptedBackend(lambda _: "long answer")
     scheduler = Scheduler(backend.facts)
-    scheduler.add(make_sequence(backend, "r", [65], max_tokens=9))
-    run_step(scheduler, backend)
-    with pytest.raises(InternalError, match="was given"):
-        scheduler.update(StepResult(1, (outcome,), 1, 1, 0, 0, 0.0, 0.0, 0.0, 0.0), 0.0)
+    for request_id in ("garbled", "other"):
+        scheduler.add(make_sequence(backend, request_id, [65], max_tokens=9))
+    plan = hand_over(scheduler, backend)
+    assert len(plan.entries) == 2
+    assert len(step(scheduler, backend)) == 2
+    [result] = backend.exchange(None, wait=True)
+    garbled, other = scheduler.update(replace(result, entries=(outcome, result.entries[1])), 0.0)
+    assert isinstance(garbled.error, DecodeError)
+    assert "was given" in str(garbled.error)
+    assert garbled.error.completion is not None
+    assert garbled.error.completion.text == "l", "what came before is kept"
+    assert other.delta is not None
+    assert hand_over(scheduler, backend).release == (0,)
+    assert completions(run_to_end(scheduler, backend))["other"].text == "long answ"
 
 
 def told(*token_ids: int) -> tuple[TokenLogprobs, ...]:
@@ -608,8 +620,10 @@ def test_a_result_without_what_was_asked_is_noticed(outcome: EntryResult) -> Non
     scheduler.add(make_sequence(backend, "r", [65, 66, 67], logprobs=0, prompt_logprobs=0))
     plan = hand_over(scheduler, backend)
     assert plan.entries[0].scored == (66, 67)
-    with pytest.raises(InternalError, match="was given"):
-        scheduler.update(StepResult(1, (outcome,), 3, 1, 0, 0, 0.0, 0.0, 0.0, 0.0), 0.0)
+    result = StepResult(1, (outcome,), 3, 1, 0, 0, 0.0, 0.0, 0.0, 0.0)
+    [event] = scheduler.update(result, 0.0)
+    assert isinstance(event.error, DecodeError)
+    assert "was given" in str(event.error)
 
 
 def test_a_prompt_that_is_scored_leaves_outputs_to_everyone_else() -> None:
@@ -671,8 +685,10 @@ def test_results_are_taken_in_the_order_of_the_plans() -> None:
     with pytest.raises(InternalError, match="of plan 2, which is not its turn"):
         scheduler.update(result(2), 0.0)
     scheduler.update(result(1), 0.0)
-    with pytest.raises(InternalError, match="1 results"):
-        scheduler.update(result(2), 0.0)
+    failed = scheduler.update(result(2), 0.0)
+    assert [str(event.error) for event in failed] == [
+        "the step this request took part in failed: 2 entries gave 1 results"
+    ] * 2
     with pytest.raises(InternalError, match="of plan 1, which is not its turn"):
         scheduler.update(result(1), 0.0)
 
