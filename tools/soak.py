@@ -1,0 +1,455 @@
+"""Shows over a long run that nothing is lost.
+
+    python tools/soak.py --minutes 60 --seed 1 --output soak
+
+Four parts, each with its promise; the report, ``soak.md`` and ``soak.json``, says what was found:
+
+- **state machines**: 100,000 rules over the scheduler and over the engine, in any order;
+- **load**: 10,000 requests of random sizes on 64 sequences with too few KV cells for all, 30 % of
+  which are cancelled and 5 % time out. Each ends once, with the tokens of a run that nothing
+  disturbs, or a beginning of them; memory stays;
+- **openings**: 1,000 engines, one after the other; memory stays;
+- **slow readers**: streams of others while some are read slowly or never.
+
+``--share 0.01`` does a hundredth of it. Time that runs out leaves parts short, and the report says
+so: a part that has not done all it should has not passed. Needs ``pip install '.[test]'``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import ctypes
+import gc
+import importlib
+import importlib.resources
+import logging
+import random
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import hypothesis
+import msgspec
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis.stateful import RuleBasedStateMachine, get_state_machine_test
+from msgspec import Struct
+
+ROOT: Final = Path(__file__).parents[1]
+sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "core"), str(ROOT / "tools")]
+
+from engine_machine import EngineMachine, shorter_prompts_matter  # noqa: E402
+from mtpbatch import Completion, Engine, MtpBatchError  # noqa: E402
+from tinymtp import gguf_file  # noqa: E402
+
+MACHINES: tuple[type[RuleBasedStateMachine], ...] = (
+    importlib.import_module("test_scheduler").SchedulerMachine,
+    EngineMachine,
+)
+
+RULES: Final = 100_000
+REQUESTS: Final = 10_000
+OPENINGS: Final = 1_000
+ROUNDS: Final = 40  # of slow readers
+
+N_SEQ: Final = 64
+N_CTX: Final = 256
+N_CELLS: Final = 2048  # an eighth of what all sequences could fill
+AT_ONCE: Final = 192  # requests: three for each sequence
+QUESTIONS: Final = 150
+MOST_TOKENS: Final = 48
+
+# Bytes by which memory may grow. The allocator keeps some of what it has split up, 20 MB more or
+# less from one engine to the next. What stays behind for good would come to more: a kilobyte of
+# each request to 10 MB, the smallest context of each opening to a gigabyte.
+GROWTH_BY_REQUESTS: Final = 8 << 20
+GROWTH_BY_OPENINGS: Final = 32 << 20
+SLOWER: Final = 1.10  # what slow readers may make of others' p99
+
+_EXAMPLE: Final = 50  # rules
+
+
+class Part(Struct, frozen=True):
+    """What one part of the run has shown."""
+
+    name: str
+    done: int
+    wanted: int
+    seconds: float
+    figures: dict[str, float | int | str]
+    violations: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        return not self.violations and self.done >= self.wanted
+
+
+class Clock:
+    """How much time is left."""
+
+    def __init__(self, minutes: float) -> None:
+        self._end = time.monotonic() + 60 * minutes
+
+    @property
+    def is_over(self) -> bool:
+        return time.monotonic() > self._end
+
+
+def resident() -> int:
+    """Bytes of memory that this process holds, without what the allocator could give back."""
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
+    if trim is not None:
+        trim(0)
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * 4096
+
+
+# ------------------------------------------------------------------------- state machines
+
+
+def machines(wanted: int, seed: int, clock: Clock) -> Part:
+    """Rules of all machines in any order, until there are enough."""
+    begin = time.monotonic()
+    counts: Counter[str] = Counter()
+    violations: list[str] = []
+    turn = 0
+    while sum(counts.values()) < wanted and not violations and not clock.is_over:
+        kind = MACHINES[turn % len(MACHINES)]
+        left = wanted - sum(counts.values())
+        counted = _counting(kind, counts)
+        test = get_state_machine_test(
+            counted,
+            settings=settings(
+                max_examples=max(1, min(100, left // (2 * _EXAMPLE))),
+                stateful_step_count=_EXAMPLE,
+                deadline=None,
+                database=None,
+                phases=[Phase.generate, Phase.shrink],
+                suppress_health_check=list(HealthCheck),
+            ),
+        )
+        try:
+            with shorter_prompts_matter():
+                hypothesis.seed(seed + turn)(test)()
+        except Exception as error:
+            notes = "\n".join(getattr(error, "__notes__", ()))
+            violations.append(f"{kind.__name__}, seed {seed + turn}: {error!r}\n{notes}")
+        turn += 1
+    done = sum(counts.values())
+    return Part(
+        "state machines", done, wanted, time.monotonic() - begin, dict(counts), tuple(violations)
+    )
+
+
+def _counting(
+    kind: type[RuleBasedStateMachine], counts: Counter[str]
+) -> type[RuleBasedStateMachine]:
+    """The machine, its rules counted: what holds is looked at after each of them."""
+
+    class Counting(kind):  # type: ignore[valid-type, misc]
+        def check_invariants(self, *args: Any, **options: Any) -> None:
+            counts[kind.__name__] += 1
+            super().check_invariants(*args, **options)
+
+    Counting.__name__ = kind.__name__
+    return Counting
+
+
+# ---------------------------------------------------------------------------------- load
+
+
+class Question(Struct, frozen=True):
+    """A prompt, how its answer is sampled, and the tokens of that."""
+
+    prompt: list[int]
+    params: dict[str, Any]
+    answer: tuple[int, ...]
+
+
+async def questions(model: Path, n: int, chance: random.Random) -> list[Question]:
+    """Some of all sizes, and what an engine answers that has one sequence and never drafts."""
+    asked = []
+    async with Engine.open(
+        model, n_seq=1, n_ctx=N_CTX, n_draft_max=0, kv_type="f32", snapshot_memory=0
+    ) as engine:
+        n_vocab = engine.model.n_vocab
+        for _ in range(n):
+            size = min(N_CTX - MOST_TOKENS - 1, 1 + int(chance.expovariate(1 / 40)))
+            prompt = [chance.randrange(n_vocab) for _ in range(size)]
+            params: dict[str, Any] = {"ignore_eos": True, "speculation": 0}
+            if chance.random() < 0.5:
+                params |= {"temperature": 1.0, "seed": chance.randrange(1000)}
+            done = await engine.generate(prompt, max_tokens=MOST_TOKENS, **params)
+            del params["speculation"]
+            asked.append(Question(prompt, params, done.token_ids))
+    return asked
+
+
+class Load:
+    """Requests at once, some of which are given up."""
+
+    def __init__(self, engine: Engine, asked: Sequence[Question], seed: int) -> None:
+        self.engine = engine
+        self.asked = asked
+        self.chance = random.Random(seed)
+        self.ends: Counter[str] = Counter()
+        self.violations: list[str] = []
+
+    async def one(self) -> None:
+        question = self.chance.choice(self.asked)
+        params: dict[str, Any] = question.params | {
+            "max_tokens": self.chance.randint(1, MOST_TOKENS)
+        }
+        fate = self.chance.random()
+        if fate < 0.05:
+            params["timeout"] = self.chance.uniform(0.0, 0.5)
+        generation = self.engine.submit(question.prompt, **params)
+        if 0.05 <= fate < 0.35:
+            n_read = self.chance.randrange(params["max_tokens"])
+            if n_read:
+                async for _ in generation:
+                    n_read -= 1
+                    if n_read <= 0:
+                        break
+            generation.cancel()
+        try:
+            self.check(question, await generation, params)
+        except MtpBatchError as error:
+            self.violations.append(repr(error))
+
+    def check(self, question: Question, done: Completion, params: dict[str, Any]) -> None:
+        self.ends[done.finish_reason] += 1
+        right = question.answer[: params["max_tokens"]]
+        if done.finish_reason != "length":
+            right = right[: len(done.token_ids)]
+        if done.token_ids != right:
+            self.violations.append(f"{done.request_id}: {done.token_ids} instead of {right}")
+
+    async def all(self, n: int, clock: Clock) -> int:
+        """How many have ended."""
+        n_begun = n_ended = 0
+
+        async def worker() -> None:
+            nonlocal n_begun, n_ended
+            while n_begun < n and not clock.is_over:
+                n_begun += 1
+                await self.one()
+                n_ended += 1
+
+        await asyncio.gather(*(worker() for _ in range(min(n, AT_ONCE))))
+        return n_ended
+
+
+class Ends:
+    """A watcher that counts the ends of each request."""
+
+    def __init__(self) -> None:
+        self.by_request: Counter[str] = Counter()
+
+    def ended(self, request_id: str, *_: object) -> None:
+        self.by_request[request_id] += 1
+
+    def admitted(self, *_: object) -> None: ...
+    def paused(self, request_id: str) -> None: ...
+    def stepped(self, report: object) -> None: ...
+
+
+async def load(model: Path, wanted: int, seed: int, clock: Clock) -> Part:
+    """Nothing is lost under load, and nothing stays."""
+    begin = time.monotonic()
+    asked = await questions(model, min(QUESTIONS, wanted), random.Random(seed))
+    async with Engine.open(
+        model,
+        n_seq=N_SEQ,
+        n_ctx=N_CTX,
+        n_cells=N_CELLS,
+        kv_type="f32",
+        max_waiting=None,
+        snapshot_memory=32,
+    ) as engine:
+        run, ends = Load(engine, asked, seed), Ends()
+        # Until snapshots fill what they may, and each size of a batch has been there.
+        await run.all(max(1, wanted // 5), clock)
+        before = resident()
+        with engine.watch(ends):
+            done = await run.all(wanted, clock)
+        growth = resident() - before
+        stats = engine.stats()
+    violations = run.violations
+    if set(ends.by_request.values()) - {1} or len(ends.by_request) != done:
+        violations.append(f"{len(ends.by_request)} requests of {done} ended once each")
+    if stats.running or stats.waiting or stats.kv_cells_used:
+        violations.append(f"left: {stats}")
+    if growth > GROWTH_BY_REQUESTS:
+        violations.append(f"{growth} bytes more after {done} requests")
+    figures: dict[str, float | int | str] = {
+        **{f"ended by {reason}": n for reason, n in sorted(run.ends.items())},
+        "preemptions": stats.preemptions,
+        "tokens of prompts spared": stats.prefix_hits,
+        "drafts accepted": stats.accepted,
+        "growth of memory, bytes": growth,
+        "may grow by": GROWTH_BY_REQUESTS,
+    }
+    return Part("load", done, wanted, time.monotonic() - begin, figures, tuple(violations))
+
+
+# ------------------------------------------------------------------------------ openings
+
+
+async def openings(model: Path, wanted: int, seed: int, clock: Clock) -> Part:
+    """Engines come and go, and leave nothing behind."""
+    begin = time.monotonic()
+    chance = random.Random(seed)
+    warm = max(1, wanted // 10)
+    before = done = 0
+    while done < wanted + warm and not clock.is_over:
+        async with Engine.open(model, n_seq=4, n_ctx=N_CTX) as engine:
+            generations = [engine.submit([chance.randrange(200)] * 9) for _ in range(4)]
+            if chance.random() < 0.5:
+                await generations[0]
+        done += 1
+        if done == warm:
+            before = resident()
+    growth = resident() - before
+    violations = []
+    if growth > GROWTH_BY_OPENINGS:
+        violations.append(f"{growth} bytes more after {done - warm} openings")
+    figures: dict[str, float | int | str] = {
+        "growth of memory, bytes": growth,
+        "may grow by": GROWTH_BY_OPENINGS,
+    }
+    seconds = time.monotonic() - begin
+    return Part("openings", max(0, done - warm), wanted, seconds, figures, tuple(violations))
+
+
+# --------------------------------------------------------------------------- slow readers
+
+
+async def slow_readers(model: Path, wanted: int, seed: int, clock: Clock) -> Part:
+    """Whoever reads slowly, or never, holds up nobody: both kinds of rounds, in turn.
+
+    The same streams run in both, all of them read, or half of them slowly or not at all. What is
+    compared is how long the others' deltas take.
+    """
+    begin = time.monotonic()
+    gaps: dict[bool, list[float]] = {False: [], True: []}
+    done = 0
+    async with Engine.open(model, n_seq=32, n_ctx=N_CTX) as engine:
+
+        async def read(generation: Any, into: list[float] | None, pause: float) -> None:
+            before = time.monotonic()
+            async for _ in generation:
+                now = time.monotonic()
+                if into is not None:
+                    into.append(now - before)
+                before = now
+                if pause:
+                    await asyncio.sleep(pause)
+
+        async def one_round(slow: bool, into: list[float] | None) -> None:
+            params: dict[str, Any] = {"max_tokens": 100, "ignore_eos": True, "speculation": 2}
+            prompts = [[20 + i] * 5 for i in range(32)]
+            generations = [engine.submit(prompt, **params) for prompt in prompts]
+            others, these = generations[:16], generations[16:]
+            tasks = [asyncio.create_task(read(g, into, 0)) for g in others]
+            if slow:
+                tasks += [asyncio.create_task(read(g, None, 0.05)) for g in these[:8]]
+            else:
+                tasks += [asyncio.create_task(read(g, None, 0)) for g in these]
+            await asyncio.gather(*generations)
+            for task in tasks[16:]:
+                task.cancel()
+            await asyncio.wait(tasks)
+
+        await one_round(True, None)
+        chance = random.Random(seed)
+        while done < wanted and not clock.is_over:
+            order = [False, True]
+            chance.shuffle(order)
+            for slow in order:
+                await one_round(slow, gaps[slow])
+            done += 1
+    p99 = {slow: sorted(found)[int(0.99 * len(found))] for slow, found in gaps.items() if found}
+    ratio = p99[True] / p99[False] if len(p99) == 2 else 0.0
+    violations = []
+    if ratio > SLOWER:
+        violations.append(f"others' p99 is {ratio:.2f} of what it is without slow readers")
+    figures: dict[str, float | int | str] = {
+        "p99 without, ms": round(1000 * p99.get(False, 0.0), 2),
+        "p99 with, ms": round(1000 * p99.get(True, 0.0), 2),
+        "ratio": round(ratio, 3),
+        "may be": SLOWER,
+    }
+    seconds = time.monotonic() - begin
+    return Part("slow readers", done, wanted, seconds, figures, tuple(violations))
+
+
+# -------------------------------------------------------------------------------- report
+
+
+def markdown(parts: Sequence[Part], seed: int, share: float) -> str:
+    """The report, to be read."""
+    lines = [f"# Soak, seed {seed}, share {share:g}", ""]
+    for part in parts:
+        verdict = "passed" if part.passed else "FAILED"
+        lines += [
+            f"## {part.name}: {verdict}",
+            "",
+            f"{part.done} of {part.wanted} in {part.seconds:.0f} s, "
+            f"{len(part.violations)} violations",
+            "",
+            "| figure | value |",
+            "|---|---|",
+            *(f"| {name} | {value} |" for name, value in part.figures.items()),
+            "",
+            *(f"    {line}" for text in part.violations for line in text.splitlines()),
+        ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def soak(*, minutes: float, seed: int, share: float) -> list[Part]:
+    """All parts, as far as there is time."""
+    logging.getLogger("mtpbatch").setLevel(logging.CRITICAL)  # of faults there are plenty
+    clock = Clock(minutes)
+
+    def wanted(whole: int) -> int:
+        return max(1, round(whole * share))
+
+    with tempfile.TemporaryDirectory() as folder:
+        demo = Path(str(importlib.resources.files("mtpbatch") / "models" / "demo.gguf"))
+        f32 = Path(folder) / "demo-f32.gguf"
+        gguf_file.to_f32(demo, f32)
+        each: tuple[tuple[Callable[..., Awaitable[Part]], Path, int], ...] = (
+            (load, f32, wanted(REQUESTS)),
+            (openings, demo, wanted(OPENINGS)),
+            (slow_readers, demo, wanted(ROUNDS)),
+        )
+
+        async def others() -> list[Part]:
+            return [await part(model, n, seed, clock) for part, model, n in each]
+
+        return [*asyncio.run(others()), machines(wanted(RULES), seed, clock)]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=60, help="most time; default 60")
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--share", type=float, default=1.0, help="of the whole run; default 1")
+    parser.add_argument("--output", type=Path, default=Path("soak"), help="report, without suffix")
+    options = parser.parse_args()
+    parts = soak(minutes=options.minutes, seed=options.seed, share=options.share)
+    report = markdown(parts, options.seed, options.share)
+    options.output.with_suffix(".md").write_text(report)
+    options.output.with_suffix(".json").write_bytes(msgspec.json.format(msgspec.json.encode(parts)))
+    print(report)
+    return 0 if all(part.passed for part in parts) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
