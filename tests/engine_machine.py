@@ -35,10 +35,11 @@ from mtpbatch import (
     Generation,
     GrammarError,
     InvalidParameterError,
+    ModelLoadError,
     MtpBatchError,
+    NativeDiedError,
     SamplingParams,
     StepReport,
-    intake,
     memory,
     prefix,
     scheduler,
@@ -48,6 +49,7 @@ from mtpbatch.scheduler import Event
 from mtpbatch.types import NO_RESULT, EntryResult, StepResult, TokenLogprobs
 from scheduling import make_sequence, undrafted
 
+ENDS = (DecodeError, GrammarError, EngineDeadError, NativeDiedError)
 REFUSALS = (InvalidParameterError, EngineOverloaded, EngineClosedError, EngineDeadError)
 How: TypeAlias = Literal["generate", "stream", "submit"]
 
@@ -66,7 +68,7 @@ def shorter_prompts_matter() -> ExitStack:
         (memory, "_ROOM", 3),
         (scheduler, "_LOOKS", 2),
         (scheduler, "_SETTLED", 1),
-        (intake, "LONG", 16),
+        (tokenizing, "LONG", 16),
         (tokenizing, "ThreadPoolExecutor", Helpers),
     ):
         stack.enter_context(patch.object(module, name, value))
@@ -378,9 +380,11 @@ class EngineMachine(RuleBasedStateMachine):
         """A step that does not come back is noticed, and nothing else is taken for one."""
         since = max(self.engine._last_step, self.engine._intake.busy_since)
         hangs = self.backend.clock() - since > stall_timeout and self.engine._intake.n_ready > 0
-        if self.over or hangs:
-            with pytest.raises(EngineStalledError if not self.over else EngineError):
+        if self.over or hangs or self.engine._death is not None:
+            with pytest.raises((EngineError, NativeDiedError)) as caught:
                 self.engine.check_health(stall_timeout)
+            stalled = isinstance(caught.value, EngineStalledError)
+            assert stalled != (self.over or self.engine._death is not None)
         else:
             self.engine.check_health(stall_timeout)
 
@@ -435,6 +439,14 @@ class EngineMachine(RuleBasedStateMachine):
         flights = self.engine._scheduler._in_flight
         [entry] = [f.plan.entries[i] for f in flights if f.plan.number == plan]
         return entry.seq_id
+
+    @precondition(_busy)
+    @rule(ahead=st.integers(0, 3), comes_again=st.booleans())
+    def die(self, ahead: int, comes_again: bool) -> None:
+        """The process that runs the model dies, and cannot be started again at once."""
+        self.backend.die_in_step(self.backend.n_steps + ahead)
+        if not comes_again:
+            self.backend.fail_restart(self.backend._n_restarts)
 
     @precondition(lambda self: self.may_end)
     @rule(ahead=st.integers(0, 3))
@@ -495,7 +507,8 @@ class EngineMachine(RuleBasedStateMachine):
         self.engine._intake._timeouts.check_integrity()
         failure = self.engine._gate.failure
         if failure is not None:
-            assert str(failure) == CRASH, "nothing else ends an engine"
+            died = isinstance(failure, NativeDiedError | ModelLoadError)  # too often in a row
+            assert str(failure) == CRASH or died, "nothing else ends an engine"
             return
         self.engine._scheduler.check_integrity()
         stats = self.engine.stats()
@@ -517,7 +530,9 @@ class EngineMachine(RuleBasedStateMachine):
             self.backend.turn()
             for loop in self.loops:
                 self.run(loop)
-            if self.backend.closed or (self.backend.idle and self.backend.offered is None):
+            if self.engine._death is not None and not self.backend.closed:
+                self.backend.clock.advance(100.0)  # until it may begin anew, and has recovered
+            elif self.backend.closed or (self.backend.idle and self.backend.offered is None):
                 break
         else:
             raise AssertionError(f"it does not come to rest: {self.engine!r}")
@@ -561,7 +576,7 @@ class EngineMachine(RuleBasedStateMachine):
         if completion is None:  # found wanting when it was prepared
             assert isinstance(error, InvalidParameterError | EngineOverloaded)
             return
-        assert error is None or isinstance(error, DecodeError | GrammarError | EngineDeadError)
+        assert error is None or isinstance(error, ENDS)
         if not completion.prompt_token_ids:
             assert completion.finish_reason in ("abort", "timeout", "error")  # not prepared by then
             return

@@ -49,6 +49,7 @@ class LockstepBackend(ScriptedBackend):
         self._halts.put(None)
         self._goes.get()
         self.wake()  # nobody else would end its wait
+        self.idle = False
         results = super().exchange(plan, wait=wait, timeout=timeout)
         self.idle = wait and not results
         return [self.garble(result) for result in results]
