@@ -1,6 +1,7 @@
 // What the parts of the native layer share: errors, timing, and the handles' insides.
 #pragma once
 
+#include "cuts.hpp"
 #include "edits.hpp"
 #include "llama_private.h"
 #include "mtpbatch.h"
@@ -109,7 +110,11 @@ class Pool;
 
 struct Model {
     Model(llama_model * raw, int32_t n_mtp_heads)
-        : raw(raw), vocab(llama_model_get_vocab(raw)), n_mtp_heads(n_mtp_heads) {}
+        : raw(raw),
+          vocab(llama_model_get_vocab(raw)),
+          n_mtp_heads(n_mtp_heads),
+          markup(vocab, /*parse_special*/ true),
+          user_defined(vocab, /*parse_special*/ false) {}
     ~Model() { llama_model_free(raw); }
     Model(const Model &)             = delete;
     Model & operator=(const Model &) = delete;
@@ -125,6 +130,8 @@ struct Model {
     llama_model * const       raw;
     const llama_vocab * const vocab;
     const int32_t             n_mtp_heads;         // those that the file has weights for
+    const SpecialTexts        markup;              // all special tokens,
+    const SpecialTexts        user_defined;        // and those that are text
     uint64_t                  weights_sample = 0;  // of the file and its adapters, set by whoever loads them
     // Which llama.cpp frees with the model, and how much of each is added to the weights.
     std::vector<llama_adapter_lora *> adapters;

@@ -258,6 +258,16 @@ int32_t mtpbatch_model_token_bytes(const mtpbatch_model * model, int32_t token, 
     return llama_token_to_piece(model->impl->vocab, token, bytes, size, 0, special);
 }
 
+mtpbatch_status mtpbatch_model_cuts(const mtpbatch_model * model, const char * text, int32_t n_text, bool parse_special,
+                                    int32_t * cuts, int32_t * n, mtpbatch_error * error) {
+    return guard(error, [&] {
+        const auto & special = parse_special ? model->impl->markup : model->impl->user_defined;
+        const auto   found   = special.cuts({ text, static_cast<size_t>(n_text) });
+        std::copy(found.begin(), found.end(), cuts);
+        *n = static_cast<int32_t>(found.size());
+    });
+}
+
 mtpbatch_status mtpbatch_model_tokenize(const mtpbatch_model * model, const char * text, int32_t n_text,
                                         bool add_special, bool parse_special, int32_t * tokens, int32_t size,
                                         int32_t * n, mtpbatch_error * error) {

@@ -92,6 +92,10 @@ bool mtpbatch_model_is_control(const mtpbatch_model * model, int32_t token);
 // minus that if `size` is too small.
 int32_t mtpbatch_model_token_bytes(const mtpbatch_model * model, int32_t token, bool special, char * bytes,
                                    int32_t size);
+// Where a text may be cut before it is tokenized, so that the tokens of its pieces are its own: ascending
+// offsets, so that no piece has many special tokens. `n` returns how many there are, n_text / 64 at most.
+mtpbatch_status mtpbatch_model_cuts(const mtpbatch_model * model, const char * text, int32_t n_text, bool parse_special,
+                                    int32_t * cuts, int32_t * n, mtpbatch_error * error);
 // `n` returns how many tokens (bytes) there are; if that is more than `size`, nothing was written.
 mtpbatch_status mtpbatch_model_tokenize(const mtpbatch_model * model, const char * text, int32_t n_text,
                                         bool add_special, bool parse_special, int32_t * tokens, int32_t size,

@@ -62,6 +62,8 @@ def test_generate_gives_one_json_record_for_each_prompt() -> None:
     [
         (["--temperature", "-1"], "--temperature: "),
         (["--n-seq", "0"], "--n-seq: "),
+        (["--n-seq", "many"], "--n-seq: "),
+        (["--warmth", "1"], "unrecognized arguments: --warmth 1"),
         (["--speculation", "9"], "--speculation: "),
         (["--model", "nowhere.gguf"], "nowhere.gguf: no such file"),
     ],

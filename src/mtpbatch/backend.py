@@ -93,8 +93,17 @@ class Backend(Protocol):
         """Whether an event loop may have short texts tokenised: it waits for nobody else."""
         ...
 
-    def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
-        """The tokens of a prompt. ``add_special``: with those that the model wants around it."""
+    def tokenize(
+        self,
+        text: str,
+        *,
+        add_special: bool = True,
+        check: Callable[[], None] | None = None,
+    ) -> list[int]:
+        """The tokens of a prompt. ``add_special``: with those that the model wants around it.
+
+        ``check`` may be called in between, and raises once nobody wants them any more.
+        """
         ...
 
     def detokenize(self, token_ids: Sequence[int]) -> str:

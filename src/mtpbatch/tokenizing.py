@@ -170,7 +170,7 @@ class Tokenizer:
     def _tokenize(self, parameter: str, text: str, *, add_special: bool) -> list[int]:
         encoded(parameter, text)  # else the backend would refuse it, by a name of its own
         with self._using_backend() as backend:
-            return backend.tokenize(text, add_special=add_special)
+            return backend.tokenize(text, add_special=add_special, check=self._check_open)
 
     def _detokenize(self, token_ids: tuple[int, ...]) -> str:
         token_ids = self.check_ids("token_ids", token_ids)

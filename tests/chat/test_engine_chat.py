@@ -119,7 +119,7 @@ async def test_leaving_a_stream_ends_the_request() -> None:
 
 async def test_a_prompt_holds_no_tokens_but_those_of_the_template() -> None:
     class WithBos(ScriptedBackend):
-        def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
+        def tokenize(self, text: str, *, add_special: bool = True, **options: Any) -> list[int]:
             return [*([0] if add_special else []), *super().tokenize(text)]
 
     async with open_scripted_engine(WithBos(lambda _: "ok", n_ctx=3000)) as engine:

@@ -134,11 +134,11 @@ async def test_a_long_prompt_being_tokenised_is_drained_too() -> None:
     proceed, begun = threading.Event(), threading.Event()
 
     class Slow(ScriptedBackend):
-        def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
+        def tokenize(self, text: str, **options: Any) -> list[int]:
             if len(text) > 1000:
                 begun.set()
                 assert proceed.wait(30)
-            return super().tokenize(text, add_special=add_special)
+            return super().tokenize(text, **options)
 
     backend = Slow(lambda _: "answer", n_ctx=3000)
     engine = await Engine._start(lambda report: backend, clock=backend.clock)

@@ -49,11 +49,11 @@ class Model(ScriptedBackend):
         self.parked_gate: StepGate | None = None
         self.seeds: list[int] = []
 
-    def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
+    def tokenize(self, text: str, **options: Any) -> list[int]:
         if len(text) > 1000:
             self.tokenising.set()
             assert self.may_tokenise.wait(30)
-        return super().tokenize(text, add_special=add_special)
+        return super().tokenize(text, **options)
 
     def exchange(self, plan: Plan | None, **waiting: Any) -> list[StepResult]:
         if plan is not None:

@@ -878,14 +878,14 @@ class SlowTokenizer(ScriptedBackend):
         self.threads: list[str] = []
         self.error: Exception | None = None
 
-    def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
+    def tokenize(self, text: str, **options: Any) -> list[int]:
         if len(text) > 1000:
             self.threads.append(threading.current_thread().name)
             self.begun.set()
             assert self.proceed.wait(30)
             if self.error is not None:
                 raise self.error
-        return super().tokenize(text, add_special=add_special)
+        return super().tokenize(text, **options)
 
 
 async def test_a_long_text_is_tokenised_off_the_loop() -> None:

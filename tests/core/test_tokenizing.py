@@ -32,9 +32,9 @@ class Recording(ScriptedBackend):
         self.proceed = threading.Event()
         self.proceed.set()
 
-    def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
+    def tokenize(self, text: str, **options: Any) -> list[int]:
         self._note(text)
-        return super().tokenize(text, add_special=add_special)
+        return super().tokenize(text, **options)
 
     def detokenize(self, token_ids: Any) -> str:
         self._note(token_ids)
@@ -184,6 +184,32 @@ async def test_closing_ends_the_wait_for_a_long_text() -> None:
             backend.proceed.set()
         assert refused == 2
     assert backend.closed
+
+
+async def test_closing_ends_the_work_on_a_text_between_its_pieces() -> None:
+    class InPieces(Recording):
+        def tokenize(self, text: str, **options: Any) -> list[int]:
+            tokens = super().tokenize(text, **options)
+            options["check"]()
+            return tokens
+
+    backend = InPieces()
+    backend.proceed.clear()
+    async with open_scripted_engine(backend) as engine:
+        refused: list[bool] = []
+
+        async def tokenize() -> None:
+            with pytest.raises(EngineClosedError):
+                await engine.tokenize("y" * 2000)
+            refused.append(backend.closed)
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(tokenize)
+            await until(backend.begun.is_set)
+            group.start_soon(engine.aclose)
+            await until(lambda: engine.closed)
+            backend.proceed.set()
+        assert len(refused) == 1
 
 
 @pytest.fixture(autouse=True)

@@ -247,7 +247,7 @@ async def test_an_answer_that_draining_cuts_off_is_no_answer(stream: bool) -> No
             assert error_of(response)["code"] == "engine_closed"
 
 
-async def test_when_the_engine_dies_all_endpoints_are_503() -> None:
+async def test_when_the_engine_dies_all_endpoints_but_its_metrics_are_503() -> None:
     backend = ScriptedBackend(lambda _: "abc" * 9, mtp=False)
     backend.fail_step(3, RuntimeError("secret"))
     async with scripted(backend) as (_, client):
@@ -255,9 +255,25 @@ async def test_when_the_engine_dies_all_endpoints_are_503() -> None:
         assert response.status_code == 503
         assert error_of(response)["code"] == "engine_dead"
         later = [await client.post(path, json=body) for path, body in POSTS.items()]
-        later += [await client.get(path) for path in GETS]
-        assert [response.status_code for response in later] == [503] * 8
+        later += [await client.get(path) for path in GETS if path != "/metrics"]
+        assert [response.status_code for response in later] == [503] * 7
         assert "secret" not in "".join(response.text for response in later)
+        assert await ups(client) == ["0.0"]
+
+
+async def test_metrics_say_that_the_engine_is_closed() -> None:
+    async with scripted(ScriptedBackend()) as (engine, client):
+        assert await ups(client) == ["1.0"]
+        await engine.aclose()
+        assert await ups(client) == ["0.0"]
+
+
+async def ups(client: Any) -> list[str]:
+    """Whether the engine is up, by its metrics."""
+    scraped = await client.get("/metrics")
+    assert scraped.status_code == 200
+    lines = scraped.text.splitlines()
+    return [line.split()[-1] for line in lines if line.startswith("mtpbatch_engine_up{")]
 
 
 async def test_a_request_under_which_the_model_dies_is_to_be_sent_again() -> None:

@@ -163,6 +163,8 @@ def test_a_bad_option_is_one_line_that_names_it() -> None:
         wrong = {
             ("--n-seq", "0"): "--n-seq: must be a whole number",
             ("--max-body", "0"): "--max-body: must be a whole number",
+            ("--grace", "-1"): "--grace: must be a number of seconds from 0 on, got '-1'",
+            ("--stall-timeout", "soon"): "--stall-timeout: must be a number of seconds",
             ("--model", "nowhere.gguf"): "nowhere.gguf: no such file",
             ("--port", port): f"port {port}: Address already in use",
         }

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NoReturn
 
 import anyio
 
@@ -161,8 +161,15 @@ _OPTIONS = (
 )
 
 
+class _Parser(argparse.ArgumentParser):
+    """Tells what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"mtpbatch: {message.removeprefix('argument ')}; see {self.prog} --help\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="mtpbatch",
         description="Many generations at once on one llama.cpp model, with Multi-Token Prediction.",
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Final, TypeVar
@@ -152,7 +152,14 @@ class ProcessBackend:
             self._changed.notify_all()
         self.wake()
 
-    def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
+    def tokenize(
+        self,
+        text: str,
+        *,
+        add_special: bool = True,
+        check: Callable[[], None] | None = None,
+    ) -> list[int]:
+        # Unchecked: where it takes too long, `stop` ends the process.
         return self._ask(Tokenize(text, add_special), list[int])
 
     def detokenize(self, token_ids: Sequence[int]) -> str:

@@ -100,8 +100,14 @@ class NativeBackend:
         self.chat_template = _template_of(model)
         self.description = f"{model.path.name} ({model.architecture}, {_short(model.n_params)})"
 
-    def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
-        return self._model.tokenize(text, add_special=add_special)
+    def tokenize(
+        self,
+        text: str,
+        *,
+        add_special: bool = True,
+        check: Callable[[], None] | None = None,
+    ) -> list[int]:
+        return self._model.tokenize(text, add_special=add_special, check=check)
 
     def detokenize(self, token_ids: Sequence[int]) -> str:
         return self._model.detokenize(token_ids)

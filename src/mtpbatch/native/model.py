@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,14 @@ from mtpbatch.exceptions import InvalidParameterError, ModelLoadError
 from mtpbatch.native._library import Handle, call, ffi, lib
 
 _new = ffi.new_allocator(should_clear_after_alloc=False)  # what is filled anyway
+
+
+def _unpacked(numbers: Any, n: int) -> list[int]:
+    """The first of an array's numbers."""
+    unpacked: list[int] = []
+    for part in slices(n):
+        unpacked += ffi.unpack(numbers + part.start, part.stop - part.start)
+    return unpacked
 
 
 class _Progress:
@@ -202,14 +211,40 @@ class Model(Handle):
         return self._text(lib.mtpbatch_model_metadata, key.encode())
 
     def tokenize(
-        self, text: str, *, add_special: bool = True, parse_special: bool = True
+        self,
+        text: str,
+        *,
+        add_special: bool = True,
+        parse_special: bool = True,
+        check: Callable[[], None] | None = None,
     ) -> list[int]:
         """Token ids of a text.
 
         ``add_special`` adds the tokens the model wants around a text; ``parse_special`` reads
-        markup such as ``<|im_end|>`` as the control token it names.
+        markup such as ``<|im_end|>`` as the control token it names. ``check`` is called before each
+        piece that a text with much markup is done in, and may raise.
         """
         data = encoded("text", text)
+        cuts = self._cuts(data, parse_special)
+        if not cuts:
+            return self._tokenize(data, add_special, parse_special)
+        around = self._tokenize(b"", add_special, parse_special)
+        n_before = int(self.add_bos)
+        token_ids = around[:n_before]
+        for start, stop in pairwise((0, *cuts, len(data))):
+            if check is not None:
+                check()
+            token_ids += self._tokenize(data[start:stop], False, parse_special)
+        return token_ids + around[n_before:]
+
+    def _cuts(self, data: bytes, parse_special: bool) -> list[int]:
+        """Between which bytes a text is cut; the tokens of the pieces are those of the whole."""
+        cuts = _new("int32_t[]", len(data) // 64 + 1)
+        n = ffi.new("int32_t *")
+        call(lib.mtpbatch_model_cuts, self._native, data, len(data), parse_special, cuts, n)
+        return _unpacked(cuts, n[0])
+
+    def _tokenize(self, data: bytes, add_special: bool, parse_special: bool) -> list[int]:
         size = len(data) + 2  # a byte-level token has at least one byte; two special ones
         n = ffi.new("int32_t *")
         while True:
@@ -227,10 +262,7 @@ class Model(Handle):
                 invalid=partial(InvalidParameterError, "text"),
             )
             if n[0] <= size:
-                token_ids: list[int] = []
-                for part in slices(n[0]):
-                    token_ids += ffi.unpack(tokens + part.start, part.stop - part.start)
-                return token_ids
+                return _unpacked(tokens, n[0])
             size = n[0]
 
     def detokenize(self, tokens: Sequence[int], *, special: bool = False) -> str:

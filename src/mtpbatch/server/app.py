@@ -45,6 +45,7 @@ from mtpbatch.server.protocol import (
 from mtpbatch.types import EngineConfig, parse
 
 _SANE_ID: Final = re.compile(rb"[\w.:+/=@-]{1,128}", re.ASCII)
+_TELL_OF_THE_END: Final = frozenset({"/health", "/metrics"})
 _OPEN_TO_ALL: Final = frozenset({"/health", "/openapi.json"}) | page.OPEN_PATHS
 
 
@@ -222,7 +223,7 @@ class _Door:
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         if path not in _OPEN_TO_ALL:
             self._keys.check(scope)
-        if path != "/health":  # which says itself what is wrong
+        if path not in _TELL_OF_THE_END:
             self._service.check()
         await self._app(scope, receive, send)
 

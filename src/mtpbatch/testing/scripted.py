@@ -291,8 +291,14 @@ class ScriptedBackend:
 
     # ----------------------------------------------------------- what the engine calls
 
-    def tokenize(self, text: str, *, add_special: bool = True) -> list[int]:
-        """Greedily, longest run first. There are no special tokens to add."""
+    def tokenize(
+        self,
+        text: str,
+        *,
+        add_special: bool = True,
+        check: Callable[[], None] | None = None,
+    ) -> list[int]:
+        """Greedily, longest run first, and in one go. There are no special tokens to add."""
         data = text.encode()
         token_ids = []
         start = 0
