@@ -159,6 +159,7 @@ async def test_clients_that_leave_the_queue_make_room(
 
 async def test_a_full_engine_sends_clients_away(client: httpx.AsyncClient, engine: Engine) -> None:
     full = [engine.submit("In the", max_tokens=4000, ignore_eos=True) for _ in range(8 + 32)]
+    await until(lambda: engine.stats().running == 8)
     for path in ("/stream", "/generate"):
         response = await client.post(path, json=ENDLESS)
         assert (response.status_code, response.headers["Retry-After"]) == (429, "1")
