@@ -4,7 +4,7 @@
 
 Four parts, each with its promise; the report, ``soak.md`` and ``soak.json``, says what was found:
 
-- **state machines**: 100,000 rules over the scheduler and over the engine, in any order;
+- **state machines**: 100,000 rules over the scheduler, the engine and the server, in any order;
 - **load**: 10,000 requests of random sizes on 64 sequences with too few KV cells for all, 30 % of
   which are cancelled and 5 % time out. Each ends once, with the tokens of a run that nothing
   disturbs, or a beginning of them; memory stays;
@@ -44,11 +44,13 @@ sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "core"), str(ROOT / "tool
 
 from engine_machine import EngineMachine, shorter_prompts_matter  # noqa: E402
 from mtpbatch import Completion, Engine, MtpBatchError  # noqa: E402
+from server_machine import ServerMachine  # noqa: E402
 from tinymtp import gguf_file  # noqa: E402
 
 MACHINES: tuple[type[RuleBasedStateMachine], ...] = (
     importlib.import_module("test_scheduler").SchedulerMachine,
     EngineMachine,
+    ServerMachine,
 )
 
 RULES: Final = 100_000
@@ -125,7 +127,7 @@ def machines(wanted: int, seed: int, clock: Clock) -> Part:
         test = get_state_machine_test(
             counted,
             settings=settings(
-                max_examples=max(1, min(100, left // (2 * _EXAMPLE))),
+                max_examples=max(1, min(100, left // (len(MACHINES) * _EXAMPLE))),
                 stateful_step_count=_EXAMPLE,
                 deadline=None,
                 database=None,
