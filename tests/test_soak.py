@@ -61,7 +61,7 @@ def test_a_wrong_answer_under_load_is_reported(
 
     async def other(model: Path, n: int, chance: random.Random) -> list[soak.Question]:
         asked = await questions(model, n, chance)
-        return [soak.Question(q.prompt, q.params, (*q.answer[:-1], -1)) for q in asked]
+        return [soak.Question(q.prompt, (*q.answer[:-1], -1)) for q in asked]
 
     monkeypatch.setattr(soak, "questions", other)
     monkeypatch.setattr(soak, "MOST_TOKENS", 2)
