@@ -66,6 +66,7 @@ AT_ONCE: Final = 192  # requests: three for each sequence
 QUESTIONS: Final = 100
 MOST_TOKENS: Final = 120
 MEAN_TOKENS: Final = 40
+TEXT: Final = Path(__file__).read_text()  # prompts are parts of it
 LEAST_MARGIN: Final = 1e-3  # between the best two tokens, in nats: rounding must not decide
 
 # Bytes by which memory may grow. The allocator keeps some of what it has split up, 20 MB more or
@@ -181,7 +182,7 @@ async def questions(model: Path, n: int, chance: random.Random) -> list[Question
     async with Engine.open(
         model, n_seq=1, n_ctx=N_CTX, n_draft_max=0, kv_type="f32", snapshot_memory=0
     ) as engine:
-        text = await engine.tokenize(Path(__file__).read_text())
+        text = await engine.tokenize(TEXT)
         while len(asked) < n:
             size = min(N_CTX - MOST_TOKENS - 1, 1 + int(chance.expovariate(1 / 40)))
             start = chance.randrange(len(text) - size)
