@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from msgspec.structs import replace
 
-from lockstep import Helpers, LockstepBackend
+from lockstep import Helpers, LockstepBackend, close_all, let_run
 from mtpbatch import (
     Completion,
     DecodeError,
@@ -239,15 +239,6 @@ class EngineMachine(RuleBasedStateMachine):
         loop.set_exception_handler(lambda _, context: self.violations.append(str(context)))
         return loop
 
-    def run(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Let a loop do what is ready, and what becomes so by that."""
-
-        async def look() -> None:
-            for _ in range(4):
-                await asyncio.sleep(0)
-
-        loop.run_until_complete(look())
-
     @property
     def over(self) -> bool:
         """Whether the engine has died, or is being closed."""
@@ -297,7 +288,7 @@ class EngineMachine(RuleBasedStateMachine):
     def ask_wrongly(self, loop: int, how: How, n_prompt: int, regex: str | None) -> None:
         asked = self.asks(loop, how, [97] * n_prompt, regex=regex)
         self.helpers_work()
-        self.run(self.loops[loop])
+        let_run(self.loops[loop])
         assert self.over or isinstance(asked.error, REFUSALS) or asked.number in self.live()
 
     def asks(self, loop: int, how: How, prompt: list[int], **params: Any) -> Asked:
@@ -306,7 +297,7 @@ class EngineMachine(RuleBasedStateMachine):
         asked.coroutine = asked.ask(self.engine, prompt, params)
         asked.task = self.loops[loop].create_task(asked.coroutine)
         self.asked.append(asked)
-        self.run(self.loops[loop])
+        let_run(self.loops[loop])
         return asked
 
     def refusal(self, asked: Asked) -> MtpBatchError | None:
@@ -328,7 +319,7 @@ class EngineMachine(RuleBasedStateMachine):
         if asked is not None:
             for _ in range(n):
                 asked.permits.release()
-            self.run(asked.task.get_loop())
+            let_run(asked.task.get_loop())
 
     @precondition(_busy)
     @rule(data=st.data(), how=st.sampled_from(["cancel", "its task", "both"]))
@@ -340,7 +331,7 @@ class EngineMachine(RuleBasedStateMachine):
             asked.generation.cancel()
         if how != "cancel":
             asked.task.cancel()
-            self.run(asked.task.get_loop())
+            let_run(asked.task.get_loop())
 
     @precondition(lambda self: any(asked.generation for asked in self.asked))
     @rule(data=st.data())
@@ -363,7 +354,7 @@ class EngineMachine(RuleBasedStateMachine):
         for _ in range(n):
             self.backend.turn()
             for loop in who:
-                self.run(self.loops[loop])
+                let_run(self.loops[loop])
 
     def helpers_work(self) -> bool:
         """A helper tokenises what is long, or compiles a grammar; ``False``: there was nothing."""
@@ -463,7 +454,7 @@ class EngineMachine(RuleBasedStateMachine):
                 assert self.over
 
         self.enders.append(self.loops[loop].create_task(drain()))
-        self.run(self.loops[loop])
+        let_run(self.loops[loop])
         if timeout == 0:
             assert not self.live()
 
@@ -473,7 +464,7 @@ class EngineMachine(RuleBasedStateMachine):
         """Closing waits for the native call, or does not; loops and rules go on meanwhile."""
         timeout = 0.0 if leave_behind else 3600.0
         self.enders.append(self.loops[loop].create_task(self.engine.aclose(timeout)))
-        self.run(self.loops[loop])
+        let_run(self.loops[loop])
         if leave_behind:
             assert not self.live()
 
@@ -529,7 +520,7 @@ class EngineMachine(RuleBasedStateMachine):
                 pass
             self.backend.turn()
             for loop in self.loops:
-                self.run(loop)
+                let_run(loop)
             if self.engine._death is not None and not self.backend.closed:
                 self.backend.clock.advance(100.0)  # until it may begin anew, and has recovered
             elif self.backend.closed or (self.backend.idle and self.backend.offered is None):
@@ -562,7 +553,7 @@ class EngineMachine(RuleBasedStateMachine):
                 for _ in range(N_CTX + 2):
                     asked.permits.release()
                 for _ in range(N_CTX):
-                    self.run(asked.task.get_loop())
+                    let_run(asked.task.get_loop())
                 assert asked.task.done()
 
     def check_end(self, asked: Asked) -> None:
@@ -598,18 +589,7 @@ class EngineMachine(RuleBasedStateMachine):
 
     def end(self) -> None:
         """Close whatever is left."""
-        ender = self.loops[0].create_task(self.engine.aclose(0))
-        while not self.backend.closed:
-            self.run(self.loops[0])
-            self.backend.turn()
-        self.engine._thread.join()
-        for loop in self.loops:
-            tasks = asyncio.all_tasks(loop)
-            for task in tasks - {ender}:
-                task.cancel()
-            if tasks:
-                loop.run_until_complete(asyncio.wait(tasks))
-            loop.close()
+        close_all(self.engine, self.backend, self.loops)
         for asked in self.asked:
             asked.coroutine.close()
         self.stack.close()

@@ -6,12 +6,14 @@ its backend, as it does while a native call runs, and the other way round.
 
 from __future__ import annotations
 
+import asyncio
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import Any, Final
 
+from mtpbatch import Engine
 from mtpbatch.testing import ScriptedBackend
 from mtpbatch.types import Plan, StepResult
 
@@ -57,6 +59,34 @@ class LockstepBackend(ScriptedBackend):
     def close(self) -> None:
         super().close()
         self._halts.put(None)
+
+
+def let_run(loop: asyncio.AbstractEventLoop, n_looks: int = 4) -> None:
+    """Let a loop do what is ready, and what becomes so by that."""
+
+    async def look() -> None:
+        for _ in range(n_looks):
+            await asyncio.sleep(0)
+
+    loop.run_until_complete(look())
+
+
+def close_all(
+    engine: Engine, backend: LockstepBackend, loops: Sequence[asyncio.AbstractEventLoop]
+) -> None:
+    """Close an engine, whatever it does, and the loops, whatever waits on them."""
+    closing = loops[0].create_task(engine.aclose(0))
+    while not backend.closed:
+        let_run(loops[0])
+        backend.turn()
+    engine._thread.join()
+    for loop in loops:
+        tasks = asyncio.all_tasks(loop)
+        for task in tasks - {closing}:
+            task.cancel()
+        if tasks:
+            loop.run_until_complete(asyncio.wait(tasks))
+        loop.close()
 
 
 class Helpers:

@@ -23,7 +23,7 @@ def test_rules_of_all_state_machines_are_counted_and_none_is_violated() -> None:
     part = soak.machines(600, seed=3, clock=CLOCK)
     assert part.passed, part
     assert sum(v for v in part.figures.values() if isinstance(v, int)) == part.done >= 400
-    assert part.figures.keys() == {"SchedulerMachine", "EngineMachine"}
+    assert part.figures.keys() == {"SchedulerMachine", "EngineMachine", "ServerMachine"}
 
 
 def test_a_machine_that_breaks_a_promise_is_reported_with_its_seed(
@@ -61,7 +61,7 @@ def test_a_wrong_answer_under_load_is_reported(
 
     async def other(model: Path, n: int, chance: random.Random) -> list[soak.Question]:
         asked = await questions(model, n, chance)
-        return [soak.Question(q.prompt, q.params, (*q.answer[:-1], -1)) for q in asked]
+        return [soak.Question(q.prompt, (*q.answer[:-1], -1)) for q in asked]
 
     monkeypatch.setattr(soak, "questions", other)
     monkeypatch.setattr(soak, "MOST_TOKENS", 2)

@@ -4,7 +4,7 @@
 
 Four parts, each with its promise; the report, ``soak.md`` and ``soak.json``, says what was found:
 
-- **state machines**: 100,000 rules over the scheduler and over the engine, in any order;
+- **state machines**: 100,000 rules over the scheduler, the engine and the server, in any order;
 - **load**: 10,000 requests of random sizes on 64 sequences with too few KV cells for all, 30 % of
   which are cancelled and 5 % time out. Each ends once, with the tokens of a run that nothing
   disturbs, or a beginning of them; memory stays;
@@ -30,6 +30,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Final
 
@@ -44,11 +45,13 @@ sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "core"), str(ROOT / "tool
 
 from engine_machine import EngineMachine, shorter_prompts_matter  # noqa: E402
 from mtpbatch import Completion, Engine, MtpBatchError  # noqa: E402
+from server_machine import ServerMachine  # noqa: E402
 from tinymtp import gguf_file  # noqa: E402
 
 MACHINES: tuple[type[RuleBasedStateMachine], ...] = (
     importlib.import_module("test_scheduler").SchedulerMachine,
     EngineMachine,
+    ServerMachine,
 )
 
 RULES: Final = 100_000
@@ -58,10 +61,13 @@ ROUNDS: Final = 40  # of slow readers
 
 N_SEQ: Final = 64
 N_CTX: Final = 256
-N_CELLS: Final = 2048  # an eighth of what all sequences could fill
+N_CELLS: Final = 512  # a 32nd of what all sequences could fill
 AT_ONCE: Final = 192  # requests: three for each sequence
-QUESTIONS: Final = 150
-MOST_TOKENS: Final = 48
+QUESTIONS: Final = 100
+MOST_TOKENS: Final = 120
+MEAN_TOKENS: Final = 40
+TEXT: Final = Path(__file__).read_text()  # prompts are parts of it
+LEAST_MARGIN: Final = 1e-3  # between the best two tokens, in nats: rounding must not decide
 
 # Bytes by which memory may grow. The allocator keeps some of what it has split up, 20 MB more or
 # less from one engine to the next. What stays behind for good would come to more: a kilobyte of
@@ -125,7 +131,7 @@ def machines(wanted: int, seed: int, clock: Clock) -> Part:
         test = get_state_machine_test(
             counted,
             settings=settings(
-                max_examples=max(1, min(100, left // (2 * _EXAMPLE))),
+                max_examples=max(1, min(100, left // (len(MACHINES) * _EXAMPLE))),
                 stateful_step_count=_EXAMPLE,
                 deadline=None,
                 database=None,
@@ -164,29 +170,31 @@ def _counting(
 
 
 class Question(Struct, frozen=True):
-    """A prompt, how its answer is sampled, and the tokens of that."""
+    """A prompt and the tokens of its answer, up to the first that rounding decides."""
 
     prompt: list[int]
-    params: dict[str, Any]
     answer: tuple[int, ...]
 
 
 async def questions(model: Path, n: int, chance: random.Random) -> list[Question]:
     """Some of all sizes, and what an engine answers that has one sequence and never drafts."""
-    asked = []
+    asked: list[Question] = []
     async with Engine.open(
         model, n_seq=1, n_ctx=N_CTX, n_draft_max=0, kv_type="f32", snapshot_memory=0
     ) as engine:
-        n_vocab = engine.model.n_vocab
-        for _ in range(n):
+        text = await engine.tokenize(TEXT)
+        while len(asked) < n:
             size = min(N_CTX - MOST_TOKENS - 1, 1 + int(chance.expovariate(1 / 40)))
-            prompt = [chance.randrange(n_vocab) for _ in range(size)]
-            params: dict[str, Any] = {"ignore_eos": True, "speculation": 0}
-            if chance.random() < 0.5:
-                params |= {"temperature": 1.0, "seed": chance.randrange(1000)}
-            done = await engine.generate(prompt, max_tokens=MOST_TOKENS, **params)
-            del params["speculation"]
-            asked.append(Question(prompt, params, done.token_ids))
+            start = chance.randrange(len(text) - size)
+            prompt = text[start : start + size]
+            done = await engine.generate(
+                prompt, max_tokens=MOST_TOKENS, ignore_eos=True, logprobs=2
+            )
+            assert done.logprobs is not None
+            margins = (told.top[0][1] - told.top[1][1] for told in done.logprobs)
+            n_sure = sum(1 for _ in takewhile(lambda margin: margin > LEAST_MARGIN, margins))
+            if n_sure:
+                asked.append(Question(prompt, done.token_ids[:n_sure]))
     return asked
 
 
@@ -202,8 +210,11 @@ class Load:
 
     async def one(self) -> None:
         question = self.chance.choice(self.asked)
-        params: dict[str, Any] = question.params | {
-            "max_tokens": self.chance.randint(1, MOST_TOKENS)
+        size = 1 + int(self.chance.expovariate(1 / MEAN_TOKENS))
+        params: dict[str, Any] = {
+            "max_tokens": min(size, len(question.answer)),
+            "ignore_eos": True,
+            "speculation": self.chance.choice(("auto", 0, 1, 3)),
         }
         fate = self.chance.random()
         if fate < 0.05:

@@ -142,7 +142,8 @@ class Backend(Protocol):
 
         A result with an error says that the step failed: its plan's sequences are lost until they
         are released. So may others be that the plan leaves out; a scheduler's leave nobody out. An
-        exception is a bug and ends the engine.
+        entry that was given what it cannot have counts as failed, alone. An exception is a bug and
+        ends the engine.
         """
         ...
 

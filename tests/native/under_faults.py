@@ -44,11 +44,11 @@ def disarm(point: int) -> int:
 class Question:
     """Requests that an engine answers at once, some of them drafted."""
 
-    def __init__(self, n_prompt: int, max_tokens: int) -> None:
+    def __init__(self, n_prompt: int, max_tokens: int, depth: int = 2) -> None:
         hows: list[dict[str, Any]] = [
             {},
             {"temperature": 1.0, "seed": 3},
-            {"speculation": 2},
+            {"speculation": depth},
             {"speculation": 0},
         ]
         self.params = [
@@ -164,9 +164,12 @@ async def decode(model: str) -> None:
 
 
 async def seq_rm(model: str) -> None:
-    """Each removal is refused: of drafts that were rejected, and of whole sequences."""
-    for count in (1, 3):
-        await sweep(model, SEQ_RM, Question(5, 6), count=count)
+    """Each removal is refused: of drafts that were rejected, and of whole sequences; one, some, or
+    all from there on, so that ids are taken again that still hold what was before."""
+    for count, n_asked in ((1, 1), (3, 1), (1 << 40, 2)):
+        await sweep(model, SEQ_RM, Question(5, 6), count=count, n_asked=n_asked)
+    undrafted = Question(5, 6, depth=0)
+    await sweep(model, SEQ_RM, undrafted, count=1 << 40, n_asked=2, n_draft_max=0)
 
 
 async def states(model: str) -> None:

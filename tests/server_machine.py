@@ -1,0 +1,276 @@
+"""A state machine over the server: clients come, read slowly, leave; the engine fails and ends.
+
+The app is called as a server calls it, without one; the engine below goes on only where a rule says
+so (see ``lockstep``).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any, ClassVar
+
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from lockstep import LockstepBackend, close_all, let_run
+from mtpbatch import Engine
+from mtpbatch.server import create_app
+from scheduling import make_sequence, undrafted
+
+N_CTX = 32
+MOST_TURNS = 5000  # after which an engine that is still not idle never will be
+_LOOKS = 20  # of the loop: a request passes several task groups
+
+
+class Client:
+    """One request over HTTP, as the server has it."""
+
+    def __init__(self, prompt: str, asked: dict[str, Any], *, reads: bool) -> None:
+        self.prompt = prompt
+        self.n = int(asked["n"])
+        self.max_tokens = int(asked["max_tokens"])
+        self.streams = bool(asked["stream"])
+        self.body = json.dumps(asked | {"prompt": prompt, "ignore_eos": True}).encode()
+        self.left = asyncio.Event()
+        self.reading = asyncio.Event()
+        if reads:
+            self.reading.set()
+        self.status: int | None = None
+        self.headers: dict[bytes, bytes] = {}
+        self.answer = b""
+        self.ended = False
+        self.violations: list[str] = []
+        self._sent = False
+        self.task: asyncio.Task[None]
+
+    scope: ClassVar[dict[str, Any]] = {
+        "type": "http",
+        "asgi": {"version": "3.0"},
+        "http_version": "1.1",
+        "method": "POST",
+        "scheme": "http",
+        "path": "/v1/completions",
+        "raw_path": b"/v1/completions",
+        "query_string": b"",
+        "root_path": "",
+        "headers": [(b"content-type", b"application/json")],
+        "client": ("127.0.0.1", 1),
+        "server": ("127.0.0.1", 2),
+    }
+
+    async def receive(self) -> dict[str, Any]:
+        if not self._sent:
+            self._sent = True
+            return {"type": "http.request", "body": self.body, "more_body": False}
+        await self.left.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: Any) -> None:
+        if message["type"] == "http.response.start":
+            if self.status is not None:
+                self.violations.append("an answer begins twice")
+            self.status, self.headers = message["status"], dict(message["headers"])
+            return
+        if self.status is None or self.ended:
+            self.violations.append(f"{message} out of turn")
+        self.answer += message.get("body", b"")
+        self.ended = not message.get("more_body", False)
+        if not self.ended:
+            await self.reading.wait()  # the connection takes no more
+
+    def texts(self) -> tuple[list[str], bool]:
+        """What it has been told of each answer, and whether an error ended that."""
+        texts = [""] * self.n
+        if not self.streams:
+            for choice in json.loads(self.answer)["choices"]:
+                texts[choice["index"]] += choice["text"]
+            return texts, False
+        failed = False
+        for line in self.answer.decode().split("\n\n"):
+            data = line.removeprefix("data: ")
+            if data and data != "[DONE]":
+                event = json.loads(data)
+                failed |= "error" in event
+                for choice in event.get("choices", ()):
+                    texts[choice["index"]] += choice["text"]
+        return texts, failed
+
+
+class ServerMachine(RuleBasedStateMachine):
+    """Every client that stays gets an answer, and who leaves leaves nothing behind."""
+
+    @initialize(
+        n_seq=st.integers(1, 4),
+        lag=st.sampled_from([0, 1, 4]),
+        max_waiting=st.sampled_from([0, 2, None]),
+        on_full=st.sampled_from(["wait", "reject"]),
+        n_cells=st.sampled_from([None, 40]),
+        may_end=st.sampled_from([False, False, True]),
+    )
+    def open(self, n_seq: int, n_cells: int | None, may_end: bool, **model: Any) -> None:
+        self.backend = LockstepBackend(
+            n_seq=n_seq,
+            n_ctx=N_CTX,
+            n_cells=None if n_cells is None else min(n_cells, N_CTX * n_seq),
+            **model,
+        )
+        self.clients: list[Client] = []
+        self.harmed = False  # whether something was done that may cost a client its answer
+        self.may_end = may_end
+        self.enders: list[asyncio.Task[None]] = []
+        self.violations: list[str] = []
+        self.loop = asyncio.new_event_loop()
+        self.loop.set_exception_handler(lambda _, context: self.violations.append(str(context)))
+        self.engine = Engine(lambda: self.backend, self.backend.clock)
+        self.backend.await_halt()
+        self.app = create_app(self.engine)
+
+    def run(self) -> None:
+        let_run(self.loop, _LOOKS)
+
+    def turn(self) -> None:
+        """Let the engine go on, until it is in the next native call."""
+        n_asked = sum(client.n for client in self.present())
+        self.backend.turn()
+        assert len(self.engine._intake.live) <= n_asked, "who is gone has nothing in the engine"
+
+    def present(self) -> list[Client]:
+        return [client for client in self.clients if not client.task.done()]
+
+    @rule(
+        stream=st.booleans(),
+        n=st.integers(1, 3),
+        max_tokens=st.integers(1, 20),
+        letters=st.text("xyz", min_size=1, max_size=8),
+        reads=st.sampled_from([True, True, False]),
+    )
+    def ask(self, letters: str, reads: bool, **asked: Any) -> None:
+        client = Client(letters, asked, reads=reads)
+        client.task = self.loop.create_task(self.app(client.scope, client.receive, client.send))
+        self.clients.append(client)
+        self.run()
+        if self.engine.closed or self.engine.draining:
+            assert client.status == 503
+
+    @rule()
+    def crowd(self) -> None:
+        for i in range(6):
+            self.ask("xyz"[: 1 + i % 3], True, stream=i % 2 == 0, n=1, max_tokens=6)
+
+    @precondition(lambda self: bool(self.present()))
+    @rule(data=st.data())
+    def leave(self, data: st.DataObject) -> None:
+        """Whoever leaves has nothing in the engine once the step under way has ended."""
+        client = data.draw(st.sampled_from(self.present()))
+        client.left.set()
+        self.run()
+        self.turn()
+        self.run()
+        assert client.task.done()
+
+    @precondition(lambda self: bool(self.present()))
+    @rule(data=st.data())
+    def read(self, data: st.DataObject) -> None:
+        data.draw(st.sampled_from(self.present())).reading.set()
+        self.run()
+
+    @rule(n=st.integers(1, 16))
+    def go_on(self, n: int) -> None:
+        for _ in range(n):
+            self.turn()
+            self.run()
+
+    @rule(n=st.integers(1, 16))
+    def the_loop_is_busy(self, n: int) -> None:
+        for _ in range(n):
+            self.turn()
+
+    @precondition(lambda self: bool(self.present()))
+    @rule(how=st.sampled_from(["fail", "die"]))
+    def fail_a_step(self, how: str) -> None:
+        self.harmed = True
+        if how == "fail":
+            self.backend.fail_step(self.backend.n_steps)
+        else:
+            self.backend.die_in_step(self.backend.n_steps)
+
+    @precondition(lambda self: self.may_end)
+    @rule(how=st.sampled_from(["drain", "drain now", "close", "crash"]))
+    def end_engine(self, how: str) -> None:
+        self.harmed |= how != "drain"
+        if how == "crash":
+            self.backend.fail_step(self.backend.n_steps, RuntimeError("scripted crash"))
+            return
+        if self.engine.closed:
+            return
+        end = (
+            self.engine.aclose(3600)
+            if how == "close"
+            else self.engine.drain(0 if how == "drain now" else None)
+        )
+        self.enders.append(self.loop.create_task(end))
+        self.run()
+
+    @invariant()
+    def nobody_is_forgotten(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        assert not self.violations
+        if self.engine._gate.failure is None:
+            self.engine._scheduler.check_integrity()
+        for client in self.clients:
+            assert not client.violations
+            if client.task.done():
+                client.task.result()
+                assert client.ended or client.left.is_set(), "who stays gets an answer"
+
+    @rule()
+    def settle(self) -> None:
+        """Nobody waits without a reason: of an engine that is left alone everybody hears."""
+        for _ in range(MOST_TURNS):
+            for client in self.clients:
+                client.reading.set()
+            self.run()
+            self.turn()
+            if self.engine._death is not None and not self.backend.closed:
+                self.backend.clock.advance(100.0)
+            elif self.backend.closed or (self.backend.idle and self.backend.offered is None):
+                break
+        else:
+            raise AssertionError(f"it does not come to rest: {self.engine!r}")
+        self.run()
+        assert not self.present()
+        assert not self.engine._intake.live
+
+    def teardown(self) -> None:
+        if not hasattr(self, "engine"):
+            return
+        try:
+            self.settle()
+            self.nobody_is_forgotten()
+            for client in self.clients:
+                self.check_answer(client)
+        finally:
+            close_all(self.engine, self.backend, [self.loop])
+
+    def check_answer(self, client: Client) -> None:
+        if client.left.is_set() and not client.ended:
+            return
+        allowed = {200, 400, 429, 503} | ({500} if self.harmed else set())
+        assert client.status in allowed
+        if client.status != 200:
+            assert json.loads(client.answer)["error"]["message"]
+            assert (client.status == 429) <= (int(client.headers.get(b"retry-after", 0)) > 0)
+            if client.status == 400:  # more answers at once than there is ever room for
+                assert client.n > self.backend.config.n_seq
+            return
+        prompt = self.backend.tokenize(client.prompt)
+        truth = make_sequence(
+            self.backend, "truth", prompt, max_tokens=client.max_tokens, ignore_eos=True
+        )
+        _, right, _ = undrafted(self.backend, truth)
+        texts, failed = client.texts()
+        assert self.harmed or not failed
+        for text in texts:
+            assert right.startswith(text) if failed else text == right
