@@ -219,6 +219,7 @@ async def test_events_may_be_split_anywhere(size: int) -> None:
     [
         ("somebody", "somebody", {"stream_options": USAGE}),
         ("llamacpp", "llama-server", {"stream_options": USAGE, "timings_per_token": True}),
+        ("mtpbatch", "mtpbatch", {"stream_options": USAGE | {"continuous_usage_stats": True}}),
         ("vllm", "vLLM", {"stream_options": USAGE | {"continuous_usage_stats": True}}),
     ],
 )

@@ -135,6 +135,44 @@ async def test_completions_are_the_engines_own(
     assert chunks[-1].choices == []
     assert chunks[-1].usage is not None
     assert chunks[-1].usage.completion_tokens == 30
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+
+
+@pytest.mark.parametrize("n", [1, 2])
+async def test_events_tell_the_usage_so_far_as_vllm_has_it(
+    engine: Engine, client: openai.AsyncOpenAI, n: int
+) -> None:
+    options: Any = {"include_usage": True, "continuous_usage_stats": True}
+    shared: dict[str, Any] = {"model": "demo", "max_tokens": 12, "n": n, "stream": True}
+    shared |= {"extra_body": {"ignore_eos": True}, "stream_options": options}
+    text = "In the beginning"
+    prompt = await engine.chat_prompt([{"role": "user", "content": text}])
+    streams: list[tuple[Any, list[int]]] = [
+        (
+            await client.completions.create(prompt=text, logprobs=0, **shared),
+            await engine.tokenize(text),
+        ),
+        (
+            await client.chat.completions.create(
+                messages=[{"role": "user", "content": text}], logprobs=True, **shared
+            ),
+            await engine.tokenize(prompt.text, add_special=False),
+        ),
+    ]
+    for stream, token_ids in streams:
+        *chunks, last = [chunk async for chunk in stream]
+        for index in range(n):
+            told = 0
+            for chunk in [chunk for chunk in chunks if chunk.choices[0].index == index]:
+                logprobs = chunk.choices[0].logprobs
+                if logprobs is not None:
+                    told += len(getattr(logprobs, "content", None) or logprobs.tokens)
+                assert chunk.usage.prompt_tokens == len(token_ids)
+                assert chunk.usage.total_tokens == len(token_ids) + chunk.usage.completion_tokens
+                assert chunk.usage.completion_tokens == told
+            assert told == 12
+        assert last.choices == []
+        assert last.usage.completion_tokens == 12 * n
 
 
 async def test_many_prompts_and_many_answers_come_in_order(

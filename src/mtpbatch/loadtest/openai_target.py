@@ -1,7 +1,7 @@
 """A server that speaks OpenAI's API, over HTTP: mtpbatch, llama-server, vLLM and others.
 
-How many tokens a chunk has is asked for where the server can tell: vLLM counts the answer's tokens
-in each chunk (``continuous_usage_stats``), llama-server likewise in its timings
+How many tokens a chunk has is asked for where the server can tell: mtpbatch and vLLM count the
+answer's tokens in each chunk (``continuous_usage_stats``), llama-server likewise in its timings
 (``timings_per_token``). Of others each chunk counts as one token, and the usage at the end says
 how many there were.
 """
@@ -25,9 +25,11 @@ from mtpbatch.loadtest.records import Facts
 
 _NAMES: Final = {"llamacpp": "llama-server", "vllm": "vLLM", "mtpbatch": "mtpbatch"}
 """By what servers say of their models: who owns them."""
+_IN_USAGE: Final = {"stream_options": {"include_usage": True, "continuous_usage_stats": True}}
 _COUNTING: Final[dict[str, dict[str, Any]]] = {
     "llama-server": {"timings_per_token": True},
-    "vLLM": {"stream_options": {"include_usage": True, "continuous_usage_stats": True}},
+    "mtpbatch": _IN_USAGE,
+    "vLLM": _IN_USAGE,
 }
 """What makes a server tell how many tokens its chunks have."""
 _PROBE_TIMEOUT: Final = aiohttp.ClientTimeout(total=30)

@@ -10,11 +10,9 @@ from msgspec import UNSET
 
 from mtpbatch.chat import AnswerFormat, AnswerParser, ChatDelta, ChatPrompt, ToolCall
 from mtpbatch.exceptions import ChatTemplateError, InvalidParameterError
-from mtpbatch.generation import Generation
 from mtpbatch.server.endpoint import Answer, Service
 from mtpbatch.server.errors import named_as
 from mtpbatch.server.generating import (
-    check_whole,
     completed,
     finish,
     form,
@@ -41,7 +39,7 @@ from mtpbatch.server.protocol import (
     TopLogprob,
 )
 from mtpbatch.server.tools import ForcedCall, forced_call
-from mtpbatch.types import Completion, TokenLogprobs
+from mtpbatch.types import Completion, Delta, TokenLogprobs
 
 
 class _Reader(Protocol):
@@ -68,11 +66,13 @@ async def chat(service: Service, asked: ChatRequest, answer: Answer) -> None:
         async with submitted(service, [token_ids], asked, **params) as generations:
             if asked.stream:
 
-                def follow(index: int, generation: Generation) -> AsyncIterator[ChatChunkChoice]:
+                def follow(
+                    index: int, deltas: AsyncIterator[Delta]
+                ) -> AsyncIterator[ChatChunkChoice]:
                     reader = make_reader(f"{answer.id}-{index}")
-                    return _follow(service, asked, index, generation, reader)
+                    return _follow(service, asked, index, deltas, reader)
 
-                await stream(service, asked, answer, generations, ChatChunk, follow)
+                await stream(service, asked, answer, [token_ids], generations, ChatChunk, follow)
                 return
             done = await completed(service, generations)
     choices = []
@@ -227,15 +227,18 @@ def _choice(
 
 
 async def _follow(
-    service: Service, asked: ChatRequest, index: int, generation: Generation, reader: _Reader
+    service: Service,
+    asked: ChatRequest,
+    index: int,
+    deltas: AsyncIterator[Delta],
+    reader: _Reader,
 ) -> AsyncIterator[ChatChunkChoice]:
     """What can be said of an answer as it comes. Tokens are told of with the text that they
     complete, or once it is clear that they are markup."""
     yield ChatChunkChoice(index=index, delta=AnsweredMessage(role="assistant", content=""))
     n_calls = 0
     untold: list[TokenLogprobs] = []
-    async for delta in generation:
-        check_whole(delta.finish_reason)
+    async for delta in deltas:
         untold += delta.logprobs or ()
         parts = [reader.feed(delta.text)]
         if delta.finish_reason is not None:

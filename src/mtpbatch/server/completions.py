@@ -6,11 +6,9 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from typing import Any
 
 from mtpbatch.exceptions import InvalidParameterError
-from mtpbatch.generation import Generation
 from mtpbatch.server.endpoint import Answer, Service
 from mtpbatch.server.errors import named_as
 from mtpbatch.server.generating import (
-    check_whole,
     completed,
     finish,
     in_json,
@@ -19,6 +17,7 @@ from mtpbatch.server.generating import (
     stop_reason,
     stream,
     submitted,
+    tokenised,
     usage,
 )
 from mtpbatch.server.protocol import (
@@ -38,15 +37,18 @@ async def complete(service: Service, asked: CompletionRequest, answer: Answer) -
     n = asked.n or 1
     _check(asked, n)
     with named_as(names_of_form(asked)):
-        prompts = listed("prompt", asked.prompt)
+        texts = listed("prompt", asked.prompt)
+        prompts = await tokenised(service, texts, asked)
         async with submitted(service, prompts, asked, **_params(asked)) as generations:
-            echoes = await _echoes(service, asked, prompts)
+            echoes = await _echoes(service, asked, texts)
             if asked.stream:
 
-                def follow(index: int, generation: Generation) -> AsyncIterator[CompletionChoice]:
-                    return _follow(service, asked, index, generation, echoes[index // n])
+                def follow(
+                    index: int, deltas: AsyncIterator[Delta]
+                ) -> AsyncIterator[CompletionChoice]:
+                    return _follow(service, asked, index, deltas, echoes[index // n])
 
-                await stream(service, asked, answer, generations, CompletionAnswer, follow)
+                await stream(service, asked, answer, prompts, generations, CompletionAnswer, follow)
                 return
             done = await completed(service, generations)
         choices = [
@@ -137,13 +139,17 @@ class _Told:
 
 
 async def _follow(
-    service: Service, asked: CompletionRequest, index: int, generation: Generation, echo: str
+    service: Service,
+    asked: CompletionRequest,
+    index: int,
+    deltas: AsyncIterator[Delta],
+    echo: str,
 ) -> AsyncIterator[CompletionChoice]:
     """What can be said of an answer as it comes."""
     told = _Told(service, asked)
     if echo:
         yield CompletionChoice(index=index, text=echo)
-    async for delta in generation:
+    async for delta in deltas:
         if choice := _part(index, asked, delta, told):
             yield choice
 
@@ -152,7 +158,6 @@ def _part(
     index: int, asked: CompletionRequest, delta: Delta, told: _Told
 ) -> CompletionChoice | None:
     """What a delta adds; ``None`` if that is nothing yet."""
-    check_whole(delta.finish_reason)
     if asked.max_tokens == 0:
         if delta.finish_reason is None:
             return None

@@ -20,7 +20,7 @@ from mtpbatch.server.protocol import (
     PromptTokensDetails,
     Usage,
 )
-from mtpbatch.types import Completion, SamplingParams
+from mtpbatch.types import Completion, Delta, SamplingParams
 
 _AS_IN_ENGINE: Final = [
     name for name in Generating.__struct_fields__ if name in SamplingParams.__struct_fields__
@@ -78,9 +78,20 @@ def names_of_form(asked: Generating) -> dict[str, str]:
     }
 
 
+async def tokenised(
+    service: Service, prompts: Iterable[str | Sequence[int]], asked: Generating
+) -> list[str | Sequence[int]]:
+    """The prompts, as tokens where several answers share them or events tell how many they are."""
+    wanted = (asked.n or 1) > 1 or _counts(asked)
+    return [
+        await service.engine.tokenize(prompt) if wanted and isinstance(prompt, str) else prompt
+        for prompt in prompts
+    ]
+
+
 @asynccontextmanager
 async def submitted(
-    service: Service, prompts: Iterable[str | Sequence[int]], asked: Generating, **params: Any
+    service: Service, prompts: Sequence[str | Sequence[int]], asked: Generating, **params: Any
 ) -> AsyncIterator[list[Generation]]:
     """Requests for all answers, those to one prompt side by side, once all are in the queue.
 
@@ -88,12 +99,9 @@ async def submitted(
     """
     generations: list[Generation] = []
     engine, n = service.engine, asked.n or 1
-    prompts = list(prompts)
     _check_fits(service, len(prompts), n)
     try:
         for prompt in prompts:
-            if n > 1 and isinstance(prompt, str):  # tokenised once for all
-                prompt = await engine.tokenize(prompt)
             generations += engine.submit_n(prompt, n, followed=bool(asked.stream), **params)
         for generation in generations:
             await generation.entered()
@@ -107,25 +115,46 @@ async def stream(
     service: Service,
     asked: Generating,
     answer: Answer,
+    prompts: Sequence[str | Sequence[int]],
     generations: Sequence[Generation],
     event: Callable[..., Struct],
-    follow: Callable[[int, Generation], AsyncIterator[Struct]],
+    follow: Callable[[int, AsyncIterator[Delta]], AsyncIterator[Struct]],
 ) -> None:
-    """Answer in events: the choices that ``follow`` makes of each generation, then the usage."""
+    """Answer in events: the choices that ``follow`` makes of what comes, then the usage.
+
+    ``prompts`` are those that were submitted.
+    """
+    n, counts = asked.n or 1, _counts(asked)
     done: dict[int, Completion] = {}
 
     async def part(index: int, generation: Generation) -> AsyncIterator[Struct]:
-        async for choice in follow(index, generation):
-            yield event(**answer.head, choices=[choice])
+        prompt_tokens, generated = len(prompts[index // n]), 0
+
+        async def deltas() -> AsyncIterator[Delta]:
+            nonlocal generated
+            async for delta in generation:
+                check_whole(delta.finish_reason)
+                generated += len(delta.token_ids)
+                yield delta
+
+        async for choice in follow(index, deltas()):
+            so_far = Usage(prompt_tokens, generated, prompt_tokens + generated) if counts else None
+            yield event(**answer.head, choices=[choice], usage=so_far)
         [done[index]] = await completed(service, [generation])
 
     def last() -> list[Struct]:
         if asked.stream_options is None or not asked.stream_options.include_usage:
             return []
         in_order = [done[index] for index in range(len(generations))]
-        return [event(**answer.head, choices=[], usage=usage(in_order, asked.n or 1))]
+        return [event(**answer.head, choices=[], usage=usage(in_order, n))]
 
     await answer.stream([part(*each) for each in enumerate(generations)], last)
+
+
+def _counts(asked: Generating) -> bool:
+    """Whether each event is to tell how many tokens there are so far."""
+    options = asked.stream_options
+    return options is not None and options.include_usage and options.continuous_usage_stats
 
 
 def _check_fits(service: Service, n_prompts: int, n: int) -> None:

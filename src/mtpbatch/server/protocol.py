@@ -39,6 +39,8 @@ class StreamOptions(Struct, kw_only=True, forbid_unknown_fields=True, frozen=Tru
 
     include_usage: bool = False
     """A last event with the usage, and without choices."""
+    continuous_usage_stats: bool = False
+    """With it, the tokens so far in every event, as vLLM has it."""
     include_obfuscation: bool = False
     """Accepted, and not done."""
 
@@ -218,13 +220,14 @@ class CompletionTokensDetails(Struct, frozen=True):
 
 
 class Usage(Struct, frozen=True):
-    """Tokens of a request, all of its answers together."""
+    """Tokens of a request, all of its answers together; in an event with a choice, those of that
+    answer so far, and no details."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
-    prompt_tokens_details: PromptTokensDetails
-    completion_tokens_details: CompletionTokensDetails
+    prompt_tokens_details: PromptTokensDetails | UnsetType = UNSET
+    completion_tokens_details: CompletionTokensDetails | UnsetType = UNSET
 
 
 class CompletionLogprobs(Struct, frozen=True):
