@@ -13,6 +13,8 @@ import anyio
 import pytest
 
 import mtpbatch
+from mtpbatch.loadtest import mock
+from mtpbatch.loadtest.mock import Pace
 from mtpbatch.native import Model
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -150,6 +152,16 @@ def test_a_loop_that_is_held_up_is_noticed() -> None:
             pass
 
     assert anyio.run(watch, hold_up).longest >= 0.03
+
+
+def test_what_is_compared_with_guidellm_is_what_the_mock_does(tmp_path: Path) -> None:
+    from benchmarks.guidellm import Traffic, by_mtpbatch
+
+    with mock.running(Pace(ttft=0.05, itl=0.01)) as url:
+        figures = by_mtpbatch(url, Traffic(["one", "two", "three"], 1, 8), tmp_path)
+    assert figures.ttft >= 50
+    assert figures.itl >= 9
+    assert figures.throughput <= 8 / (0.05 + 7 * 0.01) * 1.5, "it may begin within an answer"
 
 
 def test_the_load_client_is_measured_by_what_the_mock_did() -> None:
