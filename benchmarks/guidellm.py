@@ -125,18 +125,19 @@ def compare(args: argparse.Namespace, url: str) -> list[list[str]]:
     rng = random.Random(1)
     prompts = [words(rng, args.prompt_words) for _ in range(args.requests)]
     traffic = Traffic(prompts, args.concurrency, args.tokens)
-    pairs: list[tuple[Figures, Figures]] = []
+    them: list[Figures] = []
+    us: list[Figures] = []
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(args.rounds):
-            theirs = by_guidellm(args.guidellm.absolute(), url, traffic, Path(folder))
-            pairs.append((theirs, by_mtpbatch(url, traffic, Path(folder))))
+            them.append(by_guidellm(args.guidellm.absolute(), url, traffic, Path(folder)))
+            us.append(by_mtpbatch(url, traffic, Path(folder)))
     rows = []
     for name, label in (
         ("ttft", "TTFT, ms"),
         ("itl", "ITL of a request, ms"),
         ("throughput", "output tokens/s"),
     ):
-        theirs, ours = ([getattr(each, name) for each in side] for side in zip(*pairs, strict=True))
+        theirs, ours = ([getattr(each, name) for each in side] for side in (them, us))
         ratios = [b / a for a, b in zip(theirs, ours, strict=True)]
         rows.append(
             [
