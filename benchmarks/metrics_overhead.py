@@ -31,7 +31,7 @@ from mtpbatch.metrics import EngineMetrics
 from mtpbatch.scheduler import Event, Scheduler
 from mtpbatch.testing import ScriptedBackend, open_scripted_engine
 from mtpbatch.types import ModelFacts, Plan, SamplingParams, SequenceStep, StepResult
-from mtpbatch.watching import Watchers
+from mtpbatch.watching import RequestEnded, Watchers
 
 _PARAMS = SamplingParams()
 
@@ -58,9 +58,8 @@ class _WatchedScheduler(Scheduler):
         self._watchers.stepped(result, parts, now)
         for event in events:
             if event.last:
-                self._watchers.ended(
-                    self._context, event.request_id, _PARAMS, event.completion, event.error
-                )
+                ended = RequestEnded(event.request_id, _PARAMS, event.completion, event.error)
+                self._watchers.ended(ended, self._context)
         return events
 
 

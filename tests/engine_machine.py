@@ -38,6 +38,8 @@ from mtpbatch import (
     ModelLoadError,
     MtpBatchError,
     NativeDiedError,
+    RequestAdmitted,
+    RequestEnded,
     SamplingParams,
     StepReport,
     memory,
@@ -113,22 +115,14 @@ class Ledger:
 
     def __init__(self) -> None:
         self.ends: Counter[int] = Counter()
-        self.outcomes: dict[
-            int, tuple[SamplingParams, Completion | None, MtpBatchError | None]
-        ] = {}
+        self.outcomes: dict[int, RequestEnded] = {}
 
-    def ended(
-        self,
-        request_id: str,
-        params: SamplingParams,
-        completion: Completion | None,
-        error: MtpBatchError | None,
-    ) -> None:
-        number = _number(params)
+    def ended(self, request: RequestEnded) -> None:
+        number = _number(request.params)
         self.ends[number] += 1
-        self.outcomes[number] = params, completion, error
+        self.outcomes[number] = request
 
-    def admitted(self, *_: object) -> None: ...
+    def admitted(self, request: RequestAdmitted) -> None: ...
     def paused(self, request_id: str) -> None: ...
     def stepped(self, report: StepReport) -> None: ...
 
@@ -507,8 +501,8 @@ class EngineMachine(RuleBasedStateMachine):
         assert stats.running + stats.free_sequences == stats.n_seq
         assert 0 <= stats.kv_cells_used <= stats.n_cells
         refusals = sum(
-            completion is None and error is not None
-            for _, completion, error in self.ledger.outcomes.values()
+            ended.completion is None and ended.error is not None
+            for ended in self.ledger.outcomes.values()
         )
         assert sum(stats.finished.values()) == self.ledger.ends.total() - refusals
 
@@ -559,7 +553,8 @@ class EngineMachine(RuleBasedStateMachine):
     def check_end(self, asked: Asked) -> None:
         if asked.number not in self.ledger.outcomes:
             return
-        params, completion, error = self.ledger.outcomes[asked.number]
+        ended = self.ledger.outcomes[asked.number]
+        params, completion, error = ended.params, ended.completion, ended.error
         if self.alive(asked) and not asked.task.cancelled():
             assert asked.error is error
             if error is None:

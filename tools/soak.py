@@ -44,7 +44,7 @@ ROOT: Final = Path(__file__).parents[1]
 sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "core"), str(ROOT / "tools")]
 
 from engine_machine import EngineMachine, shorter_prompts_matter  # noqa: E402
-from mtpbatch import Completion, Engine, MtpBatchError  # noqa: E402
+from mtpbatch import Completion, Engine, MtpBatchError, RequestAdmitted, RequestEnded  # noqa: E402
 from server_machine import ServerMachine  # noqa: E402
 from tinymtp import gguf_file  # noqa: E402
 
@@ -262,10 +262,10 @@ class Ends:
     def __init__(self) -> None:
         self.by_request: Counter[str] = Counter()
 
-    def ended(self, request_id: str, *_: object) -> None:
-        self.by_request[request_id] += 1
+    def ended(self, request: RequestEnded) -> None:
+        self.by_request[request.request_id] += 1
 
-    def admitted(self, *_: object) -> None: ...
+    def admitted(self, request: RequestAdmitted) -> None: ...
     def paused(self, request_id: str) -> None: ...
     def stepped(self, report: object) -> None: ...
 

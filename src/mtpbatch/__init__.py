@@ -57,7 +57,7 @@ from mtpbatch.types import (
     TokenLogprobs,
     Usage,
 )
-from mtpbatch.watching import Watcher
+from mtpbatch.watching import RequestAdmitted, RequestEnded, Watcher
 
 __all__ = [
     "ChatCompletion",
@@ -101,6 +101,8 @@ __all__ = [
     "NativeDiedError",
     "NativeError",
     "PromptTooLongError",
+    "RequestAdmitted",
+    "RequestEnded",
     "SamplingParams",
     "SequenceStep",
     "StepReport",

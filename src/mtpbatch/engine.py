@@ -74,7 +74,7 @@ from mtpbatch.types import (
     TemplateSource,
     parse,
 )
-from mtpbatch.watching import Watcher, Watchers
+from mtpbatch.watching import RequestEnded, Watcher, Watchers
 
 _CLOSING_TIME: Final = 10.0  # seconds that closing waits for a native call
 
@@ -544,6 +544,11 @@ class Engine:
         return self._backend.config
 
     @property
+    def description(self) -> str:
+        """The model in a few words, such as ``demo.gguf (qwen35, 2.8M)``."""
+        return self._backend.description
+
+    @property
     def model(self) -> ModelFacts:
         """The sizes of the loaded model and what it can do."""
         return self._backend.facts
@@ -818,7 +823,8 @@ class Engine:
         completion, error = event.completion, event.error
         if error is not None:
             completion = error.completion
-        self._watchers.ended(live.log.context, event.request_id, live.params, completion, error)
+        ended = RequestEnded(event.request_id, live.params, completion, error)
+        self._watchers.ended(ended, live.log.context)
         if event.completion is None:
             live.log.debug("request.ended", error=str(event.error))
         else:

@@ -30,10 +30,9 @@ from mtpbatch.exceptions import (
     EngineDeadError,
     EngineOverloaded,
     InvalidParameterError,
-    MtpBatchError,
 )
 from mtpbatch.types import Completion, EngineStats, SamplingParams, StepReport
-from mtpbatch.watching import Watcher
+from mtpbatch.watching import RequestEnded, Watcher
 
 try:
     from prometheus_client import REGISTRY, CollectorRegistry, make_asgi_app
@@ -86,7 +85,7 @@ class EngineMetrics(Watcher):
         if not isinstance(model_name, str | None):
             raise InvalidParameterError("model_name", f"must be a text, got {model_name!r}")
         self.registry = REGISTRY if registry is None else registry
-        self.model_name = engine._backend.description if model_name is None else model_name
+        self.model_name = engine.description if model_name is None else model_name
         self._engine = engine
         self._stats = engine.stats()
         self._lock = threading.Lock()
@@ -147,21 +146,16 @@ class EngineMetrics(Watcher):
             if n_tokens:
                 self._histograms["iteration_tokens_total"].observe(n_tokens)
 
-    def ended(
-        self,
-        request_id: str,
-        params: SamplingParams,
-        completion: Completion | None,
-        error: MtpBatchError | None,
-    ) -> None:
+    def ended(self, request: RequestEnded) -> None:
         """Count how long a request took, and each of its parts that it came to."""
+        error = request.error
         with self._lock:
-            self._gained.pop(request_id, None)
+            self._gained.pop(request.request_id, None)
             if error is not None and not isinstance(error, EngineOverloaded):
                 self._failures[type(error).__name__] += 1
-            if completion is None:
+            if request.completion is None:
                 return
-            for name, value in _measured(params, completion):
+            for name, value in _measured(request.params, request.completion):
                 self._histograms[name].observe(value)
 
     # ------------------------------------------------------------------ what is scraped

@@ -17,9 +17,7 @@ import time
 from collections.abc import Iterator
 from typing import Final, TypeAlias
 
-from mtpbatch.exceptions import MtpBatchError
-from mtpbatch.types import Completion, SamplingParams
-from mtpbatch.watching import Watcher
+from mtpbatch.watching import RequestEnded, Watcher
 
 try:
     from opentelemetry.trace import SpanKind, Status, StatusCode, TracerProvider, get_tracer
@@ -48,20 +46,15 @@ class RequestSpans(Watcher):
         self._tracer = get_tracer("mtpbatch", tracer_provider=tracer_provider)
         self._model_name = model_name
 
-    def ended(
-        self,
-        request_id: str,
-        params: SamplingParams,
-        completion: Completion | None,
-        error: MtpBatchError | None,
-    ) -> None:
+    def ended(self, request: RequestEnded) -> None:
         """Make the request's span, in the context of whoever submitted it."""
         end = time.time_ns()
+        completion, error = request.completion, request.error
         seconds = 0.0 if completion is None else completion.timings.total
         span = self._tracer.start_span(
             " ".join(filter(None, (_OPERATION, self._model_name))),
             kind=SpanKind.INTERNAL,
-            attributes=dict(self._attributes(request_id, params, completion)),
+            attributes=dict(self._attributes(request)),
             start_time=end - int(seconds * 1e9),
         )
         if error is not None:
@@ -69,15 +62,14 @@ class RequestSpans(Watcher):
             span.set_status(Status(StatusCode.ERROR, str(error)))
         span.end(end)
 
-    def _attributes(
-        self, request_id: str, params: SamplingParams, completion: Completion | None
-    ) -> Iterator[_Attribute]:
+    def _attributes(self, request: RequestEnded) -> Iterator[_Attribute]:
+        params, completion = request.params, request.completion
         yield "gen_ai.operation.name", _OPERATION
         yield "gen_ai.provider.name", "mtpbatch"
         if self._model_name is not None:
             yield "gen_ai.request.model", self._model_name
             yield "gen_ai.response.model", self._model_name
-        yield "gen_ai.request.id", request_id
+        yield "gen_ai.request.id", request.request_id
         yield "gen_ai.request.max_tokens", params.max_tokens
         yield "gen_ai.request.temperature", params.temperature
         yield "gen_ai.request.top_p", params.top_p

@@ -12,10 +12,35 @@ from contextlib import ExitStack
 from contextvars import Context
 from typing import Protocol
 
+from msgspec import Struct
+
 from mtpbatch._log import log
 from mtpbatch.exceptions import InvalidParameterError, MtpBatchError
 from mtpbatch.sequence import Sequence
 from mtpbatch.types import Completion, SamplingParams, SequenceStep, StepReport, StepResult
+
+
+class RequestAdmitted(Struct, frozen=True, gc=False):
+    """A request that has a sequence id. Nothing in it tells what its texts are."""
+
+    request_id: str
+    seq_id: int
+    queued: float
+    """Seconds from its submission until it had its first one."""
+    prompt_tokens: int
+    cached_tokens: int
+    """Of those, how many did not have to be computed."""
+
+
+class RequestEnded(Struct, frozen=True):
+    """A request that has had its last event."""
+
+    request_id: str
+    params: SamplingParams
+    completion: Completion | None
+    """What there was by then; None if it failed before it could start."""
+    error: MtpBatchError | None
+    """What its caller gets instead of the completion."""
 
 
 class Watcher(Protocol):
@@ -27,13 +52,10 @@ class Watcher(Protocol):
     and hears no more. What a subclass does not define, it does not want to hear.
     """
 
-    def admitted(
-        self, request_id: str, seq_id: int, queued: float, prompt_tokens: int, cached_tokens: int
-    ) -> None:
+    def admitted(self, request: RequestAdmitted) -> None:
         """A request has a sequence id now: its first, one after a pause, or another than before.
 
-        ``queued``: seconds from its submission until it had its first. ``cached_tokens`` of its
-        prompt did not have to be computed. Those that run when the watcher comes are told first.
+        Those that run when the watcher comes are told first.
         """
         return
 
@@ -49,18 +71,10 @@ class Watcher(Protocol):
         those of some steps come together."""
         return
 
-    def ended(
-        self,
-        request_id: str,
-        params: SamplingParams,
-        completion: Completion | None,
-        error: MtpBatchError | None,
-    ) -> None:
+    def ended(self, request: RequestEnded) -> None:
         """A request has ended, wherever it was: exactly once for each that was taken in.
 
-        ``error`` is what its caller gets instead of the ``completion``, which then tells what there
-        was by then; ``None`` if it failed before it could start. Called in the context of whoever
-        submitted the request (see :mod:`contextvars`).
+        Called in the context of whoever submitted it (see :mod:`contextvars`).
         """
         return
 
@@ -131,19 +145,11 @@ class Watchers:
         for watched in self._watched:
             self._tell(watched, watched.watcher.stepped, report)
 
-    def ended(
-        self,
-        context: Context,
-        request_id: str,
-        params: SamplingParams,
-        completion: Completion | None,
-        error: MtpBatchError | None,
-    ) -> None:
+    def ended(self, request: RequestEnded, context: Context) -> None:
         """Tell that a request has ended. ``context``: of whoever submitted it."""
         for watched in self._watched:
-            watched.seq_ids.pop(request_id, None)
-            told = watched.watcher.ended
-            self._tell(watched, context.run, told, request_id, params, completion, error)
+            watched.seq_ids.pop(request.request_id, None)
+            self._tell(watched, context.run, watched.watcher.ended, request)
 
     def _see(self, watched: _Watched, running: Iterable[Sequence]) -> None:
         before, now = watched.seq_ids, {s.request_id: s.seq_id for s in running}
@@ -153,13 +159,12 @@ class Watchers:
         for request_id in before.keys() - now.keys():
             self._tell(watched, watched.watcher.paused, request_id)
         for s in running:
-            if before.get(s.request_id) != s.seq_id:
+            if s.seq_id is not None and before.get(s.request_id) != s.seq_id:
                 queued = 0.0 if s.admitted is None else s.admitted - s.submitted
-                self._tell(
-                    watched,
-                    watched.watcher.admitted,
-                    *(s.request_id, s.seq_id, queued, len(s.prompt), s.cached_tokens),
+                request = RequestAdmitted(
+                    s.request_id, s.seq_id, queued, len(s.prompt), s.cached_tokens
                 )
+                self._tell(watched, watched.watcher.admitted, request)
 
     def _tell(self, watched: _Watched, told: Callable[..., object], *values: object) -> None:
         if watched not in self._watched:  # taken off, or it has raised

@@ -123,7 +123,7 @@ MAY_IMPORT |= {
     "server/embeddings": {"server", "exceptions"},
     "server/app": {"server", "engine", "metrics", "tracing", "_log", "types", "exceptions"},
     "server/run": {"server", "engine", "_log", "types", "exceptions"},
-    "server/page/feed": {"engine", "types", "exceptions"},
+    "server/page/feed": {"engine", "types", "watching", "exceptions"},
     "server/page/web": {"server", "engine"},
 }
 

@@ -57,6 +57,8 @@ def test_the_package_exports_exactly_these_names() -> None:
         "NativeDiedError",
         "NativeError",
         "PromptTooLongError",
+        "RequestAdmitted",
+        "RequestEnded",
         "SamplingParams",
         "SequenceStep",
         "StepReport",
@@ -93,6 +95,7 @@ def test_the_engines_surface() -> None:
         "check_health",
         "closed",
         "config",
+        "description",
         "detokenize",
         "drain",
         "draining",
@@ -158,6 +161,11 @@ def test_the_engines_surface() -> None:
         (mtpbatch.Usage, "prompt_tokens completion_tokens cached_tokens total_tokens"),
         (mtpbatch.Timings, "queued prefill first_token decode total"),
         (mtpbatch.Watcher, "admitted paused stepped ended"),
+        (
+            mtpbatch.RequestAdmitted,
+            "request_id seq_id queued prompt_tokens cached_tokens",
+        ),
+        (mtpbatch.RequestEnded, "request_id params completion error"),
         (
             mtpbatch.SequenceStep,
             "seq_id request_id n_prompt n_drafted n_accepted n_generated n_tokens",

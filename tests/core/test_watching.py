@@ -11,14 +11,14 @@ import anyio
 import pytest
 
 from mtpbatch import (
-    Completion,
     DecodeError,
     EngineClosedError,
     EngineOverloaded,
     InvalidParameterError,
     MtpBatchError,
     PromptTooLongError,
-    SamplingParams,
+    RequestAdmitted,
+    RequestEnded,
     StepReport,
 )
 from mtpbatch.testing import ScriptedBackend, open_scripted_engine
@@ -34,18 +34,16 @@ class Record:
     def __init__(self) -> None:
         self.calls: list[tuple[str, str]] = []
         self.seq_ids: dict[str, int] = {}
-        self.admissions: dict[str, tuple[float, int, int]] = {}
+        self.admissions: dict[str, RequestAdmitted] = {}
         self.reports: list[StepReport] = []
-        self.ends: dict[str, tuple[SamplingParams, Completion | None, MtpBatchError | None]] = {}
+        self.ends: dict[str, RequestEnded] = {}
         self.users: dict[str, str] = {}
 
-    def admitted(
-        self, request_id: str, seq_id: int, queued: float, prompt_tokens: int, cached_tokens: int
-    ) -> None:
-        self.calls.append(("admitted", request_id))
-        assert seq_id not in self.seq_ids.values(), "one request on each id"
-        self.seq_ids[request_id] = seq_id
-        self.admissions[request_id] = queued, prompt_tokens, cached_tokens
+    def admitted(self, request: RequestAdmitted) -> None:
+        self.calls.append(("admitted", request.request_id))
+        assert request.seq_id not in self.seq_ids.values(), "one request on each id"
+        self.seq_ids[request.request_id] = request.seq_id
+        self.admissions[request.request_id] = request
 
     def paused(self, request_id: str) -> None:
         self.calls.append(("paused", request_id))
@@ -58,18 +56,12 @@ class Record:
             assert part.request_id not in self.ends
             assert part.request_id in self.admissions
 
-    def ended(
-        self,
-        request_id: str,
-        params: SamplingParams,
-        completion: Completion | None,
-        error: MtpBatchError | None,
-    ) -> None:
-        self.calls.append(("ended", request_id))
-        self.seq_ids.pop(request_id, None)
-        assert request_id not in self.ends, "each request ends once"
-        self.ends[request_id] = params, completion, error
-        self.users[request_id] = USER.get()
+    def ended(self, request: RequestEnded) -> None:
+        self.calls.append(("ended", request.request_id))
+        self.seq_ids.pop(request.request_id, None)
+        assert request.request_id not in self.ends, "each request ends once"
+        self.ends[request.request_id] = request
+        self.users[request.request_id] = USER.get()
 
     def total(self, field: str, request_id: str | None = None) -> int:
         return sum(
@@ -98,12 +90,13 @@ async def test_steps_add_up_to_what_completions_and_figures_say() -> None:
         usage = completion.usage
         fed = usage.prompt_tokens - usage.cached_tokens
         assert record.total("n_prompt", request_id) == fed
-        queued, *tokens = record.admissions[request_id]
-        assert queued == completion.timings.queued
-        assert tokens == [usage.prompt_tokens, usage.cached_tokens]
-        params, told, error = record.ends[request_id]
-        assert (told, error) == (completion, None)
-        assert params.max_tokens == (9 if completion is done[-1] else 30)
+        admitted = record.admissions[request_id]
+        assert admitted.queued == completion.timings.queued
+        assert admitted.prompt_tokens == usage.prompt_tokens
+        assert admitted.cached_tokens == usage.cached_tokens
+        ended = record.ends[request_id]
+        assert (ended.completion, ended.error) == (completion, None)
+        assert ended.params.max_tokens == (9 if completion is done[-1] else 30)
     assert record.total("n_generated") == stats.generated_tokens
     assert record.total("n_prompt") == stats.prompt_tokens
     assert record.total("n_drafted") == stats.drafted > 0
@@ -196,10 +189,11 @@ async def test_ends_are_told_in_the_context_of_whoever_submitted() -> None:
                 group.start_soon(client, "bob", "y" * 200)
                 group.start_soon(client, "eve", "z" * 5000)
     assert len(record.ends) == 3
-    for request_id, (params, completion, error) in record.ends.items():
+    for request_id, ended in record.ends.items():
         user = record.users[request_id]
-        assert params.metadata == {"user": user}
-        assert isinstance(error, PromptTooLongError) == (user == "eve") == (completion is None)
+        assert ended.params.metadata == {"user": user}
+        assert isinstance(ended.error, PromptTooLongError) == (user == "eve")
+        assert (ended.completion is None) == (user == "eve")
 
 
 async def test_a_failed_step_is_reported_and_ends_its_requests_with_what_they_had() -> None:
@@ -216,11 +210,11 @@ async def test_a_failed_step_is_reported_and_ends_its_requests_with_what_they_ha
     assert "no memory" in errors[4]
     assert errors[:4] + errors[5:] == [None] * (len(errors) - 1)
     assert record.reports[4].sequences == ()
-    (_, completion, error), (_, _, none) = record.ends.values()
-    assert (error, none) == (caught.value, None)
-    assert completion is not None
-    assert completion.finish_reason == "error"
-    assert len(completion.token_ids) == 4
+    failed, well = record.ends.values()
+    assert (failed.error, well.error) == (caught.value, None)
+    assert failed.completion is not None
+    assert failed.completion.finish_reason == "error"
+    assert len(failed.completion.token_ids) == 4
 
 
 async def test_who_never_ran_ends_once_too() -> None:
@@ -257,7 +251,7 @@ async def test_an_engine_that_dies_tells_of_all_ends() -> None:
             for generation in generations:
                 with pytest.raises(MtpBatchError):
                     await generation
-    assert [error is not None for _, _, error in record.ends.values()] == [True, True]
+    assert [ended.error is not None for ended in record.ends.values()] == [True, True]
 
 
 async def test_what_is_no_watcher_is_refused() -> None:

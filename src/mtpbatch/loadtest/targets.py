@@ -48,7 +48,7 @@ class EngineTarget:
     def __init__(self, engine: Engine, params: Mapping[str, Any]) -> None:
         self._engine = engine
         self._params = dict(params)
-        self.facts: Facts = {"model": engine._backend.description}
+        self.facts: Facts = {"model": engine.description}
         for name, value in msgspec.structs.asdict(engine.config).items():
             if isinstance(value, str | int | float | None):
                 self.facts[name] = value

@@ -25,10 +25,10 @@ from mtpbatch.exceptions import (
     EngineDeadError,
     EngineError,
     EngineStalledError,
-    MtpBatchError,
     NativeDiedError,
 )
-from mtpbatch.types import Completion, EngineStats, SamplingParams, StepReport
+from mtpbatch.types import EngineStats, StepReport
+from mtpbatch.watching import RequestAdmitted, RequestEnded
 
 INTERVAL: Final = 0.1  # seconds from frame to frame
 _DUE: Final = 0.9 * INTERVAL  # viewers do not wake up to the millisecond
@@ -37,17 +37,6 @@ _MOST_NOTES: Final = 2048  # that wait for a frame; if that is late, the oldest 
 _KEPT_FRAMES: Final = 20  # who is further behind leaves some out
 
 State: TypeAlias = Literal["serving", "stalled", "restarting", "draining", "closed", "dead"]
-
-
-class Run(Struct, frozen=True, gc=False):
-    """A request that has a sequence id. Nothing in it tells what its texts are."""
-
-    request_id: str
-    seq_id: int
-    queued: float
-    """Seconds from its submission until it had its first one."""
-    prompt_tokens: int
-    cached_tokens: int
 
 
 class Part(Struct, array_like=True, gc=False):
@@ -92,7 +81,7 @@ class Frame(Struct, frozen=True, omit_defaults=True):
     setup: Setup | None = None
     """Only in the first frame of a viewer, and in the next one after it has missed some; these
     tell of all lanes."""
-    lanes: dict[int, Run | None] = {}
+    lanes: dict[int, RequestAdmitted | None] = {}
     """By sequence id, who has got one, or that nobody has it any more."""
     slots: list[Slot] = []
     ends: dict[str, str] = {}
@@ -104,7 +93,7 @@ class _Left(Struct, frozen=True, gc=False):
     reason: str
 
 
-_Note: TypeAlias = Run | StepReport | _Left
+_Note: TypeAlias = RequestAdmitted | StepReport | _Left
 
 
 class _Notebook:
@@ -113,10 +102,8 @@ class _Notebook:
     def __init__(self) -> None:
         self._notes: deque[_Note] = deque(maxlen=_MOST_NOTES)
 
-    def admitted(
-        self, request_id: str, seq_id: int, queued: float, prompt_tokens: int, cached_tokens: int
-    ) -> None:
-        self._notes.append(Run(request_id, seq_id, queued, prompt_tokens, cached_tokens))
+    def admitted(self, request: RequestAdmitted) -> None:
+        self._notes.append(request)
 
     def paused(self, request_id: str) -> None:
         self._notes.append(_Left(request_id, "paused"))
@@ -124,15 +111,9 @@ class _Notebook:
     def stepped(self, report: StepReport) -> None:
         self._notes.append(report)
 
-    def ended(
-        self,
-        request_id: str,
-        params: SamplingParams,
-        completion: Completion | None,
-        error: MtpBatchError | None,
-    ) -> None:
-        reason = "error" if completion is None else completion.finish_reason
-        self._notes.append(_Left(request_id, reason))
+    def ended(self, request: RequestEnded) -> None:
+        reason = "error" if request.completion is None else request.completion.finish_reason
+        self._notes.append(_Left(request.request_id, reason))
 
     def take(self) -> list[_Note]:
         """What was noted since the last time, from another thread than the engine's."""
@@ -160,7 +141,7 @@ class Feed:
         self._n_viewers = 0
         self._watching = ExitStack()
         self._notebook = _Notebook()
-        self._runs: dict[int, Run] = {}
+        self._runs: dict[int, RequestAdmitted] = {}
         self._frames: deque[bytes] = deque(maxlen=_KEPT_FRAMES)
         self._n_frames = 0
         self._made = -math.inf
@@ -202,13 +183,13 @@ class Feed:
         return self._n_frames, list(islice(self._frames, n_old, None))
 
     def _frame(self) -> Frame:
-        lanes: dict[int, Run | None] = {}
+        lanes: dict[int, RequestAdmitted | None] = {}
         ends: dict[str, str] = {}
         reports: list[StepReport] = []
         for note in self._notebook.take():
             if isinstance(note, StepReport):
                 reports.append(note)
-            elif isinstance(note, Run):
+            elif isinstance(note, RequestAdmitted):
                 for seq_id in self._vacate(note.request_id):  # it has moved
                     lanes[seq_id] = None
                 self._runs[note.seq_id] = lanes[note.seq_id] = note
