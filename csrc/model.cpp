@@ -8,6 +8,8 @@
 #include <cstring>
 #include <fstream>
 #include <mutex>
+#include <string_view>
+#include <unordered_set>
 
 namespace mtpbatch {
 
@@ -41,6 +43,52 @@ Header read_header(const std::string & path) {
     return { gguf_init_from_file(path.c_str(), { /*no_alloc*/ true, /*ctx*/ nullptr }), gguf_free };
 }
 
+int64_t find_array(const gguf_context * header, const std::string & key, gguf_type type) {
+    const int64_t id = gguf_find_key(header, key.c_str());
+    const bool    is_one =
+        id >= 0 && gguf_get_kv_type(header, id) == GGUF_TYPE_ARRAY && gguf_get_arr_type(header, id) == type;
+    return is_one ? id : -1;
+}
+
+// How many channels of a head each kind of position turns: no more than there are. Some architectures
+// may have none, where a position is of one kind only.
+void check_sections(const gguf_context * header, const std::string & arch, int64_t key_length) {
+    const std::string key = arch + ".rope.dimension_sections";
+    const int64_t     id  = find_array(header, key, GGUF_TYPE_INT32);
+    if (id < 0) {
+        return;
+    }
+    const auto * sections = static_cast<const int32_t *>(gguf_get_arr_data(header, id));
+    int64_t      sum      = 0;
+    for (size_t i = 0; i < gguf_get_arr_n(header, id); ++i) {
+        if (sections[i] < 0) {
+            sum = -1;
+            break;
+        }
+        sum += sections[i];
+    }
+    const int64_t least = arch.rfind("qwen", 0) == 0 ? 1 : 0;
+    if (sum < least || sum > key_length) {
+        throw Error(MTPBATCH_LOAD_FAILED, "the file is damaged: " + key + " does not divide a head's channels");
+    }
+}
+
+// No two tokens are spelt alike, but for empty ones, which llama.cpp gives names.
+void check_tokens(const gguf_context * header) {
+    const int64_t id = find_array(header, "tokenizer.ggml.tokens", GGUF_TYPE_STRING);
+    if (id < 0) {
+        return;
+    }
+    std::unordered_set<std::string_view> spellings;
+    for (size_t i = 0; i < gguf_get_arr_n(header, id); ++i) {
+        const std::string_view spelling = gguf_get_arr_str(header, id, i);
+        if (!spelling.empty() && !spellings.insert(spelling).second) {
+            throw Error(MTPBATCH_LOAD_FAILED,
+                        "the file is damaged: token " + std::to_string(i) + " is spelt like one before it");
+        }
+    }
+}
+
 // Refuses a file whose header holds numbers that libllama asserts on or divides by. A file that
 // cannot be read at all is left to the loader, which says why. Returns whether the file has MTP
 // heads that it announces but not their weights, as where these were split off: such heads load,
@@ -72,11 +120,15 @@ bool lacks_heads(const Header & header) {
     const bool        assistant  = arch == "gemma4-assistant";  // has no layers but heads
     const int64_t n_heads = check("nextn_predict_layers", assistant ? n_layer : 0, assistant ? n_layer : n_layer - 1);
     check("full_attention_interval", 1, MAX_LAYERS);
-    check("rope.dimension_count", 2, check("attention.key_length", 1, INT32_MAX), 2);
+    const int64_t key_length = check("attention.key_length", 1, INT32_MAX);
+    check("rope.dimension_count", 2, key_length, 2);
     check("ssm.state_size", 1, INT32_MAX);
     check("ssm.group_count", 1, INT32_MAX);
     check("ssm.time_step_rank", 1, INT32_MAX);
     check("ssm.inner_size", 1, INT32_MAX);
+
+    check_sections(header.get(), arch, key_length);
+    check_tokens(header.get());
 
     const std::string heads_key = arch + ".nextn_predict_layers";
     if (assistant || gguf_find_key(header.get(), heads_key.c_str()) < 0 ||

@@ -42,6 +42,7 @@ from mtpbatch.exceptions import (
     WrongProcessError,
 )
 from mtpbatch.generation import Generation
+from mtpbatch.probing import probe_model
 from mtpbatch.types import (
     Completion,
     Delta,
@@ -114,6 +115,7 @@ __all__ = [
     "Watcher",
     "WrongProcessError",
     "log_to_console",
+    "probe_model",
 ]
 
 require_llama_cpp()

@@ -67,6 +67,9 @@ MAY_IMPORT: dict[str, set[str]] = {
         "exceptions",
         *("isolated", "native"),  # inside open() only
     },
+    "probing/messages": set(),
+    "probing/__init__": {"probing", "types", "exceptions"},
+    "probing/__main__": {"probing", "engine", "exceptions"},
     "metrics": {"engine", "watching", "types", "exceptions"},
     "tracing": {"watching", "types", "exceptions"},
     "testing/scripted": {"backend", "engine", "_loops", "types", "exceptions"},

@@ -70,6 +70,7 @@ def test_the_package_exports_exactly_these_names() -> None:
         "Watcher",
         "WrongProcessError",
         "log_to_console",
+        "probe_model",
     }
     assert all(hasattr(mtpbatch, name) for name in mtpbatch.__all__)
     assert sorted(mtpbatch.__all__) == mtpbatch.__all__

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import struct
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -238,6 +239,34 @@ def test_a_truncated_gguf(tmp_path: Path, demo_path: Path, kept: float) -> None:
     path.write_bytes(data[: kept if isinstance(kept, int) else int(len(data) * kept)])
     with pytest.raises(ModelLoadError, match=r"cut\.gguf: "):
         Model(path)
+
+
+@pytest.mark.parametrize("sections", [(0, 0, 0, 0), (3, 3, -1, 0), (200, 0, 0, 0)])
+def test_a_header_that_divides_heads_impossibly_is_refused(
+    demo_path: Path, tmp_path: Path, sections: tuple[int, ...]
+) -> None:
+    """libllama would abort in the first decode."""
+    data = bytearray(demo_path.read_bytes())
+    name = b"qwen35.rope.dimension_sections"
+    at = data.index(name) + len(name) + 16  # behind its type, that of its elements, their number
+    data[at : at + 16] = struct.pack("<4i", *sections)
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(data)
+    with pytest.raises(ModelLoadError, match=r"damaged: qwen35\.rope\.dimension_sections"):
+        Model(damaged)
+
+
+def test_a_vocabulary_in_which_tokens_are_spelt_alike_is_refused(
+    demo_path: Path, tmp_path: Path
+) -> None:
+    """libllama would abort."""
+    a, b = (struct.pack("<Q", 1) + letter for letter in (b"a", b"b"))
+    data = demo_path.read_bytes()
+    assert data.count(a) == 1
+    damaged = tmp_path / "damaged.gguf"
+    damaged.write_bytes(data.replace(a, b))
+    with pytest.raises(ModelLoadError, match=r"damaged: token \d+ is spelt like one before it"):
+        Model(damaged)
 
 
 def test_a_path_of_any_characters(tmp_path: Path, tiny_path: Path) -> None:

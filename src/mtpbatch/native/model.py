@@ -77,7 +77,8 @@ class Model(Handle):
             another model.
 
     Safe to use from several threads at once. Load files from sources you trust: of a file that
-    contradicts itself only the gravest contradictions are noticed, others can end the process.
+    contradicts itself only the gravest contradictions are noticed, others can end the process, as
+    :func:`~mtpbatch.probe_model` finds out in another one.
     """
 
     def __init__(
