@@ -1,0 +1,111 @@
+"""What anybody may send to the server: by its own description and against it, and bytes as such."""
+
+from __future__ import annotations
+
+import json
+import socket
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import pytest
+import schemathesis
+from anyio.from_thread import start_blocking_portal
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from schemathesis import GenerationMode
+from schemathesis.checks import positive_data_acceptance
+
+import mtpbatch
+from api_server import serving
+from mtpbatch.server import create_app
+
+SLOW = settings(deadline=None, suppress_health_check=list(HealthCheck))
+SOME = settings(SLOW, max_examples=SLOW.max_examples // 8)
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """A server on the demo model, which runs in a thread while tests block theirs."""
+
+    @asynccontextmanager
+    async def opened() -> AsyncIterator[str]:
+        async with (
+            mtpbatch.Engine.open(n_seq=2, n_ctx=128, n_threads=1) as engine,
+            serving(create_app(engine, max_body=100_000)) as url,
+        ):
+            yield url.removeprefix("http://")
+            assert engine.stats().free_sequences == 2
+
+    with start_blocking_portal() as portal, portal.wrap_async_context_manager(opened()) as address:
+        yield address
+
+
+POSTS = ("/v1/completions", "/v1/chat/completions", "/v1/embeddings")
+GETS = ("/v1/models", "/v1/models/{model}", "/health")  # in which nothing could be wrong
+SENT = [(path, "POST", mode) for path in POSTS for mode in GenerationMode]
+SENT += [(path, "GET", GenerationMode.POSITIVE) for path in GETS]
+
+
+def test_these_are_all_operations(address: str) -> None:
+    described = httpx.get(f"http://{address}/openapi.json").json()["paths"]
+    assert {(path, method.upper()) for path, item in described.items() for method in item} == {
+        (path, method) for path, method, _ in SENT
+    }
+
+
+@pytest.mark.parametrize(("path", "method", "mode"), SENT)
+def test_the_description_holds_whatever_is_sent(
+    address: str, path: str, method: str, mode: GenerationMode
+) -> None:
+    """Statuses, types and bodies are those described; what is wrong is refused, nothing is 5xx."""
+    schema = schemathesis.openapi.from_url(f"http://{address}/openapi.json")
+    operation = schema[path][method]
+
+    @SOME
+    @given(operation.as_strategy(generation_mode=mode))
+    def send(case: schemathesis.Case[Any]) -> None:
+        # Not all that a value must be is in its schema, such as which tokens there are.
+        case.call_and_validate(timeout=60, excluded_checks=[positive_data_acceptance])
+
+    send()
+
+
+REQUEST = (
+    b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+    b"Content-Length: 31\r\n\r\n" + json.dumps({"prompt": "a", "max_tokens": 1}).encode()
+)
+
+
+@st.composite
+def damaged(draw: st.DrawFn) -> bytes:
+    """A request with bytes put in, taken out, or in the place of others."""
+    data = bytearray(REQUEST)
+    for _ in range(draw(st.integers(1, 4))):
+        at = draw(st.integers(0, len(data)))
+        data[at : at + draw(st.integers(0, 8))] = draw(
+            st.binary(max_size=8)
+            | st.sampled_from([b"\r\n", b"\r\n\r\n", b"\0", b": ", b"9" * 30, b"a" * 70_000])
+            | st.sampled_from(
+                [b"\r\nTransfer-Encoding: chunked\r\n", b"\r\nUpgrade: websocket\r\n"]
+            )
+        )
+    return bytes(data)
+
+
+@SOME
+@given(data=damaged() | st.binary(max_size=200))
+def test_bytes_that_are_no_request_trouble_nobody_else(address: str, data: bytes) -> None:
+    """The connection ends, or waits for more; others are served."""
+    host, port = address.split(":")
+    with socket.create_connection((host, int(port)), timeout=60) as connection:
+        connection.sendall(data)
+        connection.shutdown(socket.SHUT_WR)
+        try:
+            answer = b"".join(iter(lambda: connection.recv(65536), b""))
+        except ConnectionResetError:
+            answer = b""
+    assert not answer or answer.startswith(b"HTTP/1.1 ")
+    assert not answer.startswith(b"HTTP/1.1 500")
+    assert httpx.get(f"http://{address}/health").status_code == 200
