@@ -47,8 +47,10 @@ def test_faults_below_end_those_whom_they_concern(
 ) -> None:
     model: Model = request.getfixturevalue(kind)
     tests = HERE.parent
+    # Before others that are preloaded, such as a sanitizer, whose `new` would be found first.
+    preloaded = [str(library), os.environ.get("LD_PRELOAD", "")]
     environment = os.environ | {
-        "LD_PRELOAD": str(library),
+        "LD_PRELOAD": " ".join(preloaded).strip(),
         "PYTHONPATH": str(tests),
         "OMP_WAIT_POLICY": "passive",
     }
