@@ -40,17 +40,19 @@ def audit(report: str) -> None:
         raise SystemExit("known vulnerabilities:\n" + "\n".join(bad))
     unknown = [f"{p['name']}: {p['skip_reason']}" for p in packages if "skip_reason" in p]
     if unknown:
-        raise SystemExit("NOT AUDITED for vulnerabilities:\n" + "\n".join(unknown))
+        raise SystemExit(
+            f"NOT AUDITED for vulnerabilities: {len(unknown)} of {len(packages)} packages, "
+            f"such as {unknown[0]}"
+        )
 
 
 def write_sbom(wheel: Path, path: Path) -> None:
     """Write down what installing a wheel brings."""
     with tempfile.TemporaryDirectory() as folder:
-        venv.create(folder, with_pip=True)
+        venv.create(folder)
         python = Path(folder) / "bin" / "python"
-        pip = (python, "-m", "pip")
+        pip = (sys.executable, "-m", "pip", "--python", python)
         subprocess.run([*pip, "install", "-q", "-c", CONSTRAINTS, wheel], check=True)
-        subprocess.run([*pip, "uninstall", "-q", "-y", "setuptools"], check=True)  # venv's own
         subprocess.run(
             [
                 *(sys.executable, "-m", "cyclonedx_py", "environment", python),
