@@ -244,7 +244,8 @@ class MtpStateError(MtpSessionError):
 
 
 class LibraryMismatchError(MtpBatchError, ImportError):
-    """The installed llama-cpp-python is not the version that mtpbatch was compiled against."""
+    """The installed llama-cpp-python is not the version that mtpbatch was compiled against, or was
+    built so that mtpbatch does not fit it."""
 
 
 class InternalError(MtpBatchError):

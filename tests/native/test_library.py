@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -66,6 +67,24 @@ importlib.metadata.distribution = distribution
         f"mtpbatch was compiled against llama-cpp-python {LLAMA_CPP_PYTHON}, but none is "
         f'installed; run: pip install "llama-cpp-python=={LLAMA_CPP_PYTHON}"\n'
     )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="builds a library as Linux has them")
+def test_a_libllama_without_what_is_needed_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    """As where other compilers built it, whose names of C++ differ: this one has none at all."""
+    info = tmp_path / f"llama_cpp_python-{LLAMA_CPP_PYTHON}.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(
+        f"Metadata-Version: 2.1\nName: llama-cpp-python\nVersion: {LLAMA_CPP_PYTHON}\n"
+    )
+    libraries = tmp_path / "llama_cpp" / "lib"
+    libraries.mkdir(parents=True)
+    compiler = os.environ.get("CC") or shutil.which("cc") or "gcc"
+    command = [compiler, "-shared", "-Wl,-soname,libllama.so.0", "-x", "c", os.devnull, "-o"]
+    subprocess.run([*command, str(libraries / "libllama.so")], check=True)
+    said = run(CATCH_IMPORT_ERROR, path=tmp_path)
+    assert "undefined symbol: " in said
+    assert said.endswith("--no-binary mtpbatch mtpbatch\n")
 
 
 def test_importing_prints_nothing_and_starts_nothing() -> None:

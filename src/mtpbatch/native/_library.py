@@ -46,7 +46,14 @@ def _preload(directory: Path) -> None:
 
 _preload(require_llama_cpp())
 
-from mtpbatch.native._ffi import ffi, lib  # noqa: E402  (needs the library loaded above)
+try:
+    from mtpbatch.native._ffi import ffi, lib
+except ImportError as error:  # names of C++ differ with its standard library
+    raise LibraryMismatchError(
+        f"mtpbatch's compiled part does not fit the llama-cpp-python installed here: {error}; "
+        "if other compilers built that, let them build mtpbatch too: "
+        "pip install --force-reinstall --no-deps --no-binary mtpbatch mtpbatch"
+    ) from None
 
 __all__ = ["Handle", "call", "ffi", "lib"]
 
