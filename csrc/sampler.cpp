@@ -345,6 +345,15 @@ uint32_t fixed(uint32_t seed) {
     return seed == LLAMA_DEFAULT_SEED ? 0 : seed;
 }
 
+// llama.cpp's XTC leaves the least probable candidate of all, where the threshold is 0, and that may be
+// one that cannot come. It only moves the beginning: more probable ones still stand before it.
+void leave_one_that_is_possible(llama_token_data_array & array, const llama_token_data * begin) {
+    while (array.data > begin && array.data->logit == IMPOSSIBLE) {
+        --array.data;
+        ++array.size;
+    }
+}
+
 // To llama.cpp nothing is typical where a candidate's probability is 0: it computes with its logarithm.
 void leave_out_impossible(llama_token_data_array & array) {
     constexpr float LEAST = -87;  // about the logarithm of the smallest normal number
@@ -377,9 +386,7 @@ Sampler::Sampler(const mtpbatch_sampling & params)
     if (params.xtc_probability > 0) {
         // Not the seed of the draws, which would depend on what XTC did before.
         const uint32_t seed = fixed(params.seed ^ XTC_SEED);
-        // From 0 on, the least probable token would be one that cannot come.
-        const float threshold = std::max(params.xtc_threshold, std::numeric_limits<float>::min());
-        chain_.emplace_back(llama_sampler_init_xtc(params.xtc_probability, threshold, 1, seed));
+        chain_.emplace_back(llama_sampler_init_xtc(params.xtc_probability, params.xtc_threshold, 1, seed));
     }
     // An infinite one would make impossible tokens possible.
     temperature_ = std::min(params.temperature, std::numeric_limits<float>::max());
@@ -466,6 +473,7 @@ llama_token Sampler::draw(Candidates & candidates) {
             leave_out_impossible(array);
         }
         llama_sampler_apply(chain_[i].get(), &array);
+        leave_one_that_is_possible(array, from.data());
     }
     if (array.selected < 0 || array.selected >= static_cast<int64_t>(array.size)) {
         throw Error(MTPBATCH_DECODE_FAILED, "the sampler chain picked no token");

@@ -142,6 +142,12 @@ class Chain:
                 candidates.size = len(possible)
                 data[: candidates.size] = possible
             libllama.llama_sampler_apply(sampler, ctypes.byref(candidates))
+            if name == "xtc":  # may leave an impossible token alone: then the one before those
+                first = (candidates.data - data.ctypes.data) // CANDIDATE.itemsize
+                possible = np.flatnonzero(data["logit"][: first + 1] > -np.inf)
+                n_back = int(first - possible[-1]) if len(possible) else 0
+                candidates.data -= n_back * CANDIDATE.itemsize
+                candidates.size += n_back
         first = (candidates.data - data.ctypes.data) // CANDIDATE.itemsize
         token = int(data["id"][first + candidates.selected])
         self._answer.append(token)
@@ -207,6 +213,7 @@ CHAT = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.0, "seed": 1}
 NUCLEUS = {**CHAT, "top_k": 0}
 MIN_P = {**NUCLEUS, "top_p": 1.0, "min_p": 0.05}
 HEAT = {**MIN_P, "min_p": 0.0}
+LEAST_PROBABLE = {**HEAT, "xtc_probability": 1.0, "xtc_threshold": 0.0}
 
 
 @settings(max_examples=400, deadline=None)
@@ -288,6 +295,9 @@ class Scene(NamedTuple):
     params={**CHAT, "repetition_penalty": 1.3, "dry_multiplier": 0.8},
     greedy=False,
 )
+@example(shape="normal", vocab=3, seed=1, params=LEAST_PROBABLE, greedy=False)  # by a bias of 100
+@example(shape="huge", vocab=3, seed=0, params=LEAST_PROBABLE, greedy=False)  # of probability 0
+@example(shape="holes", vocab=300, seed=1, params=LEAST_PROBABLE, greedy=False)
 def test_it_changes_rows_as_the_chain_does(
     tiny: Model, shape: str, vocab: int, seed: int, params: dict[str, Any], greedy: bool
 ) -> None:
