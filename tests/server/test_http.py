@@ -539,6 +539,8 @@ WRONG: list[tuple[str, dict[str, Any], str, str]] = [
         "structured_outputs.choice",
         "cannot be combined",
     ),
+    ("/v1/completions", {"stream_options": {}}, "stream_options", "needs stream"),
+    ("/v1/chat/completions", {"stream_options": {}}, "stream_options", "needs stream"),
     ("/v1/chat/completions", {"messages": []}, "messages", "length >= 1"),
     (
         "/v1/chat/completions",
