@@ -38,13 +38,17 @@ class _Gate(StepGate):
 class _Backend(ScriptedBackend):
     """One token a step. Sets "held" when a step is held, and "cancelled"."""
 
-    def __init__(self, board: Any, n_seq: int, hold: int | None, die: int | None) -> None:
+    def __init__(
+        self, board: Any, n_seq: int, hold: int | None, die: int | None, *, restarts: bool
+    ) -> None:
         super().__init__(lambda _: ANSWER, n_seq=n_seq, n_draft_max=0, snapshot_memory=0)
         self._board = board
         self.gate = _Gate()
         if hold is not None:
             self._gates[hold] = self.gate
-        if die is not None:
+        if die is not None and restarts:
+            self.die_in_step(die)
+        elif die is not None:
             self.fail_step(die, RuntimeError("scripted death"))
 
     def cancel(self, ticket: int) -> None:
@@ -53,18 +57,27 @@ class _Backend(ScriptedBackend):
 
 
 class ScriptedReplica(EngineReplica):
-    """Answers the alphabet. Holds one step until "release" is set, or dies of one."""
+    """Answers the alphabet. Holds one step until "release" is set, or dies of one; if it
+    ``restarts``, only its model does."""
 
     async def __init__(  # type: ignore[misc]
-        self, board: Any, n_seq: int = 4, hold: int | None = None, die: int | None = None
+        self,
+        board: Any,
+        n_seq: int = 4,
+        hold: int | None = None,
+        die: int | None = None,
+        restarts: bool = False,
     ) -> None:
-        self._backend = _Backend(board, n_seq, hold, die)
+        self._backend = _Backend(board, n_seq, hold, die, restarts=restarts)
         self._board = board
         await super().__init__()
         self._helper = asyncio.create_task(self._tell_and_hear())
 
     async def n_steps(self) -> int:
         return self._backend.n_steps
+
+    async def advance(self, seconds: float) -> None:
+        self._backend.clock.advance(seconds)
 
     def _open(
         self, model: str | None, config: dict[str, Any]

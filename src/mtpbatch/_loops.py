@@ -124,13 +124,13 @@ class ThreadEvent:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._set = False
-        self._waiters: list[tuple[EventLoop, LoopEvent]] = []
+        self._waiters: dict[LoopEvent, EventLoop] = {}
 
     def set(self) -> None:
         with self._lock:
             self._set = True
-            waiters, self._waiters = self._waiters, []
-        for loop, event in waiters:
+            waiters, self._waiters = self._waiters, {}
+        for event, loop in waiters.items():
             loop.post(event.set)
 
     def is_set(self) -> bool:
@@ -142,5 +142,9 @@ class ThreadEvent:
                 return
             loop = EventLoop.current()
             event = loop.event()
-            self._waiters.append((loop, event))
-        await event.wait()
+            self._waiters[event] = loop
+        try:
+            await event.wait()
+        finally:
+            with self._lock:  # nothing is kept of who is cancelled
+                self._waiters.pop(event, None)

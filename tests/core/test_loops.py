@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable
 
 import anyio
 import pytest
 
-from mtpbatch._loops import EventLoop, Mailbox
+from mtpbatch._loops import EventLoop, Mailbox, ThreadEvent
 
 
 class SlowLoop:
@@ -97,3 +98,19 @@ def test_a_loop_that_has_ended_says_so(backend: str) -> None:
     mailbox = Mailbox[int](loop, lambda items: None)
     mailbox.put([1])
     assert mailbox.closed
+
+
+@pytest.mark.anyio
+async def test_an_event_keeps_nothing_of_who_waits_no_longer() -> None:
+    event = ThreadEvent()
+    kind = type(EventLoop.current().event())
+
+    def n_kept() -> int:
+        gc.collect()
+        return sum(type(thing) is kind for thing in gc.get_objects())
+
+    before = n_kept()
+    for _ in range(100):
+        with anyio.move_on_after(0):
+            await event.wait()
+    assert n_kept() < before + 50

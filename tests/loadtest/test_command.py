@@ -79,7 +79,7 @@ def test_a_server_is_swept_and_compared(tmp_path: Path) -> None:
     seeds = [run.load["seed"] for _, run in record.runs]
     assert len(set(seeds)) == 3
     page = tmp_path / "both.html"
-    files = [str(tmp_path / name / "result.json") for name in ("a", "b")]
+    files = [str(tmp_path / "a" / "result.json"), str(tmp_path / "b")]  # or its folder
     compared = bench("compare", *files, "--out", str(page))
     assert compared.returncode == 0, compared.stderr
     assert page.exists()

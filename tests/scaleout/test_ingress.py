@@ -61,7 +61,7 @@ class Replicas:
 
 
 async def post(replicas: Replicas, body: bytes = b"{}") -> httpx.Response:
-    transport = httpx.ASGITransport(PassOn(replicas.ask, max_body=1000))
+    transport = httpx.ASGITransport(PassOn(replicas.ask, max_body=1000, body_timeout=60))
     async with httpx.AsyncClient(transport=transport, base_url="http://ingress") as client:
         return await client.post("/v1/completions?x=1", content=body)
 
@@ -88,7 +88,7 @@ async def run(ask: Callable[[HttpRequest], Script], gone: anyio.Event) -> list[M
         "query_string": b"",
         "headers": [],
     }
-    await PassOn(ask, 1000)(scope, receive, send)
+    await PassOn(ask, 1000, 60)(scope, receive, send)
     return sent
 
 
@@ -167,6 +167,23 @@ async def test_too_large_a_body_is_refused_here() -> None:
     assert "1000 bytes" in error_of(response.content)["message"]
 
 
+async def test_a_body_that_does_not_come_is_not_waited_for_for_ever() -> None:
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        await anyio.sleep_forever()
+        raise AssertionError
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    with anyio.fail_after(30):
+        await PassOn(Replicas().ask, 1000, 0.01)({"type": "http"}, receive, send)
+    assert sent[0]["status"] == 408
+    assert (b"connection", b"close") in sent[0]["headers"]
+    assert error_of(sent[1]["body"])["code"] == "body_too_slow"
+
+
 @pytest.mark.parametrize("before", [(), (START, part("a"))])
 async def test_a_client_that_goes_cancels_the_call(before: tuple[Message, ...]) -> None:
     script = Script(*before, anyio.Event())
@@ -187,4 +204,4 @@ async def test_a_client_that_goes_while_it_sends_is_not_answered() -> None:
     async def send(message: Message) -> None:
         raise AssertionError
 
-    await PassOn(Replicas().ask, 1000)({"type": "http"}, receive, send)
+    await PassOn(Replicas().ask, 1000, 60)({"type": "http"}, receive, send)

@@ -61,7 +61,7 @@ def around(replica: type[EngineReplica], *args: Any, **options: Any) -> serve.Ap
     options = {"max_ongoing_requests": 100, "graceful_shutdown_wait_loop_s": 0.1, **options}
     deployment: Any = serve.deployment(**options)(replica)
     ingress: Any = serve.deployment(max_ongoing_requests=1000)(Ingress)
-    application: serve.Application = ingress.bind(deployment.bind(*args), 1 << 20)
+    application: serve.Application = ingress.bind(deployment.bind(*args), 1 << 20, 60.0)
     return application
 
 
@@ -329,6 +329,23 @@ async def test_a_replica_whose_engine_dies_is_replaced(cluster: str) -> None:
             await until(lambda: replicas("dies", "ScriptedReplica") == {"RUNNING": 2})
             answer = await http.post("/v1/completions", json={**body, "max_tokens": 3})
             assert answer.json()["choices"][0]["text"] == ANSWER[:3]
+
+
+async def test_a_replica_whose_model_dies_is_left_to_mend_itself(cluster: str) -> None:
+    board = new_board()
+    with deployed(around(ScriptedReplica, board, 4, None, 5, True), "mends") as engines:
+        async with client(f"{cluster}/mends") as http:
+            body = {"model": "mtpbatch", "prompt": "a", "max_tokens": 26}
+            answer = await http.post("/v1/completions", json=body)
+            assert answer.status_code == 503
+            assert answer.json()["error"]["code"] == "engine_restarting"
+            assert (await http.get("/health")).status_code == 503
+            await engines.check_health.remote()  # as Serve does
+            await engines.advance.remote(1.0)
+            again = await http.post("/v1/completions", json=body)
+            assert again.json()["choices"][0]["text"] == ANSWER
+            names = {one.headers["x-mtpbatch-replica"] for one in (answer, again)}
+            assert len(names) == 1
 
 
 async def test_prompts_that_begin_alike_go_to_the_same_replica(cluster: str) -> None:

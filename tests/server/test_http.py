@@ -200,7 +200,58 @@ async def test_too_large_a_body_is_413_whether_it_says_so_beforehand_or_not() ->
         assert (await client.post("/v1/completions", json=ASK)).status_code == 200
 
 
+HALF = (
+    b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    b'Content-Length: 100\r\n\r\n{"prompt": '
+)
+"""A request whose body does not all come."""
+
+
+async def all_of(client: anyio.abc.ByteStream) -> tuple[bytes, Any]:
+    """What a server sends until it closes the connection: its head, and its error's code."""
+    answer = b"".join([part async for part in client])
+    head, _, body = answer.partition(b"\r\n\r\n")
+    return head, json.loads(body)["error"]["code"]
+
+
+async def test_a_body_that_does_not_come_is_408_and_the_connection_is_closed() -> None:
+    async with scripted(ScriptedBackend(), body_timeout=0.1) as (_, http):
+        port = http.base_url.port
+        assert port is not None
+        async with await anyio.connect_tcp("127.0.0.1", port) as client:
+            await client.send(HALF)
+            with anyio.fail_after(30):
+                head, code = await all_of(client)
+        assert head.startswith(b"HTTP/1.1 408 ")
+        assert code == "body_too_slow"
+        assert (await http.post("/v1/completions", json=ASK)).status_code == 200
+
+
 # ---------------------------------------------------------------------- how engines end
+
+
+@pytest.mark.parametrize("dies", [False, True], ids=["closed", "dead"])
+async def test_an_engine_that_ends_waits_for_no_body(dies: bool) -> None:
+    backend = ScriptedBackend()
+    gate = backend.hold_step(0)
+    if dies:
+        backend.fail_step(0, RuntimeError())
+    async with scripted(backend) as (engine, http), anyio.create_task_group() as group:
+        port = http.base_url.port
+        assert port is not None
+        group.start_soon(lambda: http.post("/v1/completions", json=ASK))
+        await gate.reached()
+        async with await anyio.connect_tcp("127.0.0.1", port) as client:
+            await client.send(HALF)
+            assert (await http.get("/v1/models")).status_code == 200  # the other one is in by now
+            gate.release()
+            if not dies:
+                await engine.drain()
+                await engine.aclose()
+            with anyio.fail_after(30):
+                answer = await client.receive()
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert (b"engine_dead" if dies else b"engine_closed") in answer
 
 
 async def test_while_the_engine_drains_new_requests_are_503_and_old_ones_end() -> None:
@@ -488,6 +539,8 @@ WRONG: list[tuple[str, dict[str, Any], str, str]] = [
         "structured_outputs.choice",
         "cannot be combined",
     ),
+    ("/v1/completions", {"stream_options": {}}, "stream_options", "needs stream"),
+    ("/v1/chat/completions", {"stream_options": {}}, "stream_options", "needs stream"),
     ("/v1/chat/completions", {"messages": []}, "messages", "length >= 1"),
     (
         "/v1/chat/completions",

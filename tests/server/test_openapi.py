@@ -67,6 +67,10 @@ async def test_requests_and_answers_are_as_the_description_has_them() -> None:
             response = await client.get(path.format(model="mtpbatch"))
             content = document["paths"][path]["get"]["responses"]["200"]["content"]
             assert valid(document, content["application/json"]["schema"], response.json())
+        scraped = document["paths"]["/metrics"]["get"]["responses"]
+        assert scraped.keys() == {"200", "401"}
+        response = await client.get("/metrics")
+        assert response.headers["content-type"].startswith(*scraped["200"]["content"])
 
 
 async def test_every_parameter_of_the_engines_can_be_asked_for() -> None:

@@ -116,6 +116,21 @@ def test_a_live_page_that_is_open_does_not_hold_up_the_end() -> None:
         assert server.end()[0] == 0
 
 
+def test_half_a_body_does_not_hold_up_the_end() -> None:
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    half = 'Authorization: Bearer first\r\nContent-Length: 100\r\n\r\n{"prompt": '
+    with served() as server:
+        address = ("127.0.0.1", int(server.url.rpartition(":")[2]))
+        with socket.create_connection(address, timeout=PATIENCE) as client:
+            client.sendall(f"{head}{half}".encode())
+            assert server.client.get("/health").status_code == 200  # the other one is in by now
+            server.process.send_signal(signal.SIGTERM)
+            assert client.recv(1000).startswith(b"HTTP/1.1 503 ")
+        status, log = server.end()
+    assert status == 0
+    assert "Traceback" not in log
+
+
 def test_after_its_grace_it_ends_what_is_left() -> None:
     with served("--grace", "0") as server, server.streaming() as lines:
         server.process.send_signal(signal.SIGTERM)

@@ -138,6 +138,7 @@ _SERVER_OPTIONS: dict[str, dict[str, Any]] = {
         "help": "clients must send it; can be repeated, or MTPBATCH_API_KEY holds keys and commas",
     },
     "max_body": {"type": int, "help": "most bytes in the body of a request"},
+    "body_timeout": {"type": _seconds, "help": "seconds in which a request's body has to come"},
     "stall_timeout": {"type": _seconds, "help": "seconds a step may take before /health fails"},
 }
 _REQUEST_OPTIONS: dict[str, dict[str, Any]] = {

@@ -15,7 +15,7 @@ def add_parsers(subcommands: Any) -> None:
         help="figures and plots of a result.json",
         description="Print the figures of a result, and write its report and its requests anew.",
     )
-    report.add_argument("file", metavar="FILE", type=Path, help="a result.json")
+    report.add_argument("file", metavar="FILE", type=_result, help="a result.json, or its folder")
     report.add_argument("--out", metavar="DIR", type=Path, help="default: where the file is")
     compare = subcommands.add_parser(
         "compare",
@@ -24,11 +24,20 @@ def add_parsers(subcommands: Any) -> None:
         "may have moved them, and write a page with their plots on top of each other.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    compare.add_argument("file", metavar="FILE", type=Path, help="the result.json to compare with")
-    compare.add_argument("others", metavar="FILE", type=Path, nargs="+", help="and others")
+    compare.add_argument("file", metavar="FILE", type=_result, help="the result to compare with")
+    compare.add_argument("others", metavar="FILE", type=_result, nargs="+", help="and others")
     compare.add_argument(
-        "--out", metavar="PAGE", type=Path, default=Path("comparison.html"), help="of the page"
+        "--out",
+        metavar="PAGE",
+        type=Path,
+        default=Path("comparison.html"),
+        help="the page; default: comparison.html",
     )
+
+
+def _result(given: str) -> Path:
+    path = Path(given)
+    return path / "result.json" if path.is_dir() else path
 
 
 def run(options: argparse.Namespace) -> None:

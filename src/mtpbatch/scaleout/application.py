@@ -69,5 +69,5 @@ def app(args: Mapping[str, Any]) -> serve.Application:
     replicas = replica.bind(settings.model, settings.engine, settings.server)
     # The ingress lets everybody in: it is the replicas that have limits.
     ingress: Any = serve.deployment(max_ongoing_requests=100_000, **_ENDING)(Ingress)
-    application: serve.Application = ingress.bind(replicas, server.max_body)
+    application: serve.Application = ingress.bind(replicas, server.max_body, server.body_timeout)
     return application

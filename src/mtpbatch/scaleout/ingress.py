@@ -18,6 +18,7 @@ from mtpbatch._log import log
 from mtpbatch.scaleout.passing import HttpRequest
 from mtpbatch.scaleout.routing import beginning
 from mtpbatch.server.errors import ApiError
+from mtpbatch.server.limits import ClientGone, read_body
 
 # A request that is itself what replicas die of takes two of them with it, not all.
 _ATTEMPTS: Final = 2
@@ -37,22 +38,26 @@ class Answer(Protocol):
 class PassOn:
     """An ASGI app that has a replica answer.
 
-    ``ask`` starts a request on a replica.
+    ``ask`` starts a request on a replica. ``max_body`` and ``body_timeout`` are as in
+    :class:`~mtpbatch.server.ServerConfig`.
     """
 
-    def __init__(self, ask: Callable[[HttpRequest], Answer], max_body: int) -> None:
+    def __init__(
+        self, ask: Callable[[HttpRequest], Answer], max_body: int, body_timeout: float
+    ) -> None:
         self._ask = ask
         self._max_body = max_body
+        self._body_timeout = body_timeout
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer, unless the client goes."""
         reply = _Reply(send)
         try:
-            body = await _read(receive, self._max_body)
+            body = await read_body(receive, self._max_body, self._body_timeout)
         except ApiError as error:
             await reply.fail(error)
             return
-        if body is None:
+        except ClientGone:
             return
         request = HttpRequest.of(scope, body, beginning(body))
         async with anyio.create_task_group() as group:
@@ -155,37 +160,21 @@ class _Reply:
             await self._send({"type": "http.response.body", "body": event})
 
 
-async def _read(receive: Receive, max_body: int) -> bytes | None:
-    """The body of a request; ``None`` if the client goes meanwhile."""
-    body = bytearray()
-    more = True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            return None
-        body += message.get("body", b"")
-        more = message.get("more_body", False)
-        if len(body) > max_body:
-            raise ApiError(
-                413,
-                f"the body has more than {max_body} bytes, the most that this server takes",
-                code="body_too_large",
-            )
-    return bytes(body)
-
-
 @serve.ingress()
 class Ingress:
     """A class to deploy: serves ``/v1/…``, ``/health`` and ``/openapi.json``. Several may run.
 
-    ``engines`` is a deployment of :class:`EngineReplica`, ``max_body`` as in ``ServerConfig``.
-    What speaks of one engine, its metrics and its page, is not passed on: each request would show
+    ``engines`` is a deployment of :class:`EngineReplica`, the rest is as in ``ServerConfig``. What
+    speaks of one engine, its metrics and its page, is not passed on: each request would show
     another replica's.
     """
 
-    def __init__(self, engines: DeploymentHandle[object], max_body: int) -> None:
+    def __init__(
+        self, engines: DeploymentHandle[object], max_body: int, body_timeout: float
+    ) -> None:
         ask = engines.options(stream=True).answer.remote
-        self._pass_on = PassOn(cast("Callable[[HttpRequest], Answer]", ask), max_body)
+        ask = cast("Callable[[HttpRequest], Answer]", ask)
+        self._pass_on = PassOn(ask, max_body, body_timeout)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Serve asks for it when the replica has been made."""

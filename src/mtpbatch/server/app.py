@@ -57,7 +57,7 @@ def create_app(
     """An OpenAI-compatible ASGI app.
 
     With an open engine it can be mounted into another app, for whose life the engine is that app's
-    to open and to close::
+    to open and to close. Make one of an engine: for its metrics it watches that until it ends::
 
         async with mtpbatch.Engine.open("model.gguf") as engine:
             app.mount("/llm", create_app(engine))

@@ -16,5 +16,7 @@ class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     """Who asks sends one of these as ``Authorization: Bearer KEY``. None: anybody may ask."""
     max_body: Annotated[int, Meta(ge=1)] = 16 * 2**20
     """Most bytes in the body of a request."""
+    body_timeout: Annotated[float, Meta(gt=0)] = 60.0
+    """Seconds in which all of a body has to come."""
     stall_timeout: Annotated[float, Meta(ge=0)] = 60.0
     """Seconds that a step may take before ``/health`` says that the engine does not work."""

@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from mtpbatch._log import log
 from mtpbatch.engine import Engine
-from mtpbatch.exceptions import NativeDiedError
+from mtpbatch.exceptions import EngineDeadError, NativeDiedError
 from mtpbatch.server.config import ServerConfig
 from mtpbatch.server.errors import ApiError, api_error
 from mtpbatch.server.limits import ClientGone, Pace, read_json
@@ -145,15 +145,31 @@ class Endpoint(Generic[_Asked]):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         answer = Answer(self._service, scope, send, self._prefix)
         try:
-            body = await read_json(scope, receive, self._service.config.max_body)
+            body = await self._body(scope, receive)
             async with anyio.create_task_group() as group:
                 group.start_soon(_cancel_when_gone, receive, answer, group.cancel_scope)
                 asked: Any = self._decoder.decode(body)
                 self._service.check_model(asked.model)
                 await self._handle(self._service, asked, answer)
                 group.cancel_scope.cancel()
-        except ClientGone:
+        except* ClientGone:
             log.info("http.client_gone")
+
+    async def _body(self, scope: Scope, receive: Receive) -> bytes:
+        """What is asked. Raises as well if the engine ends before it is all there."""
+        body = b""
+        async with anyio.create_task_group() as group:
+            group.start_soon(_cancel_at_end, self._service.engine, group.cancel_scope)
+            body = await read_json(scope, receive, self._service.config)
+            group.cancel_scope.cancel()
+        self._service.check()
+        return body
+
+
+async def _cancel_at_end(engine: Engine, work: anyio.CancelScope) -> None:
+    with suppress(EngineDeadError):
+        await engine.wait_closed()
+    work.cancel()
 
 
 async def _cancel_when_gone(receive: Receive, answer: Answer, work: anyio.CancelScope) -> None:

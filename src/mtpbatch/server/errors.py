@@ -59,7 +59,7 @@ class ErrorBody(Struct, frozen=True):
 class ApiError(Exception):
     """An answer that is none.
 
-    ``retry_after`` is in seconds.
+    ``retry_after`` is in seconds. ``close``: the rest of the request is not waited for.
     """
 
     def __init__(
@@ -70,12 +70,14 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after: int | None = None,
+        close: bool = False,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.param = param
         self.code = code
         self.retry_after = retry_after
+        self.close = close
 
     @property
     def body(self) -> bytes:
@@ -94,6 +96,8 @@ class ApiError(Exception):
             headers["retry-after"] = str(self.retry_after)
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
+        if self.close:
+            headers["connection"] = "close"
         return headers
 
 

@@ -30,6 +30,8 @@ _LEAST_LOGPROB: Final = -9999.0  # JSON has no infinity
 
 def sampling(asked: Generating) -> dict[str, Any]:
     """The engine's parameters, but for how long the answer is and what is told of its tokens."""
+    if asked.stream_options is not None and not asked.stream:
+        raise InvalidParameterError("stream_options", "needs stream; set it to true")
     params = {name: value for name in _AS_IN_ENGINE if (value := getattr(asked, name)) is not None}
     params.setdefault("temperature", 1.0)
     if asked.seed is not None:

@@ -7,9 +7,11 @@ import math
 from collections.abc import Sequence
 from typing import Final
 
+import anyio
 from starlette.types import Receive, Scope
 
 from mtpbatch.exceptions import EngineOverloaded
+from mtpbatch.server.config import ServerConfig
 from mtpbatch.server.errors import ApiError
 from mtpbatch.types import Completion
 
@@ -45,34 +47,51 @@ class ApiKeys:
             )
 
 
-async def read_json(scope: Scope, receive: Receive, max_body: int) -> bytes:
+async def read_json(scope: Scope, receive: Receive, config: ServerConfig) -> bytes:
     """The body of a request that says it is JSON.
 
-    Raises :class:`ApiError` for another type (415) and for more than ``max_body`` bytes (413),
-    :class:`ClientGone` if the client leaves meanwhile.
+    Raises :class:`ApiError` for another type (415), and what :func:`read_body` raises.
     """
     kind = _header(scope, b"content-type").partition(b";")[0].strip().lower()
     if kind != b"application/json":
         raise ApiError(415, "the body must be JSON: send 'Content-Type: application/json'")
-    too_large = ApiError(
+    told = _header(scope, b"content-length")
+    if told.isdigit() and int(told) > config.max_body:
+        raise _too_large(config.max_body)
+    return await read_body(receive, config.max_body, config.body_timeout)
+
+
+async def read_body(receive: Receive, max_body: int, body_timeout: float) -> bytes:
+    """The body of a request.
+
+    Raises :class:`ApiError` if it has more than ``max_body`` bytes (413), or takes longer than
+    ``body_timeout`` seconds (408), and :class:`ClientGone` if the client leaves meanwhile.
+    """
+    body = bytearray()
+    with anyio.move_on_after(body_timeout):
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                raise ClientGone
+            body += message.get("body", b"")
+            if len(body) > max_body:
+                raise _too_large(max_body)
+            if not message.get("more_body", False):
+                return bytes(body)
+    raise ApiError(
+        408,
+        f"after {body_timeout:g} s the body was not all there; {len(body)} bytes had come",
+        code="body_too_slow",
+        close=True,
+    )
+
+
+def _too_large(max_body: int) -> ApiError:
+    return ApiError(
         413,
         f"the body has more than {max_body} bytes, the most that this server takes",
         code="body_too_large",
     )
-    told = _header(scope, b"content-length")
-    if told.isdigit() and int(told) > max_body:
-        raise too_large
-    body = bytearray()
-    more = True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise ClientGone
-        body += message.get("body", b"")
-        if len(body) > max_body:
-            raise too_large
-        more = message.get("more_body", False)
-    return bytes(body)
 
 
 class Pace:

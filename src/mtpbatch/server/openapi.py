@@ -26,6 +26,7 @@ _STATUSES: Final = {
     "400": "Something in the request is wrong; `param` names it.",
     "401": "The API key is missing or wrong.",
     "404": "There is no such model.",
+    "408": "The body did not come in time.",
     "413": "The body is too large.",
     "415": "The body is not declared to be JSON.",
     "429": "Too many requests wait; `Retry-After` says when to try again.",
@@ -55,15 +56,18 @@ def description(*, has_keys: bool) -> dict[str, Any]:
     )
     by_kind = dict(zip(kinds, schemas, strict=True))
 
+    def told(status: str) -> dict[str, Any]:
+        error = {"application/json": {"schema": by_kind[ErrorBody]}}
+        return {"description": _STATUSES[status], "content": error}
+
     def answers(kind: type[Struct], event: type[Struct] | None, *errors: str) -> dict[str, Any]:
         content: dict[str, Any] = {"application/json": {"schema": by_kind[kind]}}
         if event is not None:
             # OpenAPI has no word for a stream of events; this is what each of them holds.
             content["text/event-stream"] = {"schema": {"type": "string"}}
-        error = {"application/json": {"schema": by_kind[ErrorBody]}}
         return {
             "200": {"description": "The answer.", "content": content},
-            **{status: {"description": _STATUSES[status], "content": error} for status in errors},
+            **{status: told(status) for status in errors},
         }
 
     paths: dict[str, Any] = {}
@@ -88,6 +92,18 @@ def description(*, has_keys: bool) -> dict[str, Any]:
         if path == "/health":
             operation["security"] = []
         paths[path] = {"get": operation}
+    paths["/metrics"] = {
+        "get": {
+            "summary": "Metrics for Prometheus.",
+            "responses": {
+                "200": {
+                    "description": "In the format and compression that was asked for.",
+                    "content": {"text/plain": {"schema": {"type": "string"}}},
+                },
+                "401": told("401"),
+            },
+        }
+    }
     document: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {"title": "mtpbatch", "version": importlib.metadata.version("mtpbatch")},

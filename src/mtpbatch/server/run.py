@@ -121,6 +121,7 @@ class _Process:
     async def _drain(self) -> None:
         with suppress(EngineDeadError):
             await self._engine.drain(self._grace)
+        await self._engine.aclose()  # now, so that nobody waits for the rest of a body
         self._http.should_exit = True
 
     async def _end_with_engine(self) -> None:
