@@ -8,7 +8,9 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
+import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from mtpbatch import (
     Engine,
     EngineDeadError,
     Generation,
+    InvalidParameterError,
     ModelLoadError,
     NativeDiedError,
     WrongProcessError,
@@ -246,6 +249,71 @@ async def test_a_process_that_cannot_be_started(
                 pass
 
 
+@pytest.mark.parametrize(("name", "value"), [("executable", None), ("frozen", True)])
+async def test_an_app_that_is_its_own_interpreter_is_not_started_again(
+    demo_f32_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: object
+) -> None:
+    """What is ``sys.executable`` there would be a second app, which opens an engine, and so on."""
+    monkeypatch.setattr(sys, name, value, raising=False)
+    with pytest.raises(InvalidParameterError, match='isolation: cannot be "process"'):
+        async with Engine.open(demo_f32_path, **SIZES):
+            pass
+
+
+@pytest.mark.parametrize("scarce", ["threads", "files"])
+async def test_the_engine_tries_again_where_there_is_too_little_to_start_a_process_with(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, scarce: str
+) -> None:
+    """And nothing is left of the one that could not be: see the fixture above."""
+    n_left = 4
+
+    def takes_one() -> None:
+        nonlocal n_left
+        n_left -= 1
+        if n_left % 2 == 0 and n_left >= 0:  # the second one of each try
+            raise OSError("too many") if scarce == "files" else RuntimeError("too many")
+
+    start, pair = threading.Thread.start, socket.socketpair
+
+    def start_thread(thread: threading.Thread) -> None:
+        if thread.name.startswith("mtpbatch-process"):
+            takes_one()
+        start(thread)
+
+    def make_pair() -> tuple[socket.socket, socket.socket]:
+        takes_one()
+        return pair()
+
+    if scarce == "files":
+        monkeypatch.setattr(isolated_process.socket, "socketpair", make_pair)
+    else:
+        monkeypatch.setattr(threading.Thread, "start", start_thread)
+    process_of(engine).kill()
+    assert (await engine.generate("In the", max_tokens=3)).finish_reason == "length"
+    assert n_left < 0, "twice it could not"
+
+
+async def test_what_a_daemon_or_a_notebook_does_to_its_interpreter(demo_f32_path: Path) -> None:
+    """No stderr, whose number may be another file's by then; a search path that is no text."""
+    program = f"""
+import anyio, os, pathlib, sys
+import mtpbatch
+
+sys.path.insert(0, pathlib.Path("/nowhere"))
+os.close(2)
+
+async def main():
+    async with mtpbatch.Engine.open({os.fspath(demo_f32_path)!r}, **{SIZES!r}) as engine:
+        done = await engine.generate("In the", max_tokens=3)
+        assert done.finish_reason == "length"
+
+anyio.run(main)
+print("all is well")
+"""
+    done = await anyio.run_process([sys.executable, "-c", program])
+    assert done.stdout == b"all is well\n"
+
+
 async def test_loading_is_given_up_when_nobody_waits_for_it(demo_f32_path: Path) -> None:
     shares: list[float] = []
     with anyio.CancelScope() as scope:
@@ -348,7 +416,7 @@ async def test_what_the_terminal_and_supervisors_send_is_for_the_app(engine: Eng
     await anext(running)
     process = process_of(engine)
     assert os.getpgid(process.pid) == process.pid, "Ctrl-C goes to another group"
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         os.kill(process.pid, number)
     assert len((await running).token_ids) == 400
     assert process_of(engine) is process

@@ -47,7 +47,7 @@ _PR_SET_PDEATHSIG = 1
 
 def main() -> None:
     parent, *fds = map(int, sys.argv[1:])
-    for request in (signal.SIGINT, signal.SIGTERM):
+    for request in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(request, signal.SIG_IGN)  # the app decides when it ends, and how
     _end_with(parent)
     faulthandler.enable()  # on stderr, which is the app's

@@ -188,7 +188,7 @@ class ProcessBackend:
         """A process that has loaded the model."""
         try:
             process = ModelProcess(self._folder)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
             raise ModelLoadError(
                 f"{self._path}: no process could be started to load it: {error}"
             ) from None
