@@ -115,6 +115,7 @@ class Tokenizer:
 
     def compile_grammar(self, source: GrammarSource) -> object:
         """What the backend makes of it."""
+        encoded(source.parameter, source.text)  # else it would be refused in words of its own
         with self._using_backend() as backend:
             return backend.compile_grammar(source)
 

@@ -36,6 +36,7 @@ from mtpbatch import restarts as policy
 from mtpbatch.isolated import ProcessBackend
 from mtpbatch.isolated import process as isolated_process
 from mtpbatch.isolated.channel import Channel
+from mtpbatch.isolated.messages import Compile
 from mtpbatch.isolated.process import ModelProcess
 from patience import until
 
@@ -202,6 +203,30 @@ async def test_who_waits_with_a_grammar_keeps_it(engine: Engine) -> None:
     assert not engine._backend._grammars, "nobody needs them any more"
 
 
+async def test_time_goes_on_while_grammars_are_compiled_again(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(8):
+        await anext(engine.submit("In the", **LONG))
+    waiting = engine.submit("In the", regex="[a-z]{5}", max_tokens=20)
+    await until(lambda: engine._intake.n_ready == 9)
+    send = Channel.send
+    stuck: list[int] = []
+
+    def send_to_who_is_stuck(self: Any, message: object) -> None:
+        if isinstance(message, Compile):
+            stuck.extend(children())
+            os.kill(stuck[0], signal.SIGSTOP)
+        send(self, message)
+
+    monkeypatch.setattr(Channel, "send", send_to_who_is_stuck)
+    process_of(engine).kill()
+    await until(lambda: bool(stuck))
+    assert (await engine.generate([70], timeout=0.01)).finish_reason == "timeout"
+    os.kill(stuck[0], signal.SIGCONT)
+    assert len((await waiting).text) == 5
+
+
 async def test_texts_that_are_being_embedded_end(engine: Engine) -> None:
     expected = (await engine.embed(["In the beginning"])).vectors
     process = await stopped(engine)
@@ -285,7 +310,7 @@ async def test_the_engine_tries_again_where_there_is_too_little_to_start_a_proce
         return pair()
 
     if scarce == "files":
-        monkeypatch.setattr(isolated_process.socket, "socketpair", make_pair)
+        monkeypatch.setattr(socket, "socketpair", make_pair)
     else:
         monkeypatch.setattr(threading.Thread, "start", start_thread)
     process_of(engine).kill()
@@ -379,6 +404,50 @@ async def test_a_model_that_is_not_there_any_more_ends_the_engine(
         await check_died(running)
         with pytest.raises(EngineDeadError, match=words):
             await waiting
+
+
+async def test_requests_end_though_the_process_is_stuck(engine: Engine) -> None:
+    """As beside a decode that hangs; what it was asked is answered when it goes on, and right."""
+    undisturbed = await engine.generate("In the", **LONG)
+    running, cancelled = engine.submit("In the", **LONG), engine.submit("In the", **LONG)
+    await anext(running)
+    await anext(cancelled)
+    process = await stopped(engine)
+    assert (await engine.generate([70], timeout=0.01)).finish_reason == "timeout"
+    cancelled.cancel()
+    assert (await cancelled).finish_reason == "abort"
+    late = engine.submit([70, 71], max_tokens=3)
+    await until(lambda: engine._intake.n_ready == 2)
+    engine.check_health()
+    os.kill(process.pid, signal.SIGCONT)
+    assert (await running).token_ids == undisturbed.token_ids
+    assert len((await late).token_ids) == 3
+    assert (await engine.generate("In the", **LONG)).token_ids == undisturbed.token_ids
+    assert process_of(engine) is process
+    engine._scheduler.check_integrity()
+
+
+async def test_draining_waits_for_no_process_that_is_stuck(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(isolated_process, "CLOSING_TIME", 0.1)
+    running = engine.submit("In the", **LONG)
+    await anext(running)
+    await stopped(engine)
+    await engine.drain(0.01)
+    assert (await running).finish_reason == "abort"
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there are no CPUs to lose")
+async def test_an_app_that_has_fewer_cpus_by_then_has_the_same_model(demo_f32_path: Path) -> None:
+    async with Engine.open(demo_f32_path, n_seq=1, **{**SIZES, "n_threads": None}) as engine:
+        n_threads = engine.config.n_threads
+        [one, *_] = os.sched_getaffinity(0)
+        # Of the thread that starts the process.
+        os.sched_setaffinity(engine._thread.native_id or 0, {one})
+        process_of(engine).kill()
+        assert len((await engine.generate("In the", max_tokens=3)).token_ids) == 3
+        assert engine.config.n_threads == n_threads
 
 
 async def test_closing_waits_for_nobody_who_hangs(
@@ -479,6 +548,30 @@ async def test_numbers_that_no_message_can_hold(demo_f32_path: Path) -> None:
             "In the", max_tokens=huge, min_tokens=huge, top_k=huge, temperature=1.0, seed=1
         )
         assert done.finish_reason == "length"
+
+
+async def test_names_of_files_need_not_be_texts(demo_f32_path: Path, tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"\xff.gguf")
+    path.symlink_to(demo_f32_path)
+    async with Engine.open(path, n_seq=1, **SIZES) as engine:
+        assert len((await engine.generate("In the", max_tokens=3)).token_ids) == 3
+        assert "udcff.gguf" in repr(engine)
+    missing = str(tmp_path / os.fsdecode(b"\xfe.gguf"))
+    wrong: list[dict[str, Any]] = [
+        {"model": missing},
+        {"lora": {missing: 1.0}},
+        {"draft_model": missing},
+    ]
+    for config in wrong:
+        with pytest.raises(ModelLoadError, match=r"udcfe.gguf: no such file"):
+            async with Engine.open(**{"model": demo_f32_path, **config}, **SIZES):
+                pass
+
+
+async def test_a_grammar_that_is_no_text_is_refused(engine: Engine) -> None:
+    for form in ("regex", "grammar", "json_schema"):
+        with pytest.raises(InvalidParameterError, match=f"{form}: is not valid Unicode"):
+            await engine.generate("In the", **{form: "\ud800"})
 
 
 @pytest.mark.parametrize("ending", ["os._exit(0)", "os.kill(os.getpid(), signal.SIGKILL)"])

@@ -38,6 +38,7 @@ from mtpbatch.isolated.messages import (
     Prepare,
     Progress,
     Tokenize,
+    portable,
 )
 from mtpbatch.native import Embedder, NativeBackend
 from mtpbatch.types import Plan, StepResult
@@ -105,9 +106,11 @@ class _Host:
         """Load the model that ``steps`` names, and tell of it there. Raises :class:`HangUp`."""
         self.steps = steps
         load = steps.receive(Load)
-        path = Path(os.fsdecode(load.path))
+        draft_model = None if load.draft_model is None else os.fsdecode(load.draft_model)
+        lora = {os.fsdecode(adapter): scale for adapter, scale in load.lora.items()}
+        config = msgspec.structs.replace(load.config, draft_model=draft_model, lora=lora)
         try:
-            self._backend = NativeBackend(path, load.config, self._report)
+            self._backend = NativeBackend(Path(os.fsdecode(load.path)), config, self._report)
         except Exception as error:
             steps.send(Failure.of(error))
             raise HangUp from None
@@ -117,9 +120,9 @@ class _Host:
         backend = self._backend
         loaded = Loaded(
             backend.facts,
-            backend.config,
+            msgspec.structs.replace(backend.config, draft_model=None, lora={}),
             tuple(backend.token_bytes),
-            backend.description,
+            portable(backend.description),
             backend.chat_template,
         )
         steps.send(Progress(1.0, loaded))
