@@ -36,7 +36,7 @@ from mtpbatch import restarts as policy
 from mtpbatch.isolated import ProcessBackend
 from mtpbatch.isolated import process as isolated_process
 from mtpbatch.isolated.channel import Channel
-from mtpbatch.isolated.messages import Compile
+from mtpbatch.isolated.messages import Compile, Embed
 from mtpbatch.isolated.process import ModelProcess
 from patience import until
 
@@ -227,23 +227,35 @@ async def test_time_goes_on_while_grammars_are_compiled_again(
     assert len((await waiting).text) == 5
 
 
-async def test_texts_that_are_being_embedded_end(engine: Engine) -> None:
+async def test_texts_that_are_being_embedded_end(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = (await engine.embed(["In the beginning"])).vectors
-    process = await stopped(engine)
-    errors: list[NativeDiedError] = []
+    process, send = process_of(engine), Channel.send
 
-    async def embed() -> None:
-        with pytest.raises(NativeDiedError, match="SIGKILL") as caught:
-            await engine.embed(["In the beginning"] * 9)
-        errors.append(caught.value)
+    def send_to_the_dead(self: Any, message: object) -> None:
+        if isinstance(message, Embed):
+            process.kill()
+        send(self, message)
 
-    async with anyio.create_task_group() as group:
-        group.start_soon(embed)
-        await until(lambda: process.texts._lock.locked() or process.embeddings._lock.locked())
-        # The next process tokenises the texts, and the embedder they were for is gone.
-        process.kill()
-    assert len(errors) == 1
+    monkeypatch.setattr(Channel, "send", send_to_the_dead)
+    with pytest.raises(NativeDiedError, match="SIGKILL"):
+        await engine.embed(["In the beginning"] * 9)
     assert ((await engine.embed(["In the beginning"])).vectors == expected).all()
+
+
+async def test_texts_of_which_none_is_being_embedded_are_embedded_by_the_next_process(
+    engine: Engine,
+) -> None:
+    expected = (await engine.embed(["In the beginning"])).vectors
+    process_of(engine).kill()
+    await until(lambda: engine.stats().restarts == 1)
+    assert ((await engine.embed(["In the beginning"])).vectors == expected).all()
+    process = await stopped(engine)
+    async with anyio.create_task_group() as group:
+        group.start_soon(engine.embed, ["In the beginning"] * 9)
+        await until(lambda: process.texts._lock.locked() or process.embeddings._lock.locked())
+        process.kill()
 
 
 async def test_a_process_that_dies_while_it_loads(

@@ -188,7 +188,11 @@ class ProcessBackend:
                     return grammar
 
     def open_embedder(self) -> Embedder:
-        return _Embedder(self._running())
+        return self._use(
+            lambda process: _Embedder(
+                process, process.embeddings.ask(OpenEmbedder(), EmbedderFacts)
+            )
+        )
 
     # --------------------------------------------------------------------------- details
 
@@ -277,13 +281,17 @@ class ProcessBackend:
         return process
 
     def _ask(self, request: Struct, kind: type[_Value]) -> _Value:
-        """Ask about texts. If the process dies meanwhile, this is hardly why: ask the next one."""
+        """Ask about texts."""
+        return self._use(lambda process: process.texts.ask(request, kind))
+
+    def _use(self, use: Callable[[ModelProcess], _Value]) -> _Value:
+        """Use the process. If it dies meanwhile, this is hardly why: use the next one."""
         process = self._running()
         with suppress(HangUp):
-            return process.texts.ask(request, kind)
+            return use(process)
         process = self._running(other_than=process)
         with suppress(HangUp):
-            return process.texts.ask(request, kind)
+            return use(process)
         raise process.death()
 
     def _note(self, note: int) -> None:
@@ -314,9 +322,8 @@ class ProcessBackend:
 class _Embedder:
     """An embedder in a process; it dies with it."""
 
-    def __init__(self, process: ModelProcess) -> None:
+    def __init__(self, process: ModelProcess, facts: EmbedderFacts) -> None:
         self._process = process
-        facts = self._ask(OpenEmbedder(), EmbedderFacts)
         self.n_ctx = facts.n_ctx
         self.n_embd = facts.n_embd
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, suppress
 from typing import Any, Final
 
 import msgspec
@@ -16,7 +16,7 @@ from starlette.types import Message
 from mtpbatch._log import log
 from mtpbatch.chat import ChatCompletion, ChatDelta
 from mtpbatch.engine import Engine
-from mtpbatch.exceptions import EngineDeadError
+from mtpbatch.exceptions import EngineDeadError, NativeDiedError
 from mtpbatch.scaleout.passing import HttpRequest
 from mtpbatch.server import ServerConfig, create_app
 from mtpbatch.tokenizing import Prompt
@@ -134,7 +134,8 @@ class EngineReplica:
 
     async def check_health(self) -> None:
         """Serve asks now and then, and replaces a replica for which this raises."""
-        self._engine.check_health(self._server.stall_timeout)
+        with suppress(NativeDiedError):  # which mends itself, and requests wait for that
+            self._engine.check_health(self._server.stall_timeout)
 
     async def __del__(self) -> None:
         """Serve awaits this when it takes the replica away and its requests have ended."""
