@@ -65,7 +65,7 @@ def _nothing_left() -> Iterator[None]:
     before, n_files = children(), len(os.listdir("/proc/self/fd"))
     yield
     assert children() == before, "no process is left"
-    # Event loops come and go with fixtures; each pair of sockets would be at least five.
+    # Event loops come and go with fixtures; each process has more sockets than that.
     assert len(os.listdir("/proc/self/fd")) < n_files + 5, "no socket is left"
 
 
@@ -164,20 +164,31 @@ async def test_a_text_that_is_being_tokenised_is_tokenised_by_the_next_process(
     expected = await engine.generate("In the", max_tokens=20)
     process = await stopped(engine)
     generation = engine.submit("In the", max_tokens=20)
-    await until(process.texts._lock.locked)
+    await until(lambda: any(channel.busy for channel in process.texts))
     process.kill()
     assert (await generation).token_ids == expected.token_ids
     process = await stopped(engine)
     async with anyio.create_task_group() as group:
         group.start_soon(engine.tokenize, "In the")
-        await until(process.texts._lock.locked)
+        await until(lambda: any(channel.busy for channel in process.texts))
         process.kill()
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_short_text_waits_for_no_long_one(engine: Engine) -> None:
+    process = await stopped(engine)
+    long, short = "In the beginning " * 1000, "In the"
+    async with anyio.create_task_group() as group:
+        for text in (long, long, short):
+            group.start_soon(engine.tokenize, text)
+        await until(lambda: sum(channel.busy for channel in process.texts) == 2)
+        os.kill(process.pid, signal.SIGCONT)
 
 
 async def test_whose_grammar_is_being_compiled_ends(engine: Engine) -> None:
     process = await stopped(engine)
     generation = engine.submit([70, 71], regex="[a-z]{3}")
-    await until(process.grammars._lock.locked)
+    await until(lambda: process.grammars.busy)
     process.kill()
     await check_died(generation)
     assert generation.completion is None
@@ -203,6 +214,7 @@ async def test_who_waits_with_a_grammar_keeps_it(engine: Engine) -> None:
     assert not engine._backend._grammars, "nobody needs them any more"
 
 
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_time_goes_on_while_grammars_are_compiled_again(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -254,7 +266,7 @@ async def test_texts_of_which_none_is_being_embedded_are_embedded_by_the_next_pr
     process = await stopped(engine)
     async with anyio.create_task_group() as group:
         group.start_soon(engine.embed, ["In the beginning"] * 9)
-        await until(lambda: process.texts._lock.locked() or process.embeddings._lock.locked())
+        await until(lambda: any(channel.busy for channel in (process.embeddings, *process.texts)))
         process.kill()
 
 
@@ -287,6 +299,7 @@ async def test_a_process_that_cannot_be_started(
 
 
 @pytest.mark.parametrize(("name", "value"), [("executable", None), ("frozen", True)])
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_an_app_that_is_its_own_interpreter_is_not_started_again(
     demo_f32_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: object
 ) -> None:
@@ -298,6 +311,7 @@ async def test_an_app_that_is_its_own_interpreter_is_not_started_again(
 
 
 @pytest.mark.parametrize("scarce", ["threads", "files"])
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_the_engine_tries_again_where_there_is_too_little_to_start_a_process_with(
     engine: Engine, monkeypatch: pytest.MonkeyPatch, scarce: str
 ) -> None:
@@ -330,6 +344,7 @@ async def test_the_engine_tries_again_where_there_is_too_little_to_start_a_proce
     assert n_left < 0, "twice it could not"
 
 
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_what_a_daemon_or_a_notebook_does_to_its_interpreter(demo_f32_path: Path) -> None:
     """No stderr, whose number may be another file's by then; a search path that is no text."""
     program = f"""
@@ -411,7 +426,7 @@ async def test_a_model_that_is_not_there_any_more_ends_the_engine(
                     await engine.tokenize("x")
 
             group.start_soon(tokenize)
-            await until(process.texts._lock.locked)
+            await until(lambda: any(channel.busy for channel in process.texts))
             process.kill()
         await check_died(running)
         with pytest.raises(EngineDeadError, match=words):
@@ -451,6 +466,7 @@ async def test_draining_waits_for_no_process_that_is_stuck(
 
 
 @pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there are no CPUs to lose")
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_an_app_that_has_fewer_cpus_by_then_has_the_same_model(demo_f32_path: Path) -> None:
     async with Engine.open(demo_f32_path, n_seq=1, **{**SIZES, "n_threads": None}) as engine:
         n_threads = engine.config.n_threads
@@ -470,7 +486,7 @@ async def test_closing_waits_for_nobody_who_hangs(
     await anext(running)
     process = await stopped(engine)
     texts = engine.submit("def main(")
-    await until(process.texts._lock.locked)
+    await until(lambda: any(channel.busy for channel in process.texts))
     await engine.aclose()
     assert engine._ended.is_set(), "nothing is left behind"
     for generation in (running, texts):
@@ -562,6 +578,7 @@ async def test_numbers_that_no_message_can_hold(demo_f32_path: Path) -> None:
         assert done.finish_reason == "length"
 
 
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_names_of_files_need_not_be_texts(demo_f32_path: Path, tmp_path: Path) -> None:
     path = tmp_path / os.fsdecode(b"\xff.gguf")
     path.symlink_to(demo_f32_path)
@@ -580,6 +597,7 @@ async def test_names_of_files_need_not_be_texts(demo_f32_path: Path, tmp_path: P
                 pass
 
 
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_a_grammar_that_is_no_text_is_refused(engine: Engine) -> None:
     for form in ("regex", "grammar", "json_schema"):
         with pytest.raises(InvalidParameterError, match=f"{form}: is not valid Unicode"):

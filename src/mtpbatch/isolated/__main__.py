@@ -1,6 +1,6 @@
 """The process that runs a model for an app: started by ``mtpbatch.isolated.process``.
 
-usage: python -m mtpbatch.isolated PARENT STEPS NOTES TEXTS GRAMMARS EMBEDDINGS
+usage: python -m mtpbatch.isolated PARENT STEPS NOTES GRAMMARS EMBEDDINGS TEXTS…
 
 PARENT is the app's process id, the others are the file descriptors of sockets. The app's end is
 this process's end: it sees the sockets hang up, and where the system can be asked to, it is killed.
@@ -52,7 +52,7 @@ def main() -> None:
         signal.signal(request, signal.SIG_IGN)  # the app decides when it ends, and how
     _end_with(parent)
     faulthandler.enable()  # on stderr, which is the app's
-    steps, notes, texts, grammars, embeddings = (socket.socket(fileno=fd) for fd in fds)
+    steps, notes, grammars, embeddings, *texts = (socket.socket(fileno=fd) for fd in fds)
     try:
         host = _Host(Channel(steps), notes)
     except HangUp:
@@ -60,7 +60,7 @@ def main() -> None:
     threads = [
         threading.Thread(target=_answer, args=work, daemon=True)
         for work in (
-            (Channel(texts), Tokenize | Detokenize | Prepare, host.text),
+            *((Channel(end), Tokenize | Detokenize | Prepare, host.text) for end in texts),
             (Channel(grammars), Compile, host.compile),
             (
                 Channel(embeddings),

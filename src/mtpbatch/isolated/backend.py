@@ -281,8 +281,13 @@ class ProcessBackend:
         return process
 
     def _ask(self, request: Struct, kind: type[_Value]) -> _Value:
-        """Ask about texts."""
-        return self._use(lambda process: process.texts.ask(request, kind))
+        """Ask about texts, where nobody else waits for an answer."""
+
+        def ask(process: ModelProcess) -> _Value:
+            free = (channel for channel in process.texts if not channel.busy)
+            return next(free, process.texts[0]).ask(request, kind)
+
+        return self._use(ask)
 
     def _use(self, use: Callable[[ModelProcess], _Value]) -> _Value:
         """Use the process. If it dies meanwhile, this is hardly why: use the next one."""

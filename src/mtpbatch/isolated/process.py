@@ -14,6 +14,8 @@ from mtpbatch.exceptions import InvalidParameterError, NativeDiedError
 from mtpbatch.isolated.channel import Channel, Notes
 
 CLOSING_TIME: Final = 5.0  # seconds that it has to end by itself
+# For texts: an engine's threads for short ones, long ones, grammars and embeddings ask for some.
+_N_TEXTS: Final = 4
 
 
 class ModelProcess:
@@ -34,7 +36,7 @@ class ModelProcess:
         with ExitStack() as undo:
             ours, theirs = [], []
             with ExitStack() as passed:
-                for _ in range(5):
+                for _ in range(4 + _N_TEXTS):
                     our, their = socket.socketpair()
                     undo.callback(our.close)
                     passed.callback(their.close)
@@ -43,13 +45,13 @@ class ModelProcess:
                 self._process = _start(theirs, folder)
             undo.callback(self._process.wait)
             undo.callback(self._process.kill)
-            steps, notes, texts, grammars, embeddings = ours
+            steps, notes, grammars, embeddings, *texts = ours
             self.notes = Notes(notes)
             self.steps = Channel(steps)
-            self.texts = Channel(texts)
+            self.texts = [Channel(end) for end in texts]
             self.grammars = Channel(grammars)
             self.embeddings = Channel(embeddings)
-            self._channels = (self.steps, self.texts, self.grammars, self.embeddings)
+            self._channels = (self.steps, self.grammars, self.embeddings, *self.texts)
             self._ending = threading.Event()  # it should end soon, or has
             self._over = threading.Event()
             self._threads = [
