@@ -98,6 +98,22 @@ def test_a_window_that_outlasts_its_generations_is_refused() -> None:
         anyio.run(one_token)
 
 
+def test_what_a_process_costs_is_a_ratio_of_one_round() -> None:
+    from benchmarks.isolation import Case, comparison
+
+    text = comparison({Case(clients=8, depth=3): [(100, 90), (200, 160), (400, 380)]})
+    assert "| 8 | 3 | 200 (100 to 400) | 160 (90 to 380) | 0.900 (0.800 to 0.950) |" in text
+
+
+def test_both_ways_to_run_a_model_are_measured_in_every_round() -> None:
+    from benchmarks.isolation import Case, measure
+
+    cases = [Case(clients=2, depth=3), Case(clients=1, depth=0)]
+    found = anyio.run(partial(measure, DEMO, cases, rounds=2, n_tokens=4, threads=1))
+    assert {case: len(pairs) for case, pairs in found.items()} == dict.fromkeys(cases, 2)
+    assert all(speed > 0 for pairs in found.values() for pair in pairs for speed in pair)
+
+
 @pytest.mark.parametrize(
     ("arguments", "plots"),
     [

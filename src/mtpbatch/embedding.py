@@ -13,7 +13,12 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from mtpbatch._loops import ThreadEvent
 from mtpbatch.backend import Embedder
-from mtpbatch.exceptions import InternalError, InvalidParameterError, MtpBatchError
+from mtpbatch.exceptions import (
+    InternalError,
+    InvalidParameterError,
+    MtpBatchError,
+    NativeDiedError,
+)
 from mtpbatch.types import Embeddings
 
 if TYPE_CHECKING:
@@ -121,11 +126,23 @@ class EmbeddingThread:
                     f"n_ctx={n_ctx}; shorten it or open the engine with a larger n_ctx",
                 )
             texts.append(tokens)
-        tickets = [self._embedder.add(tokens) for tokens in texts]
+        tickets = self._add(texts)
         request.begin(tickets, self._embedder.n_embd, sum(map(len, texts)))
         if tickets:
             self._requests.append(request)
             self._owners.update(dict.fromkeys(tickets, request))
+
+    def _add(self, texts: list[abc.Sequence[int]]) -> list[int]:
+        """Their numbers. An embedder that died while it had nothing to do is nobody's loss."""
+        assert self._embedder is not None
+        try:
+            return [self._embedder.add(tokens) for tokens in texts]
+        except NativeDiedError:
+            if self._requests:
+                raise
+        self._drop_embedder()
+        self._embedder = self._open()
+        return [self._embedder.add(tokens) for tokens in texts]
 
     def _step(self) -> None:
         embedder = self._embedder

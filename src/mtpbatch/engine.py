@@ -146,7 +146,7 @@ class Engine:
         self._watchers = Watchers()
         self._left_behind = False
         self._death: NativeDiedError | None = None  # of the native part, until it is up again
-        self._last_step = 0.0  # when the results of one were taken in
+        self._last_step = 0.0  # when the results of one were taken in, or some became possible
         self._ready = ThreadEvent()
         self._drained = ThreadEvent()
         self._ended = ThreadEvent()
@@ -723,7 +723,8 @@ class Engine:
             except MtpBatchError as error:
                 failure = error.with_traceback(None)
             else:
-                restarts.up(self._clock())
+                self._last_step = self._clock()  # nobody could have ended one sooner
+                restarts.up(self._last_step)
                 self._death = None
                 log.info("engine.restarted", requests=len(self._intake.live))
                 return
@@ -766,8 +767,7 @@ class Engine:
             of_step = self._scheduler.update(result, now, parts)
             if parts is not None:
                 self._watchers.stepped(result, parts, now)
-            failures = [event for event in of_step if isinstance(event.error, DecodeError)]
-            if failures:
+            if failures := [event for event in of_step if isinstance(event.error, DecodeError)]:
                 requests = [event.request_id for event in failures]
                 log.warning("step.failed", requests=requests, error=str(failures[0].error))
             events += of_step

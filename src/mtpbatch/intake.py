@@ -189,7 +189,8 @@ class Intake:
         else:
             prepare = partial(self._prepare, live, given, source, add_special=add_special)
             compiles = source is not None or has_dry(params)
-            start = partial(tokenizer.submit, prepare, compiles=compiles)
+            size = len(given) + sum(map(len, params.bad_words))
+            start = partial(tokenizer.submit, prepare, size, compiles=compiles)
         live.log.debug("request.submitted", followed=followed, max_tokens=params.max_tokens)
         try:
             self._let_in(live, start)

@@ -2,7 +2,7 @@
 
 What is short is done where it is asked for. What is long goes to one thread, in order: llama.cpp
 works without the GIL there, and what Python has to do goes in slices. Grammars, which take longer,
-have a thread of their own.
+have a thread of their own, and so has what is short where another process has to be asked for it.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ class Tokenizer:
         self._n_users = 0  # of the backend, under the gate
         # Each starts its one thread when the first long text comes, or the first grammar.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mtpbatch-tokenizer")
+        self._short = ThreadPoolExecutor(1, thread_name_prefix="mtpbatch-short-texts")
         self._compiler = ThreadPoolExecutor(1, thread_name_prefix="mtpbatch-grammars")
 
     # --------------------------------------------------------------- from an event loop
@@ -65,18 +66,19 @@ class Tokenizer:
             kind = type(text).__name__
             raise InvalidParameterError("text", f"must be a str, got {kind}; decode bytes first")
         work = partial(self._tokenize, "text", text, add_special=add_special)
-        return work() if len(text) <= self._at_once else await self._on_thread(work)
+        return work() if len(text) <= self._at_once else await self._on_thread(work, len(text))
 
     async def detokenize(self, token_ids: abc.Sequence[int]) -> str:
         """The text of tokens."""
         work = partial(self._detokenize, snapshot("token_ids", token_ids))
-        return work() if len(token_ids) <= self._at_once else await self._on_thread(work)
+        n_ids = len(token_ids)
+        return work() if n_ids <= self._at_once else await self._on_thread(work, n_ids)
 
     async def prompt(self, prompt: Prompt) -> tuple[int, ...]:
         """The tokens of a prompt, checked."""
         given = prompt if isinstance(prompt, str) else snapshot("prompt", prompt)
         work = partial(self.prompt_ids, given, add_special=True)
-        return work() if not self.takes_long(given) else await self._on_thread(work)
+        return work() if not self.takes_long(given) else await self._on_thread(work, len(given))
 
     def takes_long(
         self, prompt: str | tuple[int, ...], params: SamplingParams | None = None
@@ -89,9 +91,9 @@ class Tokenizer:
             return True
         return len(prompt) > LONG or (params is not None and has_dry(params))
 
-    async def _on_thread(self, work: Callable[[], _Result]) -> _Result:
+    async def _on_thread(self, work: Callable[[], _Result], size: int) -> _Result:
         done = ThreadEvent()
-        future = self.submit(work)
+        future = self.submit(work, size)
         future.add_done_callback(lambda _: done.set())
         try:
             await done.wait()
@@ -104,17 +106,22 @@ class Tokenizer:
 
     # --------------------------------------------------------------- from any thread
 
-    def submit(self, work: Callable[[], _Result], *, compiles: bool = False) -> Future[_Result]:
-        """Have it done on the thread for long texts, or on the one for grammars if it ``compiles``.
+    def submit(
+        self, work: Callable[[], _Result], size: int, *, compiles: bool = False
+    ) -> Future[_Result]:
+        """Have it done on the thread for texts of that size, or on the one for grammars if it
+        ``compiles``.
 
         It is cancelled if the engine closes first.
         """
         with self._gate:
             self._check_open()
-            return (self._compiler if compiles else self._thread).submit(work)
+            texts = self._thread if size > LONG else self._short
+            return (self._compiler if compiles else texts).submit(work)
 
     def compile_grammar(self, source: GrammarSource) -> object:
         """What the backend makes of it."""
+        encoded(source.parameter, source.text)  # else it would be refused in words of its own
         with self._using_backend() as backend:
             return backend.compile_grammar(source)
 
@@ -158,12 +165,13 @@ class Tokenizer:
 
     def close(self) -> None:
         """Wait until nobody uses the backend. What waits for the thread is dropped."""
+        threads = (self._thread, self._short, self._compiler)
         with self._gate:
-            for thread in (self._thread, self._compiler):
+            for thread in threads:
                 thread.shutdown(wait=False, cancel_futures=True)
             self._gate.wait_for(lambda: not self._n_users)
-        self._thread.shutdown()
-        self._compiler.shutdown()
+        for thread in threads:
+            thread.shutdown()
 
     # ------------------------------------------------------------------------ details
 

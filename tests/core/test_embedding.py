@@ -19,6 +19,7 @@ from mtpbatch import (
     EngineClosedError,
     InternalError,
     InvalidParameterError,
+    NativeDiedError,
 )
 from mtpbatch._loops import ThreadEvent
 from mtpbatch.embedding import EmbeddingThread
@@ -43,9 +44,12 @@ class HeldEmbedder:
         self.gate = threading.Event()
         self.error: Exception | None = None
         self.closed = False
+        self.dead = False
         self._next = 0
 
     def add(self, tokens: Sequence[int]) -> int:
+        if self.dead:
+            raise NativeDiedError(-9)
         self._next += 1
         self.texts[self._next] = tokens
         return self._next
@@ -212,6 +216,38 @@ async def test_a_failed_decode_ends_all_that_are_under_way(
     embedders.ready.gate.set()
     assert rows(await thread.embed(["a"], normalize=False)) == [[1, 97]]
     assert embedder.closed
+
+
+async def test_an_embedder_that_died_without_work_is_opened_again(
+    thread: EmbeddingThread, embedders: Embedders
+) -> None:
+    embedder = embedders.ready
+    embedder.gate.set()
+    await thread.embed(["a"], normalize=True)
+    embedder.dead = True
+    embedders.ready.gate.set()
+    assert rows(await thread.embed(["b"], normalize=False)) == [[1, 98]]
+    assert embedder.closed
+
+
+async def test_a_death_ends_those_who_are_under_way_alone(
+    thread: EmbeddingThread, embedders: Embedders
+) -> None:
+    embedder = embedders.ready
+    embedder.error = NativeDiedError(-9)
+
+    async def embed(text: str) -> None:
+        with pytest.raises(NativeDiedError):
+            await thread.embed([text], normalize=True)
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(embed, "a")
+        await embedder.begun.wait()
+        embedder.dead = True
+        embedder.gate.set()
+    embedders.ready.gate.set()
+    assert rows(await thread.embed(["b"], normalize=False)) == [[1, 98]]
+    assert len(embedders.opened) == 2
 
 
 async def test_stopping_ends_who_waits_and_the_thread_after_its_decode(

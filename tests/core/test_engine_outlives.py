@@ -16,6 +16,7 @@ from mtpbatch import (
     Engine,
     EngineClosedError,
     EngineDeadError,
+    EngineStalledError,
     Generation,
     ModelLoadError,
     NativeDiedError,
@@ -142,6 +143,23 @@ async def test_pauses_grow_and_the_engine_is_dead_for_good_in_the_end(
         for call in (engine.check_health, engine.stats, lambda: engine.submit("x")):
             with pytest.raises(EngineDeadError):
                 call()
+
+
+async def test_the_time_without_a_native_part_is_no_stall_of_the_next_one() -> None:
+    backend = ScriptedBackend(n_seq=1)
+    backend.die_in_step(0)
+    async with open_scripted_engine(backend) as engine:
+        running, waiting = engine.submit("x"), engine.submit("x")
+        await check_died(running)
+        held = backend.hold_step(backend.n_steps)
+        backend.clock.advance(100.0)
+        await held.reached()
+        engine.check_health(60.0)
+        backend.clock.advance(61.0)
+        with pytest.raises(EngineStalledError):
+            engine.check_health(60.0)
+        held.release()
+        await waiting
 
 
 async def test_who_dies_again_and_again_takes_a_request_along_each_time() -> None:

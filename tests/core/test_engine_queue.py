@@ -365,7 +365,7 @@ async def test_the_tokens_of_prompts_that_wait_are_bounded() -> None:
         fits = engine.submit("b" * 1500, max_tokens=1)
         await until(lambda: engine._intake._backlog._n_tokens == 1500)
         too_much = engine.submit("c" * 1500, max_tokens=1)
-        await anyio.to_thread.run_sync(lambda: engine._tokenizer.submit(int).result())
+        await anyio.to_thread.run_sync(lambda: engine._tokenizer.submit(int, 1500).result())
         with pytest.raises(EngineOverloaded, match="1500 tokens"):
             engine.submit("d" * 101)
         small = engine.submit("e" * 100, max_tokens=1)

@@ -8,7 +8,9 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import sys
+import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from mtpbatch import (
     Engine,
     EngineDeadError,
     Generation,
+    InvalidParameterError,
     ModelLoadError,
     NativeDiedError,
     WrongProcessError,
@@ -33,6 +36,7 @@ from mtpbatch import restarts as policy
 from mtpbatch.isolated import ProcessBackend
 from mtpbatch.isolated import process as isolated_process
 from mtpbatch.isolated.channel import Channel
+from mtpbatch.isolated.messages import Compile, Embed
 from mtpbatch.isolated.process import ModelProcess
 from patience import until
 
@@ -61,7 +65,7 @@ def _nothing_left() -> Iterator[None]:
     before, n_files = children(), len(os.listdir("/proc/self/fd"))
     yield
     assert children() == before, "no process is left"
-    # Event loops come and go with fixtures; each pair of sockets would be at least five.
+    # Event loops come and go with fixtures; each process has more sockets than that.
     assert len(os.listdir("/proc/self/fd")) < n_files + 5, "no socket is left"
 
 
@@ -160,20 +164,31 @@ async def test_a_text_that_is_being_tokenised_is_tokenised_by_the_next_process(
     expected = await engine.generate("In the", max_tokens=20)
     process = await stopped(engine)
     generation = engine.submit("In the", max_tokens=20)
-    await until(process.texts._lock.locked)
+    await until(lambda: any(channel.busy for channel in process.texts))
     process.kill()
     assert (await generation).token_ids == expected.token_ids
     process = await stopped(engine)
     async with anyio.create_task_group() as group:
         group.start_soon(engine.tokenize, "In the")
-        await until(process.texts._lock.locked)
+        await until(lambda: any(channel.busy for channel in process.texts))
         process.kill()
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_short_text_waits_for_no_long_one(engine: Engine) -> None:
+    process = await stopped(engine)
+    long, short = "In the beginning " * 1000, "In the"
+    async with anyio.create_task_group() as group:
+        for text in (long, long, short):
+            group.start_soon(engine.tokenize, text)
+        await until(lambda: sum(channel.busy for channel in process.texts) == 2)
+        os.kill(process.pid, signal.SIGCONT)
 
 
 async def test_whose_grammar_is_being_compiled_ends(engine: Engine) -> None:
     process = await stopped(engine)
     generation = engine.submit([70, 71], regex="[a-z]{3}")
-    await until(process.grammars._lock.locked)
+    await until(lambda: process.grammars.busy)
     process.kill()
     await check_died(generation)
     assert generation.completion is None
@@ -199,23 +214,60 @@ async def test_who_waits_with_a_grammar_keeps_it(engine: Engine) -> None:
     assert not engine._backend._grammars, "nobody needs them any more"
 
 
-async def test_texts_that_are_being_embedded_end(engine: Engine) -> None:
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_time_goes_on_while_grammars_are_compiled_again(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(8):
+        await anext(engine.submit("In the", **LONG))
+    waiting = engine.submit("In the", regex="[a-z]{5}", max_tokens=20)
+    await until(lambda: engine._intake.n_ready == 9)
+    send = Channel.send
+    stuck: list[int] = []
+
+    def send_to_who_is_stuck(self: Any, message: object) -> None:
+        if isinstance(message, Compile):
+            stuck.extend(children())
+            os.kill(stuck[0], signal.SIGSTOP)
+        send(self, message)
+
+    monkeypatch.setattr(Channel, "send", send_to_who_is_stuck)
+    process_of(engine).kill()
+    await until(lambda: bool(stuck))
+    assert (await engine.generate([70], timeout=0.01)).finish_reason == "timeout"
+    os.kill(stuck[0], signal.SIGCONT)
+    assert len((await waiting).text) == 5
+
+
+async def test_texts_that_are_being_embedded_end(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = (await engine.embed(["In the beginning"])).vectors
-    process = await stopped(engine)
-    errors: list[NativeDiedError] = []
+    process, send = process_of(engine), Channel.send
 
-    async def embed() -> None:
-        with pytest.raises(NativeDiedError, match="SIGKILL") as caught:
-            await engine.embed(["In the beginning"] * 9)
-        errors.append(caught.value)
+    def send_to_the_dead(self: Any, message: object) -> None:
+        if isinstance(message, Embed):
+            process.kill()
+        send(self, message)
 
-    async with anyio.create_task_group() as group:
-        group.start_soon(embed)
-        await until(lambda: process.texts._lock.locked() or process.embeddings._lock.locked())
-        # The next process tokenises the texts, and the embedder they were for is gone.
-        process.kill()
-    assert len(errors) == 1
+    monkeypatch.setattr(Channel, "send", send_to_the_dead)
+    with pytest.raises(NativeDiedError, match="SIGKILL"):
+        await engine.embed(["In the beginning"] * 9)
     assert ((await engine.embed(["In the beginning"])).vectors == expected).all()
+
+
+async def test_texts_of_which_none_is_being_embedded_are_embedded_by_the_next_process(
+    engine: Engine,
+) -> None:
+    expected = (await engine.embed(["In the beginning"])).vectors
+    process_of(engine).kill()
+    await until(lambda: engine.stats().restarts == 1)
+    assert ((await engine.embed(["In the beginning"])).vectors == expected).all()
+    process = await stopped(engine)
+    async with anyio.create_task_group() as group:
+        group.start_soon(engine.embed, ["In the beginning"] * 9)
+        await until(lambda: any(channel.busy for channel in (process.embeddings, *process.texts)))
+        process.kill()
 
 
 async def test_a_process_that_dies_while_it_loads(
@@ -244,6 +296,74 @@ async def test_a_process_that_cannot_be_started(
         with pytest.raises(ModelLoadError, match=words):
             async with Engine.open(demo_f32_path, **SIZES):
                 pass
+
+
+@pytest.mark.parametrize(("name", "value"), [("executable", None), ("frozen", True)])
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_an_app_that_is_its_own_interpreter_is_not_started_again(
+    demo_f32_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: object
+) -> None:
+    """What is ``sys.executable`` there would be a second app, which opens an engine, and so on."""
+    monkeypatch.setattr(sys, name, value, raising=False)
+    with pytest.raises(InvalidParameterError, match='isolation: cannot be "process"'):
+        async with Engine.open(demo_f32_path, **SIZES):
+            pass
+
+
+@pytest.mark.parametrize("scarce", ["threads", "files"])
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_the_engine_tries_again_where_there_is_too_little_to_start_a_process_with(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, scarce: str
+) -> None:
+    """And nothing is left of the one that could not be: see the fixture above."""
+    n_left = 4
+
+    def takes_one() -> None:
+        nonlocal n_left
+        n_left -= 1
+        if n_left % 2 == 0 and n_left >= 0:  # the second one of each try
+            raise OSError("too many") if scarce == "files" else RuntimeError("too many")
+
+    start, pair = threading.Thread.start, socket.socketpair
+
+    def start_thread(thread: threading.Thread) -> None:
+        if thread.name.startswith("mtpbatch-process"):
+            takes_one()
+        start(thread)
+
+    def make_pair() -> tuple[socket.socket, socket.socket]:
+        takes_one()
+        return pair()
+
+    if scarce == "files":
+        monkeypatch.setattr(socket, "socketpair", make_pair)
+    else:
+        monkeypatch.setattr(threading.Thread, "start", start_thread)
+    process_of(engine).kill()
+    assert (await engine.generate("In the", max_tokens=3)).finish_reason == "length"
+    assert n_left < 0, "twice it could not"
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_what_a_daemon_or_a_notebook_does_to_its_interpreter(demo_f32_path: Path) -> None:
+    """No stderr, whose number may be another file's by then; a search path that is no text."""
+    program = f"""
+import anyio, os, pathlib, sys
+import mtpbatch
+
+sys.path.insert(0, pathlib.Path("/nowhere"))
+os.close(2)
+
+async def main():
+    async with mtpbatch.Engine.open({os.fspath(demo_f32_path)!r}, **{SIZES!r}) as engine:
+        done = await engine.generate("In the", max_tokens=3)
+        assert done.finish_reason == "length"
+
+anyio.run(main)
+print("all is well")
+"""
+    done = await anyio.run_process([sys.executable, "-c", program])
+    assert done.stdout == b"all is well\n"
 
 
 async def test_loading_is_given_up_when_nobody_waits_for_it(demo_f32_path: Path) -> None:
@@ -306,11 +426,56 @@ async def test_a_model_that_is_not_there_any_more_ends_the_engine(
                     await engine.tokenize("x")
 
             group.start_soon(tokenize)
-            await until(process.texts._lock.locked)
+            await until(lambda: any(channel.busy for channel in process.texts))
             process.kill()
         await check_died(running)
         with pytest.raises(EngineDeadError, match=words):
             await waiting
+
+
+async def test_requests_end_though_the_process_is_stuck(engine: Engine) -> None:
+    """As beside a decode that hangs; what it was asked is answered when it goes on, and right."""
+    undisturbed = await engine.generate("In the", **LONG)
+    running, cancelled = engine.submit("In the", **LONG), engine.submit("In the", **LONG)
+    await anext(running)
+    await anext(cancelled)
+    process = await stopped(engine)
+    assert (await engine.generate([70], timeout=0.01)).finish_reason == "timeout"
+    cancelled.cancel()
+    assert (await cancelled).finish_reason == "abort"
+    late = engine.submit([70, 71], max_tokens=3)
+    await until(lambda: engine._intake.n_ready == 2)
+    engine.check_health()
+    os.kill(process.pid, signal.SIGCONT)
+    assert (await running).token_ids == undisturbed.token_ids
+    assert len((await late).token_ids) == 3
+    assert (await engine.generate("In the", **LONG)).token_ids == undisturbed.token_ids
+    assert process_of(engine) is process
+    engine._scheduler.check_integrity()
+
+
+async def test_draining_waits_for_no_process_that_is_stuck(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(isolated_process, "CLOSING_TIME", 0.1)
+    running = engine.submit("In the", **LONG)
+    await anext(running)
+    await stopped(engine)
+    await engine.drain(0.01)
+    assert (await running).finish_reason == "abort"
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="there are no CPUs to lose")
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_an_app_that_has_fewer_cpus_by_then_has_the_same_model(demo_f32_path: Path) -> None:
+    async with Engine.open(demo_f32_path, n_seq=1, **{**SIZES, "n_threads": None}) as engine:
+        n_threads = engine.config.n_threads
+        [one, *_] = os.sched_getaffinity(0)
+        # Of the thread that starts the process.
+        os.sched_setaffinity(engine._thread.native_id or 0, {one})
+        process_of(engine).kill()
+        assert len((await engine.generate("In the", max_tokens=3)).token_ids) == 3
+        assert engine.config.n_threads == n_threads
 
 
 async def test_closing_waits_for_nobody_who_hangs(
@@ -321,7 +486,7 @@ async def test_closing_waits_for_nobody_who_hangs(
     await anext(running)
     process = await stopped(engine)
     texts = engine.submit("def main(")
-    await until(process.texts._lock.locked)
+    await until(lambda: any(channel.busy for channel in process.texts))
     await engine.aclose()
     assert engine._ended.is_set(), "nothing is left behind"
     for generation in (running, texts):
@@ -348,7 +513,7 @@ async def test_what_the_terminal_and_supervisors_send_is_for_the_app(engine: Eng
     await anext(running)
     process = process_of(engine)
     assert os.getpgid(process.pid) == process.pid, "Ctrl-C goes to another group"
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         os.kill(process.pid, number)
     assert len((await running).token_ids) == 400
     assert process_of(engine) is process
@@ -411,6 +576,32 @@ async def test_numbers_that_no_message_can_hold(demo_f32_path: Path) -> None:
             "In the", max_tokens=huge, min_tokens=huge, top_k=huge, temperature=1.0, seed=1
         )
         assert done.finish_reason == "length"
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_names_of_files_need_not_be_texts(demo_f32_path: Path, tmp_path: Path) -> None:
+    path = tmp_path / os.fsdecode(b"\xff.gguf")
+    path.symlink_to(demo_f32_path)
+    async with Engine.open(path, n_seq=1, **SIZES) as engine:
+        assert len((await engine.generate("In the", max_tokens=3)).token_ids) == 3
+        assert "udcff.gguf" in repr(engine)
+    missing = str(tmp_path / os.fsdecode(b"\xfe.gguf"))
+    wrong: list[dict[str, Any]] = [
+        {"model": missing},
+        {"lora": {missing: 1.0}},
+        {"draft_model": missing},
+    ]
+    for config in wrong:
+        with pytest.raises(ModelLoadError, match=r"udcfe.gguf: no such file"):
+            async with Engine.open(**{"model": demo_f32_path, **config}, **SIZES):
+                pass
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_grammar_that_is_no_text_is_refused(engine: Engine) -> None:
+    for form in ("regex", "grammar", "json_schema"):
+        with pytest.raises(InvalidParameterError, match=f"{form}: is not valid Unicode"):
+            await engine.generate("In the", **{form: "\ud800"})
 
 
 @pytest.mark.parametrize("ending", ["os._exit(0)", "os.kill(os.getpid(), signal.SIGKILL)"])

@@ -6,7 +6,7 @@
     ───────                                        ───────────────────────────
     engine's thread ─ ProcessBackend.exchange ──── steps ──────▶ main thread ─ NativeBackend
     any thread ────── wake, cancel ─────────────── notes ──────▶ a thread
-    helper threads ── tokenize, prepare, … ─────── texts ──────▶ a thread
+    helper threads ── tokenize, prepare, … ─────── texts ──────▶ a thread each
                    ── compile_grammar ──────────── grammars ───▶ a thread
     embeddings' thread ─────────────────────────── embeddings ─▶ a thread
 

@@ -1,6 +1,6 @@
 """The process that runs a model for an app: started by ``mtpbatch.isolated.process``.
 
-usage: python -m mtpbatch.isolated PARENT STEPS NOTES TEXTS GRAMMARS EMBEDDINGS
+usage: python -m mtpbatch.isolated PARENT STEPS NOTES GRAMMARS EMBEDDINGS TEXTS…
 
 PARENT is the app's process id, the others are the file descriptors of sockets. The app's end is
 this process's end: it sees the sockets hang up, and where the system can be asked to, it is killed.
@@ -38,6 +38,7 @@ from mtpbatch.isolated.messages import (
     Prepare,
     Progress,
     Tokenize,
+    portable,
 )
 from mtpbatch.native import Embedder, NativeBackend
 from mtpbatch.types import Plan, StepResult
@@ -47,11 +48,11 @@ _PR_SET_PDEATHSIG = 1
 
 def main() -> None:
     parent, *fds = map(int, sys.argv[1:])
-    for request in (signal.SIGINT, signal.SIGTERM):
+    for request in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(request, signal.SIG_IGN)  # the app decides when it ends, and how
     _end_with(parent)
     faulthandler.enable()  # on stderr, which is the app's
-    steps, notes, texts, grammars, embeddings = (socket.socket(fileno=fd) for fd in fds)
+    steps, notes, grammars, embeddings, *texts = (socket.socket(fileno=fd) for fd in fds)
     try:
         host = _Host(Channel(steps), notes)
     except HangUp:
@@ -59,7 +60,7 @@ def main() -> None:
     threads = [
         threading.Thread(target=_answer, args=work, daemon=True)
         for work in (
-            (Channel(texts), Tokenize | Detokenize | Prepare, host.text),
+            *((Channel(end), Tokenize | Detokenize | Prepare, host.text) for end in texts),
             (Channel(grammars), Compile, host.compile),
             (
                 Channel(embeddings),
@@ -105,9 +106,11 @@ class _Host:
         """Load the model that ``steps`` names, and tell of it there. Raises :class:`HangUp`."""
         self.steps = steps
         load = steps.receive(Load)
-        path = Path(os.fsdecode(load.path))
+        draft_model = None if load.draft_model is None else os.fsdecode(load.draft_model)
+        lora = {os.fsdecode(adapter): scale for adapter, scale in load.lora.items()}
+        config = msgspec.structs.replace(load.config, draft_model=draft_model, lora=lora)
         try:
-            self._backend = NativeBackend(path, load.config, self._report)
+            self._backend = NativeBackend(Path(os.fsdecode(load.path)), config, self._report)
         except Exception as error:
             steps.send(Failure.of(error))
             raise HangUp from None
@@ -117,9 +120,9 @@ class _Host:
         backend = self._backend
         loaded = Loaded(
             backend.facts,
-            backend.config,
+            msgspec.structs.replace(backend.config, draft_model=None, lora={}),
             tuple(backend.token_bytes),
-            backend.description,
+            portable(backend.description),
             backend.chat_template,
         )
         steps.send(Progress(1.0, loaded))

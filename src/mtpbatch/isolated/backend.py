@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 from weakref import WeakSet
 
 import msgspec
@@ -17,7 +17,7 @@ from msgspec import Struct
 from mtpbatch._process import HomeProcess
 from mtpbatch.backend import Embedder, ProgressReport
 from mtpbatch.exceptions import ModelLoadError, NativeDiedError
-from mtpbatch.isolated.channel import WAKE, HangUp
+from mtpbatch.isolated.channel import WAKE, Channel, HangUp
 from mtpbatch.isolated.messages import (
     AddText,
     CloseEmbedder,
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
 _LOOK_AROUND: Final = 0.05  # seconds between looks at what else there is while a model loads
+_PATIENCE: Final = 1.0  # seconds between these while an exchange is not answered
 _MOST: Final = 2**31 - 1  # native code counts no further
 
 _Value = TypeVar("_Value")
@@ -66,6 +67,7 @@ class ProcessBackend:
     State, under ``_changed``: ``_process`` is the one that runs plans, ``None`` while there is
     none; ``_newest`` is the last one that was started, which may be loading or dead; ``_stopped``
     says that there will be no other one. ``_grammars`` are those that somebody may need.
+    ``_unanswered``, of the engine's thread, is how many exchanges the process owes an answer to.
 
     ``_wakes`` are for waits while there is none. Whoever wakes puts first what there is to find,
     and who waits looks after ``_process`` has changed: nothing is missed that was for the other.
@@ -78,20 +80,29 @@ class ProcessBackend:
     ) -> None:
         self._home = HomeProcess()
         self._path = os.fspath(path)
-        # Without what the engine alone needs, which may be more than a message can hold.
-        own = {"max_waiting": None, "max_waiting_tokens": None, "snapshot_memory": 0}
-        self._config = msgspec.structs.replace(config, **own)
+        # Without paths, and what the engine alone needs, which may be more than a message can hold.
+        own: dict[str, Any] = {"draft_model": None, "lora": {}, "snapshot_memory": 0}
+        own |= {"max_waiting": None, "max_waiting_tokens": None}
+        self._request = Load(
+            os.fsencode(path),
+            None if config.draft_model is None else os.fsencode(config.draft_model),
+            {os.fsencode(adapter): scale for adapter, scale in config.lora.items()},
+            msgspec.structs.replace(config, **own),
+        )
         self._folder = _current_folder()  # for relative paths, wherever the app goes meanwhile
         self._changed = threading.Condition()
         self._process: ModelProcess | None = None
         self._newest: ModelProcess
         self._stopped = False
+        self._unanswered = 0
         self._wakes: SimpleQueue[None] = SimpleQueue()
         self._numbers = itertools.count(1)
         self._grammars: WeakSet[Grammar] = WeakSet()
         self._forgotten: SimpleQueue[int] = SimpleQueue()
 
         self._process, self._loaded = self._start(report)
+        # What was left to the machine stays as it is, though that may have fewer CPUs by then.
+        self._request = msgspec.structs.replace(self._request, config=self._loaded.config)
         self.facts = self._loaded.facts
         own = {name: getattr(config, name) for name in own}
         self.config = msgspec.structs.replace(self._loaded.config, **own)
@@ -109,9 +120,8 @@ class ProcessBackend:
             if wait:
                 self._wait(timeout)
             return []
-        exchange = Exchange(_portable(plan), wait, timeout, self._take_forgotten())
         with suppress(HangUp):
-            return list(process.steps.ask(exchange, Results))
+            return self._exchange(process, plan, wait, timeout)
         raise self._bury(process)
 
     def restart(self, report: ProgressReport) -> None:
@@ -119,14 +129,12 @@ class ProcessBackend:
         try:
             if loaded != self._loaded:
                 raise ModelLoadError(f"{self._path}: is not the model any more that it was before")
-            with self._changed:
-                grammars = list(self._grammars)
-            for grammar in grammars:
-                _compile(process, grammar)
+            self._compile_again(process, report)
         except BaseException:
             process.kill()
             process.close()
             raise
+        self._unanswered = 0
         with self._changed:
             self._process = process
             self._changed.notify_all()
@@ -180,7 +188,11 @@ class ProcessBackend:
                     return grammar
 
     def open_embedder(self) -> Embedder:
-        return _Embedder(self._running())
+        return self._use(
+            lambda process: _Embedder(
+                process, process.embeddings.ask(OpenEmbedder(), EmbedderFacts)
+            )
+        )
 
     # --------------------------------------------------------------------------- details
 
@@ -188,7 +200,7 @@ class ProcessBackend:
         """A process that has loaded the model."""
         try:
             process = ModelProcess(self._folder)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
             raise ModelLoadError(
                 f"{self._path}: no process could be started to load it: {error}"
             ) from None
@@ -202,20 +214,54 @@ class ProcessBackend:
             raise
 
     def _load(self, process: ModelProcess, report: ProgressReport) -> Loaded:
-        steps, share = process.steps, 0.0
+        share = 0.0
         with suppress(HangUp):
-            steps.send(Load(os.fsencode(self._path), self._config))
+            process.steps.send(self._request)
             while True:
-                goes_on = report(share)
-                while goes_on and not steps.comes(_LOOK_AROUND):
-                    goes_on = report(share)
-                if not goes_on:
-                    raise ModelLoadError(f"{self._path}: loading was given up")
-                progress = steps.receive(Progress)
+                self._await(process.steps, report, share)
+                progress = process.steps.receive(Progress)
                 if progress.loaded is not None:
                     return progress.loaded
                 share = progress.share
         raise ModelLoadError(f"{self._path}: {process.death()} while it loaded it")
+
+    def _compile_again(self, process: ModelProcess, report: ProgressReport) -> None:
+        """Have a process know the grammars that the ones before it knew."""
+        with self._changed:
+            grammars = list(self._grammars)
+        with suppress(HangUp):
+            for grammar in grammars:
+                process.grammars.send(Compile(grammar.number, grammar.source))
+                self._await(process.grammars, report, 1.0)
+                process.grammars.receive(type(None))
+            return
+        raise process.death()
+
+    def _await(self, channel: Channel, report: ProgressReport, share: float) -> None:
+        """Wait for a message, and look around meanwhile."""
+        while report(share):
+            if channel.comes(_LOOK_AROUND):
+                return
+        raise ModelLoadError(f"{self._path}: loading was given up")
+
+    def _exchange(
+        self, process: ModelProcess, plan: Plan | None, wait: bool, timeout: float | None
+    ) -> list[StepResult]:
+        """Exchange with a process, which may be stuck: then requests can end all the same.
+
+        What it has not answered in time it answers later, and is not asked again meanwhile.
+        """
+        if plan is not None or not self._unanswered:
+            if self._unanswered:
+                process.notes.send(WAKE)  # it may wait for what does not come
+            exchange = Exchange(_portable(plan), wait, timeout, self._take_forgotten())
+            process.steps.send(exchange)
+            self._unanswered += 1
+        patience = _PATIENCE if timeout is None else min(timeout + _LOOK_AROUND, _PATIENCE)
+        if not process.steps.comes(patience):
+            return []
+        self._unanswered -= 1
+        return list(process.steps.receive(Results))
 
     def _bury(self, process: ModelProcess) -> NativeDiedError:
         """There is no process from now on. What it died of."""
@@ -235,13 +281,22 @@ class ProcessBackend:
         return process
 
     def _ask(self, request: Struct, kind: type[_Value]) -> _Value:
-        """Ask about texts. If the process dies meanwhile, this is hardly why: ask the next one."""
+        """Ask about texts, where nobody else waits for an answer."""
+
+        def ask(process: ModelProcess) -> _Value:
+            free = (channel for channel in process.texts if not channel.busy)
+            return next(free, process.texts[0]).ask(request, kind)
+
+        return self._use(ask)
+
+    def _use(self, use: Callable[[ModelProcess], _Value]) -> _Value:
+        """Use the process. If it dies meanwhile, this is hardly why: use the next one."""
         process = self._running()
         with suppress(HangUp):
-            return process.texts.ask(request, kind)
+            return use(process)
         process = self._running(other_than=process)
         with suppress(HangUp):
-            return process.texts.ask(request, kind)
+            return use(process)
         raise process.death()
 
     def _note(self, note: int) -> None:
@@ -272,9 +327,8 @@ class ProcessBackend:
 class _Embedder:
     """An embedder in a process; it dies with it."""
 
-    def __init__(self, process: ModelProcess) -> None:
+    def __init__(self, process: ModelProcess, facts: EmbedderFacts) -> None:
         self._process = process
-        facts = self._ask(OpenEmbedder(), EmbedderFacts)
         self.n_ctx = facts.n_ctx
         self.n_embd = facts.n_embd
 

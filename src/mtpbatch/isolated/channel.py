@@ -63,6 +63,11 @@ class Channel:
         self._lock = threading.Lock()
         self._encoder = msgspec.msgpack.Encoder(enc_hook=_value_of)
 
+    @property
+    def busy(self) -> bool:
+        """Whether somebody asks."""
+        return self._lock.locked()
+
     def ask(self, request: Struct, kind: type[_Value]) -> _Value:
         """Send a request, and wait for the answer, which is of that type.
 

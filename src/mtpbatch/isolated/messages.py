@@ -22,6 +22,11 @@ from mtpbatch.types import (
 Results: TypeAlias = tuple[StepResult, ...]
 
 
+def portable(text: str) -> str:
+    """A text, made so that it can cross: it may hold the name of a file, which need not be one."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 # ------------------------------------------------------------------------------ failures
 
 
@@ -45,7 +50,7 @@ class Failure(Struct, frozen=True):
             for name, value in vars(error).items()
             if value is None or isinstance(value, str | int | float)
         }
-        return cls(type(error).__name__, str(error), fields)
+        return cls(type(error).__name__, portable(str(error)), fields)
 
     @property
     def error(self) -> MtpBatchError:
@@ -62,9 +67,11 @@ class Failure(Struct, frozen=True):
 
 
 class Load(Struct, frozen=True):
-    """Comes first, once."""
+    """Comes first, once. Names of files need not be texts, and so are not in the config."""
 
     path: bytes
+    draft_model: bytes | None
+    lora: dict[bytes, float]
     config: EngineConfig
 
 

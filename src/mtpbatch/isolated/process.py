@@ -7,12 +7,15 @@ import socket
 import subprocess
 import sys
 import threading
+from contextlib import ExitStack
 from typing import Final
 
-from mtpbatch.exceptions import NativeDiedError
+from mtpbatch.exceptions import InvalidParameterError, NativeDiedError
 from mtpbatch.isolated.channel import Channel, Notes
 
 CLOSING_TIME: Final = 5.0  # seconds that it has to end by itself
+# For texts: an engine's threads for short ones, long ones, grammars and embeddings ask for some.
+_N_TEXTS: Final = 4
 
 
 class ModelProcess:
@@ -25,42 +28,39 @@ class ModelProcess:
     """
 
     def __init__(self, folder: str | None) -> None:
-        """Start it in that folder. Raises :class:`OSError` if that is not possible."""
-        pairs = [socket.socketpair() for _ in range(5)]
-        theirs = [str(their.fileno()) for _, their in pairs]
-        try:
-            # In a group of its own, as what the terminal tells the app's group is for the app.
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "mtpbatch.isolated", str(os.getpid()), *theirs],
-                pass_fds=[their.fileno() for _, their in pairs],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                cwd=folder,
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-                process_group=0,
-            )
-        except BaseException:
-            for ours, _ in pairs:
-                ours.close()
-            raise
-        finally:
-            for _, their in pairs:
-                their.close()
-        steps, notes, texts, grammars, embeddings = (ours for ours, _ in pairs)
-        self.notes = Notes(notes)
-        self.steps = Channel(steps)
-        self.texts = Channel(texts)
-        self.grammars = Channel(grammars)
-        self.embeddings = Channel(embeddings)
-        self._channels = (self.steps, self.texts, self.grammars, self.embeddings)
-        self._ending = threading.Event()  # it should end soon, or has
-        self._over = threading.Event()
-        self._threads = [
-            threading.Thread(target=work, name=f"mtpbatch-process-{self.pid}", daemon=True)
-            for work in (self._watch, self._hurry)
-        ]
-        for thread in self._threads:
-            thread.start()
+        """Start it in that folder.
+
+        Raises :class:`OSError` or :class:`RuntimeError` if the system does not allow it; then
+        nothing is left of it.
+        """
+        with ExitStack() as undo:
+            ours, theirs = [], []
+            with ExitStack() as passed:
+                for _ in range(4 + _N_TEXTS):
+                    our, their = socket.socketpair()
+                    undo.callback(our.close)
+                    passed.callback(their.close)
+                    ours.append(our)
+                    theirs.append(their.fileno())
+                self._process = _start(theirs, folder)
+            undo.callback(self._process.wait)
+            undo.callback(self._process.kill)
+            steps, notes, grammars, embeddings, *texts = ours
+            self.notes = Notes(notes)
+            self.steps = Channel(steps)
+            self.texts = [Channel(end) for end in texts]
+            self.grammars = Channel(grammars)
+            self.embeddings = Channel(embeddings)
+            self._channels = (self.steps, self.grammars, self.embeddings, *self.texts)
+            self._ending = threading.Event()  # it should end soon, or has
+            self._over = threading.Event()
+            self._threads = [
+                threading.Thread(target=work, name=f"mtpbatch-process-{self.pid}", daemon=True)
+                for work in (self._watch, self._hurry)
+            ]
+            for thread in self._threads:
+                thread.start()
+            undo.pop_all()
 
     @property
     def pid(self) -> int:
@@ -102,3 +102,35 @@ class ModelProcess:
         self._ending.wait()
         if not self._over.wait(CLOSING_TIME):
             self.kill()
+
+
+def _start(fds: list[int], folder: str | None) -> subprocess.Popen[bytes]:
+    """Start the program; these descriptors are its ends of the channels."""
+    # What a frozen app has there is the app, which would start itself again and again.
+    if not sys.executable or getattr(sys, "frozen", False):
+        raise InvalidParameterError(
+            "isolation",
+            f'cannot be "process" in this program, as there is no Python interpreter to run the '
+            f'other one: sys.executable is {sys.executable!r}; leave it at "none"',
+        )
+    # What is no text there is passed over by imports, too.
+    path = [entry for entry in sys.path if isinstance(entry, str) and entry]
+    # In a group of its own, as what the terminal tells the app's group is for the app.
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "mtpbatch.isolated", str(os.getpid()), *map(str, fds)],
+        pass_fds=fds,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=None if _has_stderr() else subprocess.DEVNULL,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+        process_group=0,
+    )
+
+
+def _has_stderr() -> bool:
+    """Whether there is one to inherit: daemons close it, and other files get its number then."""
+    try:
+        return os.get_inheritable(2)
+    except OSError:
+        return False

@@ -133,11 +133,8 @@ class EngineReplica:
     # --------------------------------------------------------------------- by Serve
 
     async def check_health(self) -> None:
-        """Serve asks now and then, and replaces a replica for which this raises.
-
-        An engine that starts its model's process again mends itself, or dies.
-        """
-        with suppress(NativeDiedError):
+        """Serve asks now and then, and replaces a replica for which this raises."""
+        with suppress(NativeDiedError):  # which mends itself, and requests wait for that
             self._engine.check_health(self._server.stall_timeout)
 
     async def __del__(self) -> None:
