@@ -359,7 +359,7 @@ def test_heads_without_weights_are_none(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_an_assistant_alone(pair: Drafting) -> None:
     assert pair.assistant
-    with pytest.raises(ContextError):
+    with pytest.raises(ContextError, match="give it as that one's draft_model"):
         small_context(pair.assistant)
 
 

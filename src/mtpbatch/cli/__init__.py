@@ -18,6 +18,7 @@ from mtpbatch._log import log_to_console
 from mtpbatch.cli import bench
 from mtpbatch.cli.demo import demo
 from mtpbatch.cli.generate import generate
+from mtpbatch.cli.plan import plan
 from mtpbatch.cli.serve import serve
 from mtpbatch.exceptions import InvalidParameterError, MtpBatchError
 
@@ -33,6 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             anyio.run(demo)
         elif options.command == "bench":
             return bench.run(options, _ENGINE_OPTIONS)
+        elif options.command == "plan":
+            return plan(options.model, _given(options, _ENGINE_OPTIONS | _SIZE_OPTIONS))
         elif options.command == "serve":
             return anyio.run(
                 partial(
@@ -120,12 +123,14 @@ _ENGINE_OPTIONS: dict[str, dict[str, Any]] = {
     "n_gpu_layers": {"type": int, "help": "layers on a GPU, -1 for all"},
     "kv_type": {"help": "element type of the KV cache"},
 }
-_SERVING_ENGINE_OPTIONS: dict[str, dict[str, Any]] = {
+_SIZE_OPTIONS: dict[str, dict[str, Any]] = {
     "n_batch": {"type": int, "help": "most tokens in one step"},
     "n_ubatch": {"type": int, "help": "most tokens in one forward pass"},
     "n_cells": {"type": int, "help": "KV cells of all sequences together"},
     "snapshot_memory": {"type": int, "help": "MiB for states of prompts that may come again"},
     "draft_model": {"help": "GGUF file of an assistant that drafts"},
+}
+_SERVING_ENGINE_OPTIONS = _SIZE_OPTIONS | {
     "speculation": {"type": _depth, "help": 'draft depth: 0 off, a number, or "auto"'},
     "max_waiting": {"type": int, "help": "most requests that wait; more are refused with 429"},
     "max_waiting_tokens": {"type": int, "help": "most prompt tokens that wait"},
@@ -210,6 +215,16 @@ def _parser() -> argparse.ArgumentParser:
     _add_options(server, "server", _SERVER_OPTIONS)
     _add_options(server, "engine", _ENGINE_OPTIONS | _SERVING_ENGINE_OPTIONS)
     bench.add_parser(commands, _ENGINE_OPTIONS)
+    planned = commands.add_parser(
+        "plan",
+        help="the memory an engine takes, and what fits",
+        description="Print the memory that an engine of these options takes, by part, how much is "
+        "available here (within the limits of the control group), and how many sequences of which "
+        "length fit into it. Nothing of the weights is read. The exit status is 1 if the engine "
+        "does not fit.",
+    )
+    planned.add_argument("-m", "--model", metavar="FILE", help="GGUF file; default: packaged model")
+    _add_options(planned, "engine", _ENGINE_OPTIONS | _SIZE_OPTIONS)
     return parser
 
 
