@@ -15,10 +15,9 @@ from typing import Any, NoReturn
 import anyio
 
 from mtpbatch._log import log_to_console
-from mtpbatch.cli import bench
+from mtpbatch.cli import bench, doctor, plan
 from mtpbatch.cli.demo import demo
 from mtpbatch.cli.generate import generate
-from mtpbatch.cli.plan import plan
 from mtpbatch.cli.serve import serve
 from mtpbatch.exceptions import InvalidParameterError, MtpBatchError
 
@@ -35,7 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         elif options.command == "bench":
             return bench.run(options, _ENGINE_OPTIONS)
         elif options.command == "plan":
-            return plan(options.model, _given(options, _ENGINE_OPTIONS | _SIZE_OPTIONS))
+            return plan.run(options.model, _given(options, _ENGINE_OPTIONS | _SIZE_OPTIONS))
+        elif options.command == "doctor":
+            return anyio.run(doctor.run, options.model)
         elif options.command == "serve":
             return anyio.run(
                 partial(
@@ -225,6 +226,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     planned.add_argument("-m", "--model", metavar="FILE", help="GGUF file; default: packaged model")
     _add_options(planned, "engine", _ENGINE_OPTIONS | _SIZE_OPTIONS)
+    examined = commands.add_parser(
+        "doctor",
+        help="whether all is well here, and what to change",
+        description="Look at versions, at what llama.cpp was built for, at the CPUs and the memory "
+        "that this process really has, and at a model: whether it can be loaded, whether it has "
+        "MTP heads that can draft, and whether it fits. Then generate with the packaged model for "
+        "some seconds, with drafts and without. The exit status is 1 if something does not work.",
+    )
+    examined.add_argument(
+        "-m", "--model", metavar="FILE", help="GGUF file to look at; default: packaged model"
+    )
     return parser
 
 

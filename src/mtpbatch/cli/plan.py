@@ -19,7 +19,7 @@ _SHOWN = (
 )
 
 
-def plan(model: str | None, config: Mapping[str, Any]) -> int:
+def run(model: str | None, config: Mapping[str, Any]) -> int:
     """Print it; the exit status, which is 1 if it does not fit."""
     # Only here: the native layer loads llama.cpp.
     from mtpbatch.native.footprint import footprint

@@ -64,6 +64,8 @@ class Footprint(Struct, frozen=True):
     """Longest context the model was trained for, in tokens."""
     config: EngineConfig
     """Nothing in it is left open."""
+    drafted_by: str
+    """What drafts, or would, in a few words."""
     no_drafts: str | None
     """Why nothing drafts although it was asked for."""
     devices: tuple[Device, ...]
@@ -74,6 +76,10 @@ class Footprint(Struct, frozen=True):
     def total(self, device: int) -> int:
         """Bytes there, once all parts are taken."""
         return sum(part.n_bytes[device] for part in self.parts)
+
+    def at_once(self, device: int) -> int:
+        """Bytes there when the engine opens."""
+        return sum(part.n_bytes[device] for part in self.parts if not part.with_use)
 
 
 def footprint(path: str | os.PathLike[str], config: EngineConfig, *, available: int) -> Footprint:
@@ -133,11 +139,20 @@ def footprint(path: str | os.PathLike[str], config: EngineConfig, *, available: 
         model=model.label,
         n_ctx_train=model.n_ctx_train,
         config=resolved,
+        drafted_by=_drafted_by(model, assistant),
         no_drafts=opened.no_drafts,
         devices=on,
         parts=tuple(part for part in parts if any(part.n_bytes)),
         growth=tuple(grown(device) for device in range(len(on))),
     )
+
+
+def _drafted_by(model: Model, assistant: Model | None) -> str:
+    if assistant:
+        return f"{assistant.path.name}, an assistant that reads the model's memory"
+    if model.n_mtp_heads > 1:
+        return f"{model.n_mtp_heads} MTP heads, chained: one for each depth"
+    return "one MTP head, for each depth anew" if model.n_mtp_heads else "nothing"
 
 
 def _parts(opened: Opened, assistant: Model | None, n_devices: int) -> list[Part]:

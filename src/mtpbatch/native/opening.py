@@ -63,7 +63,10 @@ def open_contexts(model: Model, assistant: Model | None, config: EngineConfig) -
     """
     no_drafts = None
     if config.n_draft_max and assistant is None and not model.n_mtp_heads:
+        announced = model.metadata(f"{model.architecture}.nextn_predict_layers") not in (None, "0")
         no_drafts = "the model has no MTP heads"
+        if announced:
+            no_drafts = "the model file announces MTP heads, but their weights are not in it"
         config = _without_drafts(config, no_drafts)
     config = _resolve(config, model, assistant)
     assert config.n_ctx is not None  # resolved
