@@ -42,6 +42,7 @@ from mtpbatch.exceptions import (
     WrongProcessError,
 )
 from mtpbatch.generation import Generation
+from mtpbatch.options import EngineOptions, SamplingOptions
 from mtpbatch.types import (
     Completion,
     Delta,
@@ -75,6 +76,7 @@ __all__ = [
     "EngineConfig",
     "EngineDeadError",
     "EngineError",
+    "EngineOptions",
     "EngineOverloaded",
     "EngineStalledError",
     "EngineStats",
@@ -101,6 +103,7 @@ __all__ = [
     "NativeDiedError",
     "NativeError",
     "PromptTooLongError",
+    "SamplingOptions",
     "SamplingParams",
     "SequenceStep",
     "StepReport",
