@@ -19,6 +19,7 @@ import anyio
 import mtpbatch
 from benchmarks import command_line
 from benchmarks.report import spread, table
+from mtpbatch import SamplingOptions
 
 _WARM_UP = 16  # tokens
 _PROMPTS = ("In the beginning", "def read(path):\n", "And the king said", "class Queue:\n")
@@ -30,7 +31,7 @@ async def measure(
     """Run one request per sequence from start to end; steps, and microseconds of each by step."""
 
     async def run(prompt: str, tokens: int) -> None:
-        params = {"max_tokens": tokens, "ignore_eos": True, "speculation": depth}
+        params: SamplingOptions = {"max_tokens": tokens, "ignore_eos": True, "speculation": depth}
         if not streaming:
             await engine.generate(prompt, **params)
             return

@@ -96,6 +96,14 @@ bool embeds_by_hidden_rows(const Model & model) {
     return architecture == "qwen35" || architecture == "qwen35moe";
 }
 
+void check_no_assistant(const Model & model) {
+    if (model.metadata(ARCHITECTURE) == "gemma4-assistant") {
+        throw Error(
+            MTPBATCH_CONTEXT_FAILED,
+            "the model is an assistant, which drafts for another model only: give it as that one's draft_model");
+    }
+}
+
 // How many heads the model chains: 1 if it reuses a single one. llama.cpp aborts where an
 // architecture's graph knows no second head.
 int32_t checked_heads(const Model & model) {
@@ -103,11 +111,8 @@ int32_t checked_heads(const Model & model) {
     if (n_heads == 0) {
         throw Error(MTPBATCH_CONTEXT_FAILED, "the model has no MTP heads");
     }
-    const std::string architecture = model.metadata(ARCHITECTURE);
-    if (architecture == "gemma4-assistant") {
-        throw Error(MTPBATCH_CONTEXT_FAILED, "the model is an assistant, which drafts for another model only");
-    }
-    const char * const chaining[] = { "step35", "glm4moe", "glm-dsa", "mimo2", "hy_v3", "deepseek32" };
+    const std::string  architecture = model.metadata(ARCHITECTURE);
+    const char * const chaining[]   = { "step35", "glm4moe", "glm-dsa", "mimo2", "hy_v3", "deepseek32" };
     if (n_heads > 1 && std::find(std::begin(chaining), std::end(chaining), architecture) == std::end(chaining)) {
         throw Error(MTPBATCH_SESSION_INIT, "the model has " + std::to_string(n_heads) +
                                                " MTP heads; llama.cpp cannot chain those of " + architecture);
@@ -127,6 +132,7 @@ Context::Context(std::shared_ptr<const Model> model, const mtpbatch_context_para
         by_hidden_rows_       = embeds_by_hidden_rows(*model_);
     }
     check_params(*model_, params_);
+    check_no_assistant(*model_);
     create();
 }
 
@@ -311,6 +317,7 @@ bool Context::has_room(llama_seq_id seq_id, int32_t n_tokens) const {
 }
 
 void Context::decode(const std::vector<Row> & rows) {
+    require_weights();
     check(rows);
     const int64_t n_taken = n_held();
     if (!shares_memory() && n_taken + static_cast<int64_t>(rows.size()) > params_.n_cells) {
@@ -389,6 +396,35 @@ void Context::require_free() const {
     if (driven()) {
         throw Error(MTPBATCH_CONTEXT_FAILED, "an executor drives this context; close it first");
     }
+}
+
+// libllama would read and write where nothing is.
+void Context::require_weights() const {
+    if (!model_->has_weights) {
+        throw Error(MTPBATCH_CONTEXT_FAILED, "the model was loaded without weights, to see what memory it takes");
+    }
+}
+
+mtpbatch_memory Context::memory_on(int32_t device) const {
+    mtpbatch_memory memory{};
+    for (const auto & [type, bytes] : llama_get_memory_breakdown(raw_)) {
+        if (device_of(type) == device) {
+            memory.weights += bytes.model;
+            memory.states += bytes.context;
+            memory.compute += bytes.compute;
+        }
+    }
+    if (device == 0) {
+        const auto n_vocab = static_cast<uint64_t>(model_->n_vocab());
+        const auto n_hidden =
+            static_cast<uint64_t>(is_mtp() && drops_hidden_rows(*model_) ? params_.n_outputs_max : params_.n_batch);
+        memory.logits      = n_vocab * params_.n_outputs_max * sizeof(float);
+        memory.hidden_rows = n_hidden * llama_model_n_embd_out(model_->raw) * sizeof(float);
+        if (is_mtp() && !shares_memory()) {
+            memory.hidden_rows += Session::max_waiting_bytes(*this);
+        }
+    }
+    return memory;
 }
 
 // After a failed decode some of its passes may have left their positions behind, and moved any state.
@@ -519,6 +555,10 @@ void mtpbatch_context_get_params(const mtpbatch_context * context, mtpbatch_cont
 
 bool mtpbatch_context_is_mtp(const mtpbatch_context * context) {
     return context->impl->is_mtp();
+}
+
+void mtpbatch_context_get_memory(const mtpbatch_context * context, int32_t device, mtpbatch_memory * memory) {
+    *memory = context->impl->memory_on(device);
 }
 
 mtpbatch_status mtpbatch_context_decode(mtpbatch_context * context, const mtpbatch_batch * batch,

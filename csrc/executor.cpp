@@ -42,6 +42,7 @@ class Executor {
     class Drive {
       public:
         explicit Drive(std::shared_ptr<Context> target) : target_(std::move(target)) {
+            target_->require_weights();
             target_->require_free();
             target_->set_driven(true);
         }

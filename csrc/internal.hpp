@@ -35,6 +35,8 @@ void        clear_captured_log();
 void quiet_listeners();
 // `message`, with llama.cpp's own words behind it if it said anything.
 std::string with_reason(const std::string & message);
+// The index of the device that holds such buffers, as mtpbatch_device_get() counts them.
+int32_t device_of(ggml_backend_buffer_type_t type);
 // A checksum over some bytes of every tensor of a GGUF file, and of those that continue it.
 uint64_t sample_weights(const std::string & path, const gguf_context * header);
 
@@ -109,10 +111,11 @@ class Checksum {
 class Pool;
 
 struct Model {
-    Model(llama_model * raw, int32_t n_mtp_heads)
+    Model(llama_model * raw, int32_t n_mtp_heads, bool has_weights)
         : raw(raw),
           vocab(llama_model_get_vocab(raw)),
           n_mtp_heads(n_mtp_heads),
+          has_weights(has_weights),
           markup(vocab, /*parse_special*/ true),
           user_defined(vocab, /*parse_special*/ false) {}
     ~Model() { llama_model_free(raw); }
@@ -130,6 +133,7 @@ struct Model {
     llama_model * const       raw;
     const llama_vocab * const vocab;
     const int32_t             n_mtp_heads;         // those that the file has weights for
+    const bool                has_weights;         // otherwise nothing of it or its contexts is in memory
     const SpecialTexts        markup;              // all special tokens,
     const SpecialTexts        user_defined;        // and those that are text
     uint64_t                  weights_sample = 0;  // of the file and its adapters, set by whoever loads them
@@ -186,6 +190,9 @@ class Context {
     // Whether there are cells for so many tokens in place of a sequence's.
     bool has_room(llama_seq_id seq_id, int32_t n_tokens) const;
 
+    // The bytes it takes on a device, one of mtpbatch_device_get().
+    mtpbatch_memory memory_on(int32_t device) const;
+
     // What the memory holds of one sequence, which replaces another by load() or copy(): these
     // leave it empty and return false if that does not fit.
     size_t state_size(llama_seq_id seq_id) const;
@@ -213,6 +220,7 @@ class Context {
     void set_driven(bool driven) { driven_ = driven; }
     bool driven() const { return target_ ? target_->driven() : driven_.load(); }
     void require_free() const;
+    void require_weights() const;
 
   private:
     struct SequenceState {
@@ -303,6 +311,9 @@ class Session {
     size_t save(llama_seq_id seq_id, uint8_t * state, size_t size);
     void   restore(llama_seq_id seq_id, const uint8_t * state, size_t size);
     void   fork(llama_seq_id source, llama_seq_id target);
+
+    // Bytes of the hidden rows that may wait for the heads of a draft context.
+    static uint64_t max_waiting_bytes(const Context & draft);
 
     Context &                       target() const { return *target_; }
     const mtpbatch_session_config & config() const { return config_; }

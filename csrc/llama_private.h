@@ -6,6 +6,7 @@
 
 #include "llama.h"
 
+#include <map>
 #include <string>
 #include <utility>
 #include <vector>
@@ -22,3 +23,10 @@ void llama_set_nextn_layer_offset(llama_context * ctx, int32_t offset);
 
 // The tensors of a model, by name.
 const std::vector<std::pair<std::string, ggml_tensor *>> & llama_internal_get_tensor_map(const llama_model * model);
+
+// What a model, a context and its computations take, in bytes, by the type of their buffers. Of a
+// model loaded with no_alloc: would take.
+struct llama_memory_breakdown_data {
+    size_t model, context, compute;
+};
+std::map<ggml_backend_buffer_type_t, llama_memory_breakdown_data> llama_get_memory_breakdown(const llama_context * ctx);

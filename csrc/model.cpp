@@ -221,8 +221,8 @@ void mtpbatch_capture_logs(bool forward) {
     }
 }
 
-mtpbatch_status mtpbatch_model_load(const char * path, int32_t n_gpu_layers, mtpbatch_progress progress, void * user,
-                                    mtpbatch_model ** model, mtpbatch_error * error) {
+mtpbatch_status mtpbatch_model_load(const char * path, int32_t n_gpu_layers, bool weights, mtpbatch_progress progress,
+                                    void * user, mtpbatch_model ** model, mtpbatch_error * error) {
     return guard(error, [&] {
         struct Progress {
             mtpbatch_progress report;
@@ -235,6 +235,10 @@ mtpbatch_status mtpbatch_model_load(const char * path, int32_t n_gpu_layers, mtp
         auto       params   = llama_model_default_params();
         params.n_gpu_layers = n_gpu_layers;
         params.load_mtp     = true;  // without the heads an MTP context aborts on its first decode
+        if (!weights) {
+            params.no_alloc  = true;
+            params.load_mode = LLAMA_LOAD_MODE_NONE;  // libllama asserts that nothing is mapped
+        }
         if (progress) {
             params.progress_callback_user_data = &state;
             params.progress_callback           = [](float fraction, void * data) {
@@ -248,8 +252,10 @@ mtpbatch_status mtpbatch_model_load(const char * path, int32_t n_gpu_layers, mtp
             throw state.stopped ? Error(MTPBATCH_LOAD_CANCELLED, "loading was stopped by the progress callback")
                                 : Error(MTPBATCH_LOAD_FAILED, with_reason("llama.cpp could not load the model"));
         }
-        auto impl            = std::make_shared<Model>(raw, headless ? 0 : llama_model_n_layer_nextn(raw));
-        impl->weights_sample = sample_weights(path, header.get());
+        auto impl = std::make_shared<Model>(raw, headless ? 0 : llama_model_n_layer_nextn(raw), weights);
+        if (weights) {
+            impl->weights_sample = sample_weights(path, header.get());
+        }
         if (llama_vocab_type(impl->vocab) == LLAMA_VOCAB_TYPE_NONE) {
             throw Error(MTPBATCH_LOAD_FAILED, "the model has no vocabulary");
         }

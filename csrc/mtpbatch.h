@@ -46,6 +46,20 @@ typedef struct mtpbatch_error {
     char message[1024];
 } mtpbatch_error;
 
+// --- devices -------------------------------------------------------------------------------------
+
+// What llama.cpp can compute on. The first one is the CPU, whose memory is the machine's.
+typedef struct mtpbatch_device {
+    char     name[64];
+    char     description[128];
+    uint64_t free_bytes, total_bytes;  // 0: it does not say
+} mtpbatch_device;
+
+int32_t mtpbatch_device_count(void);
+void    mtpbatch_device_get(int32_t index, mtpbatch_device * device);
+// What llama.cpp was built with: back-ends, instruction sets and libraries.
+const char * mtpbatch_build_flags(void);
+
 // --- model ---------------------------------------------------------------------------------------
 
 typedef struct mtpbatch_model mtpbatch_model;
@@ -72,8 +86,10 @@ typedef struct mtpbatch_model_facts {
 // messages of this interface. With `forward` they are also passed on to whoever listened before.
 void mtpbatch_capture_logs(bool forward);
 
-mtpbatch_status mtpbatch_model_load(const char * path, int32_t n_gpu_layers, mtpbatch_progress progress, void * user,
-                                    mtpbatch_model ** model, mtpbatch_error * error);
+// Without `weights` only what describes the model is read: it has a vocabulary and contexts, which
+// say what memory they would take (mtpbatch_context_get_memory) but have none and do not decode.
+mtpbatch_status mtpbatch_model_load(const char * path, int32_t n_gpu_layers, bool weights, mtpbatch_progress progress,
+                                    void * user, mtpbatch_model ** model, mtpbatch_error * error);
 void            mtpbatch_model_free(mtpbatch_model * model);
 // Adds a LoRA adapter, times `scale`, to all contexts of the model, which must have none yet: heads that
 // draft are adapted like the rest of it. llama.cpp applies adapters to whole contexts, not to single sequences.
@@ -142,8 +158,18 @@ mtpbatch_status mtpbatch_context_create(const mtpbatch_model * model, const mtpb
                                         mtpbatch_error * error);
 void            mtpbatch_context_free(mtpbatch_context * context);
 // What the context really has: n_rs_seq, n_batch and n_ubatch can be less than was asked.
-void            mtpbatch_context_get_params(const mtpbatch_context * context, mtpbatch_context_params * params);
-bool            mtpbatch_context_is_mtp(const mtpbatch_context * context);
+void mtpbatch_context_get_params(const mtpbatch_context * context, mtpbatch_context_params * params);
+bool mtpbatch_context_is_mtp(const mtpbatch_context * context);
+// The bytes it takes on a device.
+typedef struct mtpbatch_memory {
+    uint64_t weights;  // the model's, once for all of its contexts
+    uint64_t states;   // KV cells and recurrent states
+    uint64_t compute;  // what layers compute
+    // At most, on the CPU: they come with decodes that need so much.
+    uint64_t logits;
+    uint64_t hidden_rows;  // if a session drafts; of an MTP context, also those that wait there for the heads
+} mtpbatch_memory;
+void            mtpbatch_context_get_memory(const mtpbatch_context * context, int32_t device, mtpbatch_memory * memory);
 mtpbatch_status mtpbatch_context_decode(mtpbatch_context * context, const mtpbatch_batch * batch,
                                         mtpbatch_error * error);
 // Logits of a row of the last batch that asked for them: n_vocab floats, valid until the next

@@ -16,6 +16,11 @@ namespace {
 constexpr size_t MAX_WAITING_BYTES = 64 << 20;
 constexpr size_t MIN_WAITING       = 256;  // pairs of each sequence, whatever they take
 
+// How many pairs may wait of each sequence.
+size_t max_waiting(int32_t n_seq, size_t n_embd) {
+    return std::max(MIN_WAITING, MAX_WAITING_BYTES / (n_seq * n_embd * sizeof(float)));
+}
+
 // What a saved sequence begins with. Behind it stand the hidden row, the pairs that wait (hidden rows,
 // then tokens) and the states of both contexts.
 struct StateHeader {
@@ -61,6 +66,7 @@ const mtpbatch_session_config & checked(const mtpbatch_session_config & config, 
                                         const Context & draft) {
     const auto config_error   = [](const std::string & text) { throw Error(MTPBATCH_SESSION_CONFIG, text); };
     const auto contexts_error = [](const std::string & text) { throw Error(MTPBATCH_SESSION_CONTEXTS, text); };
+    target.require_weights();
     if (config.n_draft_max < 1 || config.n_draft_max > MTPBATCH_MAX_DRAFT) {
         config_error("n_draft_max must be from 1 to " + std::to_string(MTPBATCH_MAX_DRAFT) + ", got " +
                      std::to_string(config.n_draft_max));
@@ -122,7 +128,7 @@ Session::Session(std::shared_ptr<Context> target, std::shared_ptr<Context> draft
       n_embd_(llama_model_n_embd_out(target_->model().raw)),
       n_heads_(std::min(draft_->n_heads(), config_.n_draft_max)),
       fingerprint_(make_fingerprint()),
-      max_waiting_(std::max(MIN_WAITING, MAX_WAITING_BYTES / (config.n_seq * n_embd_ * sizeof(float)))),
+      max_waiting_(max_waiting(config.n_seq, n_embd_)),
       sequences_(config.n_seq),
       n_seen_(target_->n_decodes()) {
     for (llama_seq_id s = 0; s < config_.n_seq; ++s) {
@@ -135,6 +141,12 @@ Session::Session(std::shared_ptr<Context> target, std::shared_ptr<Context> draft
     }
     target_->keep_hidden(true);
     draft_->claimed = true;
+}
+
+uint64_t Session::max_waiting_bytes(const Context & draft) {
+    const uint64_t n_seq  = draft.params().n_seq;
+    const uint64_t n_embd = llama_model_n_embd_out(draft.model().raw);
+    return n_seq * (max_waiting(draft.params().n_seq, n_embd) + 1) * (n_embd * sizeof(float) + sizeof(llama_token));
 }
 
 Session::SequenceState & Session::sequence(llama_seq_id seq_id) {

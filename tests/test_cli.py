@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -101,3 +103,31 @@ def test_the_demo_tells_accepted_drafts_apart_on_a_terminal() -> None:
     assert "\x1b[1;32m" in screen
     assert "accepted draft" in screen
     assert screen.rindex("tokens per step") > screen.rindex("\x1b[1;32m")
+
+
+def test_a_plan_has_a_total_of_its_parts_and_what_fits() -> None:
+    result = run("plan", "--n-seq", "4", "--snapshot-memory", "16")
+    assert (result.returncode, result.stderr) == (0, "")
+    lines = result.stdout.splitlines()
+    numbers = dict(re.findall(r"^  (\S.*?)  +([\d.,]+)", result.stdout, re.MULTILINE))
+    parts = lines[lines.index("") + 2 : next(i for i, s in enumerate(lines) if "total" in s)]
+    assert len(parts) >= 9
+    values = [float(numbers[part[2:34].strip()].replace(",", "")) for part in parts]
+    assert float(numbers["total"].replace(",", "")) == pytest.approx(sum(values), abs=1)
+    assert numbers["snapshots"] == "16.0"
+    assert any(line.split() == ["4096", "256"] for line in lines)
+
+
+def test_a_plan_that_does_not_fit_says_what_to_lower() -> None:
+    result = run("plan", "--snapshot-memory", str(1 << 24))
+    assert result.returncode == 1
+    assert "It does NOT fit" in result.stdout
+    assert result.stdout.endswith("Lower snapshot_memory.\n")
+
+
+def test_a_plan_of_a_bad_file_is_one_line(tmp_path: Path) -> None:
+    for path, words in ((tmp_path / "none.gguf", "no such file"), (Path(__file__), "not a GGUF")):
+        result = run("plan", "--model", str(path))
+        assert (result.returncode, result.stdout) == (1, "")
+        assert words in result.stderr
+        assert len(result.stderr.splitlines()) == 1

@@ -42,6 +42,7 @@ from mtpbatch.exceptions import (
     WrongProcessError,
 )
 from mtpbatch.generation import Generation
+from mtpbatch.options import EngineOptions, SamplingOptions
 from mtpbatch.probing import probe_model
 from mtpbatch.types import (
     Completion,
@@ -76,6 +77,7 @@ __all__ = [
     "EngineConfig",
     "EngineDeadError",
     "EngineError",
+    "EngineOptions",
     "EngineOverloaded",
     "EngineStalledError",
     "EngineStats",
@@ -104,6 +106,7 @@ __all__ = [
     "PromptTooLongError",
     "RequestAdmitted",
     "RequestEnded",
+    "SamplingOptions",
     "SamplingParams",
     "SequenceStep",
     "StepReport",

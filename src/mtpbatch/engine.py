@@ -34,7 +34,7 @@ from collections import abc
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, asynccontextmanager, suppress
 from functools import partial
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Unpack
 
 import anyio
 import anyio.to_thread
@@ -58,6 +58,7 @@ from mtpbatch.gate import Gate
 from mtpbatch.generation import Generation
 from mtpbatch.intake import Intake, Live, Post, drawn_seed
 from mtpbatch.loading import Loading, model_path
+from mtpbatch.options import EngineOptions, SamplingOptions
 from mtpbatch.restarts import Restarts
 from mtpbatch.scheduler import Event, Scheduler
 from mtpbatch.speculation import draft_wish
@@ -102,7 +103,7 @@ class Engine:
         model: str | os.PathLike[str] | None = None,
         *,
         progress: Callable[[float], object] | None = None,
-        **config: Any,
+        **config: Unpack[EngineOptions],
     ) -> AsyncIterator[Engine]:
         """Load a model, as an async context manager; leaving the block closes the engine.
 
@@ -268,7 +269,7 @@ class Engine:
 
     # ------------------------------------------------------------------------- requests
 
-    async def generate(self, prompt: Prompt, **params: Any) -> Completion:
+    async def generate(self, prompt: Prompt, **params: Unpack[SamplingOptions]) -> Completion:
         """Generate after one prompt. Cancelling the waiting task cancels the request.
 
         If too many requests wait already (``max_waiting``), this one waits for room, first come,
@@ -279,7 +280,9 @@ class Engine:
         """
         return await self._intake.submit(prompt, parse(SamplingParams, params), followed=False)
 
-    async def generate_many(self, prompts: Iterable[Prompt], **params: Any) -> list[Completion]:
+    async def generate_many(
+        self, prompts: Iterable[Prompt], **params: Unpack[SamplingOptions]
+    ) -> list[Completion]:
         """Generate after many prompts at once; completions come in the order of the prompts.
 
         The next prompt is taken when there is room for it. If one of them fails, or the waiting
@@ -296,7 +299,9 @@ class Engine:
             self._intake.submit(prompt, parsed, followed=False) for prompt in prompts
         )
 
-    async def generate_n(self, prompt: Prompt, n: int, **params: Any) -> list[Completion]:
+    async def generate_n(
+        self, prompt: Prompt, n: int, **params: Unpack[SamplingOptions]
+    ) -> list[Completion]:
         """Generate ``n`` answers to one prompt, at least 1, which is computed once.
 
         Answer i is that of :meth:`generate` with the seed ``(seed + i) % 2**32``; without a seed
@@ -338,7 +343,9 @@ class Engine:
         raise failure
 
     @asynccontextmanager
-    async def stream(self, prompt: Prompt, **params: Any) -> AsyncIterator[Generation]:
+    async def stream(
+        self, prompt: Prompt, **params: Unpack[SamplingOptions]
+    ) -> AsyncIterator[Generation]:
         """Generate after one prompt and follow it; leaving the block early ends the request.
 
         ::
@@ -357,7 +364,9 @@ class Engine:
         finally:
             generation.cancel()
 
-    def submit(self, prompt: Prompt, *, followed: bool = True, **params: Any) -> Generation:
+    def submit(
+        self, prompt: Prompt, *, followed: bool = True, **params: Unpack[SamplingOptions]
+    ) -> Generation:
         """Start to generate after one prompt, without waiting.
 
         Needs a running event loop in this thread. A long text is tokenised elsewhere; if the
@@ -372,7 +381,7 @@ class Engine:
         )
 
     def submit_n(
-        self, prompt: Prompt, n: int, *, followed: bool = True, **params: Any
+        self, prompt: Prompt, n: int, *, followed: bool = True, **params: Unpack[SamplingOptions]
     ) -> list[Generation]:
         """Start ``n`` answers to one prompt, at least 1, without waiting: all of them or none.
 
@@ -401,7 +410,7 @@ class Engine:
         tools: abc.Sequence[Any] | None = None,
         *,
         template_args: Mapping[str, Any] | None = None,
-        **params: Any,
+        **params: Unpack[SamplingOptions],
     ) -> ChatCompletion:
         """Generate the next message of a conversation, and take it apart.
 
@@ -427,7 +436,7 @@ class Engine:
         tools: abc.Sequence[Any] | None = None,
         *,
         template_args: Mapping[str, Any] | None = None,
-        **params: Any,
+        **params: Unpack[SamplingOptions],
     ) -> AsyncIterator[ChatGeneration]:
         """As :meth:`chat`, and follow it; leaving the block early ends the request.
 

@@ -25,6 +25,7 @@ from mtpbatch import (
     Generation,
     InvalidParameterError,
     PromptTooLongError,
+    SamplingOptions,
 )
 from mtpbatch.testing import ScriptedBackend, StepGate, open_scripted_engine
 from mtpbatch.types import Plan, StepResult
@@ -301,7 +302,7 @@ async def test_tasks_wait_for_room_and_come_in_the_order_of_their_calls() -> Non
 
         async def ask(number: int) -> None:
             # The most urgent ones come last: in line that counts for nothing.
-            params = {"max_tokens": 2, "priority": -number, "seed": number}
+            params: SamplingOptions = {"max_tokens": 2, "priority": -number, "seed": number}
             if number % 2:
                 await engine.generate(f"{number}", **params)
             else:
@@ -461,7 +462,13 @@ async def test_who_stands_in_line_is_told_of_the_engines_end(end: str) -> None:
 
 
 async def test_metadata_comes_back_with_the_completion() -> None:
-    given = {"user": "u-17", "attempt": 2, "share": 0.5, "beta": True, "trace": None}
+    given: dict[str, str | int | float | bool | None] = {
+        "user": "u-17",
+        "attempt": 2,
+        "share": 0.5,
+        "beta": True,
+        "trace": None,
+    }
     async with open_scripted_engine(Model()) as engine:
         done = await engine.generate("x", max_tokens=1, metadata=given)
         assert done.metadata == given

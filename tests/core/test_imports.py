@@ -17,6 +17,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "exceptions": set(),
     "in_words": set(),
     "types": {"in_words", "exceptions"},
+    "options": {"types"},
     "text": set(),
     "costs": {"types"},
     "speculation": {"costs", "types", "exceptions"},
@@ -63,7 +64,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "watching": {"sequence", "_log", "types", "exceptions"},
     "engine": {
         *("backend", "chat", "embedding", "gate", "generation", "intake", "loading", "scheduler"),
-        *("restarts", "speculation", "tokenizing", "watching", "_loops", "_log", "types"),
+        *(
+            "options",
+            "restarts",
+            "speculation",
+            "tokenizing",
+            "watching",
+            "_loops",
+            "_log",
+            "types",
+        ),
         "exceptions",
         *("isolated", "native"),  # inside open() only
     },

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import get_args, get_type_hints
 
 import pytest
 
@@ -32,6 +33,7 @@ def test_the_package_exports_exactly_these_names() -> None:
         "EngineDeadError",
         "EngineError",
         "EngineOverloaded",
+        "EngineOptions",
         "EngineStalledError",
         "EngineStats",
         "FinishReason",
@@ -59,6 +61,7 @@ def test_the_package_exports_exactly_these_names() -> None:
         "PromptTooLongError",
         "RequestAdmitted",
         "RequestEnded",
+        "SamplingOptions",
         "SamplingParams",
         "SequenceStep",
         "StepReport",
@@ -188,6 +191,22 @@ def test_the_engines_surface() -> None:
 )
 def test_the_fields_of_public_values(kind: type, names: str) -> None:
     assert public(kind) == set(names.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "kind"),
+    [
+        (mtpbatch.SamplingOptions, mtpbatch.SamplingParams),
+        (mtpbatch.EngineOptions, mtpbatch.EngineConfig),
+    ],
+)
+def test_type_checkers_know_all_keyword_arguments(options: type, kind: type) -> None:
+    """By the same names, in the same order; each takes None where the field does."""
+    fields, keywords = get_type_hints(kind), get_type_hints(options)
+    assert list(keywords) == list(fields)
+    nothing = type(None)
+    for name, annotation in fields.items():
+        assert (nothing in get_args(annotation)) == (nothing in get_args(keywords[name])), name
 
 
 def test_the_testing_surface() -> None:

@@ -9,7 +9,7 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from mtpbatch import DecodeError, PromptTooLongError
+from mtpbatch import DecodeError, PromptTooLongError, SamplingOptions
 from mtpbatch.testing import ScriptedBackend, open_scripted_engine
 from mtpbatch.tracing import RequestSpans
 
@@ -68,7 +68,7 @@ async def test_a_span_says_what_was_asked_for_and_what_it_took(
     exporter: InMemorySpanExporter, provider: TracerProvider
 ) -> None:
     backend = ScriptedBackend(lambda _: "y" * 40, n_seq=1, step_time=0.25)
-    params = {"max_tokens": 20, "temperature": 0.5, "top_p": 0.9, "seed": 7}
+    params: SamplingOptions = {"max_tokens": 20, "temperature": 0.5, "top_p": 0.9, "seed": 7}
     async with open_scripted_engine(backend) as engine:
         with engine.watch(RequestSpans(provider, model_name="tiny")):
             done = await engine.generate_many(["a" * 10, "b" * 10], **params)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import mtpbatch
+from mtpbatch.types import Isolation
 
 pytestmark = pytest.mark.anyio
 
@@ -18,7 +19,7 @@ TEXTS = ["In the beginning", "def main(", "And it came to pass in those days", "
 
 
 @pytest.fixture
-async def engine(demo_f32_path: Path, isolation: str) -> AsyncIterator[mtpbatch.Engine]:
+async def engine(demo_f32_path: Path, isolation: Isolation) -> AsyncIterator[mtpbatch.Engine]:
     sizes: dict[str, Any] = {"n_seq": 4, "n_ctx": 256, "n_batch": 32, "n_threads": 1}
     async with mtpbatch.Engine.open(
         demo_f32_path, kv_type="f32", isolation=isolation, **sizes

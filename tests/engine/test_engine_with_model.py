@@ -13,6 +13,7 @@ import pytest
 
 import mtpbatch
 import random_model
+from mtpbatch.types import Isolation
 from patience import until
 
 pytestmark = pytest.mark.anyio
@@ -21,7 +22,7 @@ PROMPTS = ["In the beginning", "def main(", "And it came to pass", "import os\n"
 
 
 @pytest.fixture
-async def engine(demo_path: Path, isolation: str) -> AsyncIterator[mtpbatch.Engine]:
+async def engine(demo_path: Path, isolation: Isolation) -> AsyncIterator[mtpbatch.Engine]:
     async with mtpbatch.Engine.open(
         demo_path, n_seq=4, n_ctx=512, n_batch=32, n_threads=1, isolation=isolation
     ) as engine:
@@ -109,7 +110,8 @@ async def test_what_a_sampler_sees_does_not_depend_on_the_prefix_cache(
         first = await engine.generate("And it came to pass in those days, " * 12, **asked)
         turn = [*first.prompt_token_ids, *first.token_ids, *first.token_ids[:3]]
         plain = await engine.generate(turn, **asked, reuse_prefix=False)
-        for penalty in ({"repetition_penalty": 1.5}, {"dry_multiplier": 2.0}):
+        penalties: list[dict[str, Any]] = [{"repetition_penalty": 1.5}, {"dry_multiplier": 2.0}]
+        for penalty in penalties:
             new = await engine.generate(turn, **asked, **penalty, reuse_prefix=False)
             again = await engine.generate(turn, **asked, **penalty)
             assert new.usage.cached_tokens == 0 < again.usage.cached_tokens
@@ -188,7 +190,7 @@ async def test_a_request_times_out_and_keeps_its_text(engine: mtpbatch.Engine) -
 
 
 async def test_a_timeout_does_not_wait_for_the_step_under_way(
-    demo_path: Path, isolation: str
+    demo_path: Path, isolation: Isolation
 ) -> None:
     sizes: dict[str, Any] = {
         "n_seq": 1,
@@ -225,7 +227,7 @@ async def test_sampling_with_a_seed_is_repeatable_whoever_shares_the_batch(
     assert alone.token_ids == together.token_ids == undrafted.token_ids
 
 
-async def test_closing_ends_everything_with_abort(demo_path: Path, isolation: str) -> None:
+async def test_closing_ends_everything_with_abort(demo_path: Path, isolation: Isolation) -> None:
     async with mtpbatch.Engine.open(
         demo_path, n_seq=1, n_ctx=256, n_threads=1, isolation=isolation
     ) as engine:
@@ -346,7 +348,9 @@ async def test_a_bad_config_names_its_parameter(
     assert caught.value.parameter == parameter
 
 
-async def test_a_bad_file_is_a_clear_error(tmp_path: Path, demo_path: Path, isolation: str) -> None:
+async def test_a_bad_file_is_a_clear_error(
+    tmp_path: Path, demo_path: Path, isolation: Isolation
+) -> None:
     missing = tmp_path / "missing.gguf"
     not_gguf = tmp_path / "notes.gguf"
     not_gguf.write_text("Dear diary")

@@ -9,6 +9,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 import mtpbatch
+from mtpbatch import SamplingOptions
 from mtpbatch.metrics import EngineMetrics
 
 pytestmark = pytest.mark.anyio
@@ -26,7 +27,7 @@ async def test_metrics_say_what_completions_and_the_clock_say(demo_path: Path) -
         assert found is not None
         return found
 
-    params = {"max_tokens": 40, "ignore_eos": True, "speculation": 2}
+    params: SamplingOptions = {"max_tokens": 40, "ignore_eos": True, "speculation": 2}
     async with mtpbatch.Engine.open(demo_path, n_seq=4, n_ctx=512, n_threads=1) as engine:
         with EngineMetrics(engine, registry, model_name="demo"):
             begin = time.monotonic()

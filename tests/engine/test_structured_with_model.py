@@ -16,7 +16,7 @@ import pytest
 import mtpbatch
 import random_schemas
 from mtpbatch.structured.trial import Trial
-from mtpbatch.types import GrammarSource
+from mtpbatch.types import GrammarSource, Isolation
 
 pytestmark = pytest.mark.anyio
 
@@ -75,7 +75,7 @@ def fits(text: str, form: dict[str, Any]) -> bool:
 
 
 @pytest.fixture
-async def engine(demo_f32_path: Path, isolation: str) -> AsyncIterator[mtpbatch.Engine]:
+async def engine(demo_f32_path: Path, isolation: Isolation) -> AsyncIterator[mtpbatch.Engine]:
     async with mtpbatch.Engine.open(
         demo_f32_path, n_seq=6, n_ctx=256, n_threads=1, kv_type="f32", isolation=isolation
     ) as engine:

@@ -37,7 +37,7 @@ async def ask(target: EngineTarget, work: Work) -> Answer:
 
 
 async def test_an_answer_is_what_the_engine_says(demo_path: Path) -> None:
-    params = {"ignore_eos": True, "speculation": 3, "temperature": 0}
+    params: dict[str, Any] = {"ignore_eos": True, "speculation": 3, "temperature": 0}
     async with mtpbatch.Engine.open(demo_path, **SMALL) as engine:
         answer = await ask(EngineTarget(engine, params), work_of("In the beginning"))
         done = await engine.generate("In the beginning", max_tokens=20, **params)

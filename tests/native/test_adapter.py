@@ -232,7 +232,8 @@ def test_a_state_fits_the_same_adapters_only(demo_f32_path: Path, tmp_path: Path
 
 @pytest.mark.anyio
 async def test_the_engine_names_the_parameter_or_the_file(dense_path: Path, tmp_path: Path) -> None:
-    for wrong in ("adapter.gguf", {"adapter.gguf": "much"}, {"adapter.gguf": float("inf")}):
+    values: list[Any] = ["adapter.gguf", {"adapter.gguf": "much"}, {"adapter.gguf": float("inf")}]
+    for wrong in values:
         with pytest.raises(InvalidParameterError, match=r"^lora: .*finite number"):
             async with mtpbatch.Engine.open(dense_path, lora=wrong):
                 pass

@@ -223,7 +223,7 @@ def test_drafts_at_the_end_of_the_context(drafting: Drafting) -> None:
 async def test_an_engine_drafts_and_writes_the_undrafted_text(
     drafting: Drafting, depth: int
 ) -> None:
-    assistant = drafting.assistant and str(drafting.assistant.path)
+    assistant = str(drafting.assistant.path) if drafting.assistant else None
     given: dict[str, Any] = {"n_seq": 3, "n_ctx": 192, "n_threads": 1, "kv_type": "f32"}
     async with mtpbatch.Engine.open(
         drafting.model.path, draft_model=assistant, speculation=depth, **given
@@ -359,7 +359,7 @@ def test_heads_without_weights_are_none(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_an_assistant_alone(pair: Drafting) -> None:
     assert pair.assistant
-    with pytest.raises(ContextError):
+    with pytest.raises(ContextError, match="give it as that one's draft_model"):
         small_context(pair.assistant)
 
 

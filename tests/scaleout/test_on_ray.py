@@ -24,7 +24,7 @@ from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ServeDeploySchema
 
 import mtpbatch
-from mtpbatch import scaleout
+from mtpbatch import SamplingOptions, scaleout
 from mtpbatch.scaleout import EngineReplica, Ingress
 from ray_replicas import ANSWER, Board, PlainReplica, ScriptedReplica
 
@@ -130,7 +130,7 @@ async def test_of_two_hundred_streams_only_those_of_a_killed_replica_notice(
     cluster: str, demo_f32_path: Path
 ) -> None:
     prompts = [f"{i} And it came to pass" for i in range(200)]
-    params = {"max_tokens": 24, "ignore_eos": True, "temperature": 0}
+    params: SamplingOptions = {"max_tokens": 24, "ignore_eos": True, "temperature": 0}
     n_seq = 32
     engine: dict[str, Any] = {
         "n_seq": n_seq,
@@ -190,7 +190,7 @@ async def test_replicas_come_and_go_with_the_load(cluster: str, demo_f32_path: P
         "n_threads": 1,
         "snapshot_memory": 0,
     }
-    params = {"max_tokens": 32, "ignore_eos": True, "temperature": 0}
+    params: SamplingOptions = {"max_tokens": 32, "ignore_eos": True, "temperature": 0}
     prompts = [f"{i} And the LORD said" for i in range(16)]
     async with mtpbatch.Engine.open(demo_f32_path, **engine) as alone:
         expected = [done.text for done in await alone.generate_many(prompts, **params)]

@@ -15,6 +15,7 @@ import pytest
 
 import mtpbatch
 from mtpbatch.native import Model
+from mtpbatch.options import Depth
 from mtpbatch.types import Completion, Delta, TokenLogprobs
 
 TOLERANCE = 1e-4
@@ -159,7 +160,7 @@ def test_all_positions(
     demo_f32_path: Path,
     prompts: list[list[int]],
     truth: Truth,
-    speculation: int | str,
+    speculation: Depth,
     config: dict[str, Any],
 ) -> None:
     """Several requests at once, whose prompts come in chunks, with more than one border."""
@@ -175,7 +176,7 @@ def test_all_positions(
 
 @pytest.mark.parametrize("speculation", DEPTHS)
 def test_what_is_told_is_the_models_own_distribution(
-    demo_f32_path: Path, prompts: list[list[int]], truth: Truth, speculation: int | str
+    demo_f32_path: Path, prompts: list[list[int]], truth: Truth, speculation: Depth
 ) -> None:
     """Whatever cuts and temperature make of it; and asking changes no token."""
     how = {"temperature": 1.5, "top_k": 40, "top_p": 0.9, "seed": 3, "speculation": speculation}
@@ -190,7 +191,7 @@ def test_what_is_told_is_the_models_own_distribution(
 
 @pytest.mark.parametrize("speculation", DEPTHS)
 def test_a_stop_text_cuts_log_probabilities_with_the_tokens(
-    demo_f32_path: Path, prompts: list[list[int]], truth: Truth, speculation: int | str
+    demo_f32_path: Path, prompts: list[list[int]], truth: Truth, speculation: Depth
 ) -> None:
     async def run() -> None:
         async with mtpbatch.Engine.open(

@@ -17,6 +17,7 @@ import pytest
 import regex
 
 import mtpbatch
+from mtpbatch.options import Depth
 
 PROMPT = "In the beginning"
 N_TOKENS = 40
@@ -122,7 +123,7 @@ def expected(demo_f32_path: Path) -> list[list[int]]:
 
 @pytest.mark.parametrize("speculation", [0, 3, "auto"])
 def test_tokens_are_picked_among_those_that_may_come(
-    demo_f32_path: Path, expected: list[list[int]], speculation: int | str
+    demo_f32_path: Path, expected: list[list[int]], speculation: Depth
 ) -> None:
     """All answers at once, and as many between them that may be anything."""
     asked = [{"regex": pattern, **sampling} for sampling in SAMPLINGS for pattern in PATTERNS]

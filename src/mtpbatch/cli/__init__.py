@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 import anyio
 
 from mtpbatch._log import log_to_console
-from mtpbatch.cli import bench
+from mtpbatch.cli import bench, doctor, plan
 from mtpbatch.cli.demo import demo
 from mtpbatch.cli.generate import generate
 from mtpbatch.cli.serve import serve
@@ -33,6 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             anyio.run(demo)
         elif options.command == "bench":
             return bench.run(options, _ENGINE_OPTIONS)
+        elif options.command == "plan":
+            return plan.run(options.model, _given(options, _ENGINE_OPTIONS | _SIZE_OPTIONS))
+        elif options.command == "doctor":
+            return anyio.run(doctor.run, options.model)
         elif options.command == "serve":
             return anyio.run(
                 partial(
@@ -120,12 +124,14 @@ _ENGINE_OPTIONS: dict[str, dict[str, Any]] = {
     "n_gpu_layers": {"type": int, "help": "layers on a GPU, -1 for all"},
     "kv_type": {"help": "element type of the KV cache"},
 }
-_SERVING_ENGINE_OPTIONS: dict[str, dict[str, Any]] = {
+_SIZE_OPTIONS: dict[str, dict[str, Any]] = {
     "n_batch": {"type": int, "help": "most tokens in one step"},
     "n_ubatch": {"type": int, "help": "most tokens in one forward pass"},
     "n_cells": {"type": int, "help": "KV cells of all sequences together"},
     "snapshot_memory": {"type": int, "help": "MiB for states of prompts that may come again"},
     "draft_model": {"help": "GGUF file of an assistant that drafts"},
+}
+_SERVING_ENGINE_OPTIONS = _SIZE_OPTIONS | {
     "speculation": {"type": _depth, "help": 'draft depth: 0 off, a number, or "auto"'},
     "max_waiting": {"type": int, "help": "most requests that wait; more are refused with 429"},
     "max_waiting_tokens": {"type": int, "help": "most prompt tokens that wait"},
@@ -211,6 +217,27 @@ def _parser() -> argparse.ArgumentParser:
     _add_options(server, "server", _SERVER_OPTIONS)
     _add_options(server, "engine", _ENGINE_OPTIONS | _SERVING_ENGINE_OPTIONS)
     bench.add_parser(commands, _ENGINE_OPTIONS)
+    planned = commands.add_parser(
+        "plan",
+        help="the memory an engine takes, and what fits",
+        description="Print the memory that an engine of these options takes, by part, how much is "
+        "available here (within the limits of the control group), and how many sequences of which "
+        "length fit into it. Nothing of the weights is read. The exit status is 1 if the engine "
+        "does not fit.",
+    )
+    planned.add_argument("-m", "--model", metavar="FILE", help="GGUF file; default: packaged model")
+    _add_options(planned, "engine", _ENGINE_OPTIONS | _SIZE_OPTIONS)
+    examined = commands.add_parser(
+        "doctor",
+        help="whether all is well here, and what to change",
+        description="Look at versions, at what llama.cpp was built for, at the CPUs and the memory "
+        "that this process really has, and at a model: whether it can be loaded, whether it has "
+        "MTP heads that can draft, and whether it fits. Then generate with the packaged model for "
+        "some seconds, with drafts and without. The exit status is 1 if something does not work.",
+    )
+    examined.add_argument(
+        "-m", "--model", metavar="FILE", help="GGUF file to look at; default: packaged model"
+    )
     return parser
 
 

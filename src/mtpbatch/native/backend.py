@@ -5,15 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 
-import msgspec
-
-from mtpbatch.exceptions import InvalidParameterError, MtpInitError
-from mtpbatch.machine import available_cpus
-from mtpbatch.native.context import Context
 from mtpbatch.native.embedder import Embedder
 from mtpbatch.native.executor import Executor
 from mtpbatch.native.grammar import Grammar, GrammarCompiler
 from mtpbatch.native.model import Model
+from mtpbatch.native.opening import load_models, open_contexts
 from mtpbatch.native.sampler import bad_word_tokens
 from mtpbatch.native.session import MtpSession
 from mtpbatch.types import (
@@ -25,11 +21,6 @@ from mtpbatch.types import (
     StepResult,
     TemplateSource,
 )
-
-# Rows whose logits a step can have beside one for each sequence, for prompts that are scored. More
-# would take more memory: with the largest vocabularies these are 30 MB.
-_SPARE_OUTPUTS = 32
-_DEFAULT_N_CTX = 4096  # models allow far more, but cells for all sequences are taken at once
 
 
 class NativeBackend:
@@ -43,41 +34,13 @@ class NativeBackend:
         config: EngineConfig,
         progress: Callable[[float], bool | None] | None = None,
     ) -> None:
-        self._model = model = Model(
-            path, n_gpu_layers=config.n_gpu_layers, lora=config.lora, progress=progress
-        )
-        assistant = None
-        if config.draft_model is not None and config.n_draft_max:
-            assistant = Model(config.draft_model, n_gpu_layers=config.n_gpu_layers)
-        config = _resolve(config, model, assistant)
-        assert config.n_ctx is not None  # resolved
-        assert config.n_batch is not None
-        n_outputs = config.n_seq + max(config.n_seq * config.n_draft_max, _SPARE_OUTPUTS)
-        n_outputs = min(n_outputs, config.n_batch)
-        target = Context(
-            model,
-            n_ctx=config.n_ctx,
-            n_seq=config.n_seq,
-            n_batch=config.n_batch,
-            n_ubatch=config.n_ubatch,
-            n_rs_seq=config.n_draft_max,
-            n_outputs_max=n_outputs,
-            n_threads=config.n_threads,
-            kv_type=config.kv_type,
-            kv_unified=config.kv_unified,
-            n_cells=config.n_cells,
-        )
-        if model.keeps_recurrent_state and target.n_rs_seq < config.n_draft_max:
-            # This architecture's state cannot be taken back: no draft could be rejected.
-            config = _without_drafts(config, f"{model.architecture} models cannot take back tokens")
+        model, assistant = load_models(path, config, progress=progress)
+        opened = open_contexts(model, assistant, config)
+        self._model = model
+        target, config = opened.target, opened.config
         session = None
-        if config.n_draft_max:
-            try:
-                draft = Context.mtp(target, assistant)
-            except MtpInitError as error:
-                config = _without_drafts(config, str(error))
-            else:
-                session = MtpSession(target, draft, config.n_seq, config.n_draft_max)
+        if opened.draft is not None:
+            session = MtpSession(target, opened.draft, config.n_seq, config.n_draft_max)
         self._executor = Executor(target, session)
         self._grammars = GrammarCompiler(model)
         self.config = config
@@ -90,7 +53,7 @@ class NativeBackend:
             eog_token_ids=model.eog_tokens,
             n_cells=target.n_cells,
             n_ubatch=target.n_ubatch,
-            n_outputs=n_outputs,
+            n_outputs=opened.n_outputs,
             recurrent=model.keeps_recurrent_state,
             truncates=not (model.keeps_recurrent_state or model.n_swa),
             # As in Context::is_one_pass().
@@ -98,7 +61,7 @@ class NativeBackend:
         )
         self.token_bytes: Sequence[bytes] = model.vocabulary
         self.chat_template = _template_of(model)
-        self.description = f"{model.path.name} ({model.architecture}, {_short(model.n_params)})"
+        self.description = model.label
 
     def tokenize(
         self,
@@ -151,72 +114,6 @@ class NativeBackend:
         self._model.close()
 
 
-def _resolve(config: EngineConfig, model: Model, assistant: Model | None) -> EngineConfig:
-    """Fill in what the config leaves to the model and the machine; refuse what cannot work."""
-    if assistant is None and not model.n_mtp_heads:
-        config = _without_drafts(config, "the model has no MTP heads")
-    elif assistant is None and model.n_mtp_heads > 1:
-        config = _as_deep_as_the_chain(config, model.n_mtp_heads)
-    depth = config.n_draft_max
-    n_ctx = config.n_ctx or min(model.n_ctx_train, _DEFAULT_N_CTX, config.n_cells or _DEFAULT_N_CTX)
-    if n_ctx < depth + 2:
-        raise InvalidParameterError(
-            "n_ctx",
-            f"must be at least n_draft_max + 2 = {depth + 2}, got {n_ctx}: raise it, or lower "
-            f"n_draft_max",
-        )
-    if n_ctx * config.n_seq > 2**31 - 1:
-        raise InvalidParameterError(
-            "n_ctx",
-            f"times n_seq must be below 2**31, got {n_ctx} times {config.n_seq}: lower one of them",
-        )
-    per_step = config.n_seq * (1 + depth)
-    n_batch = config.n_batch or max(2048, per_step)
-    if n_batch < per_step:
-        raise InvalidParameterError(
-            "n_batch",
-            f"must be at least n_seq * (1 + n_draft_max) = {per_step}, so that every sequence "
-            f"takes part in every step; got {n_batch}: raise it, or leave it out",
-        )
-    # Drafting needs cells of each sequence's own there: see MtpSession.
-    own_cells = depth > 0 and (model.n_swa > 0 or model.n_mtp_heads > 1)
-    kv_unified = config.kv_unified and not own_cells
-    n_cells = min(config.n_cells or n_ctx * config.n_seq, n_ctx * config.n_seq)
-    if n_cells < max(n_ctx, per_step):
-        raise InvalidParameterError(
-            "n_cells",
-            f"must be at least n_ctx={n_ctx} and n_seq * (1 + n_draft_max) = {per_step}, so that "
-            f"every request fits and every sequence takes part in a step; got {n_cells}: raise it, "
-            f"or leave it out",
-        )
-    if n_cells < n_ctx * config.n_seq and not kv_unified:
-        reason = (
-            "and this model drafts with equal shares only: set n_draft_max=0"
-            if config.kv_unified
-            else "which is off"
-        )
-        raise InvalidParameterError(
-            "n_cells", f"needs kv_unified, {reason}, or leave n_cells out; got {n_cells}"
-        )
-    n_batch = min(n_batch, n_cells)
-    n_ubatch = min(config.n_ubatch or 512, n_batch)
-    if n_ubatch < depth + 2:
-        raise InvalidParameterError(
-            "n_ubatch",
-            f"must be at least n_draft_max + 2 = {depth + 2}, got {n_ubatch}: raise it, or lower "
-            f"n_draft_max",
-        )
-    return msgspec.structs.replace(
-        config,
-        n_ctx=n_ctx,
-        n_batch=n_batch,
-        n_ubatch=n_ubatch,
-        n_threads=config.n_threads or available_cpus(),
-        kv_unified=kv_unified,
-        n_cells=n_cells,
-    )
-
-
 def _template_of(model: Model) -> TemplateSource | None:
     if model.chat_template is None:
         return None
@@ -230,33 +127,3 @@ def _template_of(model: Model) -> TemplateSource | None:
             if token is not None
         },
     )
-
-
-def _short(n_params: int) -> str:
-    """A number of parameters as people say it: 2.8M, 7.2B."""
-    for unit, letter in ((10**9, "B"), (10**6, "M")):
-        if n_params >= unit:
-            return f"{n_params / unit:.1f}{letter}"
-    return f"{n_params / 10**3:.0f}K"
-
-
-def _as_deep_as_the_chain(config: EngineConfig, n_heads: int) -> EngineConfig:
-    """At most one draft for each head; more is refused if it was asked for."""
-    asked = {"n_draft_max": config.n_draft_max, "speculation": config.speculation}
-    for name, value in asked.items():
-        by_default = value == getattr(EngineConfig(), name)
-        if isinstance(value, int) and value > n_heads and not by_default:
-            raise InvalidParameterError(
-                name,
-                f"must be at most {n_heads}, the MTP heads that the model chains; got {value}: "
-                f"lower it, or leave it out",
-            )
-    return msgspec.structs.replace(config, n_draft_max=min(config.n_draft_max, n_heads))
-
-
-def _without_drafts(config: EngineConfig, reason: str) -> EngineConfig:
-    if isinstance(config.speculation, int) and config.speculation > 0:
-        raise InvalidParameterError(
-            "speculation", f"cannot be {config.speculation}: {reason}; leave it at 'auto' or use 0"
-        )
-    return msgspec.structs.replace(config, n_draft_max=0)

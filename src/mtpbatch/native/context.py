@@ -14,6 +14,7 @@ import numpy.typing as npt
 from mtpbatch.exceptions import ContextError
 from mtpbatch.machine import available_cpus
 from mtpbatch.native._library import Handle, call, ffi, lib
+from mtpbatch.native.devices import Memory
 from mtpbatch.native.model import Model
 from mtpbatch.types import KvType
 
@@ -211,6 +212,16 @@ class Context(Handle):
     def close(self) -> None:
         with self._lock if self._home.here else nullcontext():
             super().close()
+
+    def memory_on(self, device: int = 0) -> Memory:
+        """What it takes on a device, an index of :func:`mtpbatch.native.devices`."""
+        memory = ffi.new("mtpbatch_memory *")
+        native = self._native
+        with self._lock:
+            lib.mtpbatch_context_get_memory(native, device, memory)
+        return Memory(
+            memory.weights, memory.states, memory.compute, memory.logits, memory.hidden_rows
+        )
 
     def decode(self, batch: Batch) -> None:
         """Run the model over the rows of a batch.

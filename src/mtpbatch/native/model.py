@@ -69,6 +69,8 @@ class Model(Handle):
         n_gpu_layers: layers kept on a GPU, -1 for all; without effect in a CPU build.
         lora: adapter files (GGUF), and by how much each is added to the weights: 1 as it was
             trained. They hold for every context of the model and all of its sequences.
+        weights: without them only what describes the model is read, however large it is: its
+            contexts say what memory they would take, but take none and do not decode.
         progress: called now and then with the fraction loaded (0 to 1). Loading stops when it
             returns False or raises.
 
@@ -87,6 +89,7 @@ class Model(Handle):
         *,
         n_gpu_layers: int = -1,
         lora: Mapping[str, float] | None = None,
+        weights: bool = True,
         progress: Callable[[float], bool | None] | None = None,
     ) -> None:
         self.path = Path(path)
@@ -100,6 +103,7 @@ class Model(Handle):
                 lib.mtpbatch_model_load,
                 os.fsencode(self.path),
                 n_gpu_layers,
+                weights,
                 lib.mtpbatch_report_progress if state else ffi.NULL,
                 handle,
                 out,
@@ -173,6 +177,14 @@ class Model(Handle):
     def description(self) -> str:
         """llama.cpp's short description: architecture, size, file type."""
         return self._text(lib.mtpbatch_model_describe) or ""
+
+    @cached_property
+    def label(self) -> str:
+        """File, architecture and size in a few words: ``demo.gguf (qwen35, 2.8M)``."""
+        for unit, letter in ((10**9, "B"), (10**6, "M")):
+            if self.n_params >= unit:
+                return f"{self.path.name} ({self.architecture}, {self.n_params / unit:.1f}{letter})"
+        return f"{self.path.name} ({self.architecture}, {self.n_params / 10**3:.0f}K)"
 
     @cached_property
     def chat_template(self) -> str | None:
