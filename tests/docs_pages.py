@@ -28,7 +28,6 @@ BLOCK = re.compile(r'^```(\w+)(?: title="([^"]*)")?\n(.*?)^```$', re.MULTILINE |
 NOT_RUN = "not run: "
 SERVERS = ("mtpbatch serve", "uvicorn ")  # commands that run until they are told to end
 PORT = "8000"  # which the pages name; here every page has another one
-PATIENCE = 120  # seconds
 
 
 @dataclass(frozen=True)
@@ -55,17 +54,17 @@ def blocks(page: Path) -> list[Block]:
 
 
 def installs(command: str) -> bool:
-    """Whether a line of shell only prepares an environment. Such lines are checked, not run."""
-    words = shlex.split(command)
-    return "pip" in words or "venv" in words
+    """Whether a command only prepares an environment. Such commands are checked, not run."""
+    words = shlex.split(command, comments=True)
+    return "pip" in words or "venv" in words or ".venv/bin/activate" in words
 
 
 def check_installation(command: str) -> None:
     """What pip is to install has a name, and extras that this project has."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    words = shlex.split(command)
+    words = shlex.split(command, comments=True)
     if "pip" not in words:
-        assert words[1:4] == ["-m", "venv", ".venv"]
+        assert words in (["python3", "-m", "venv", ".venv"], [".", ".venv/bin/activate"])
         return
     wanted = [word for word in words[words.index("pip") + 2 :] if not word.startswith("-")]
     for word in wanted:
@@ -112,7 +111,8 @@ class Reader:
             await asyncio.to_thread(exec, compiled, self.names)
 
     def run_shell(self, block: Block, code: str) -> None:
-        commands = code.replace("\\\n", "").splitlines()
+        lines = code.replace("\\\n", "").splitlines()
+        commands = [command for line in lines for command in line.split(" && ")]
         for command in [line for line in commands if installs(line)]:
             check_installation(command)
         to_run = "\n".join(line for line in commands if line and not installs(line))
@@ -126,7 +126,6 @@ class Reader:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
-                timeout=PATIENCE,
             )
             self.output += done.stdout
             assert done.returncode == 0, f"{block.place}: {done.stdout}"
@@ -148,7 +147,7 @@ class Reader:
     def stop_servers(self) -> None:
         for server in self.servers:
             server.send_signal(signal.SIGINT)
-            server.communicate(timeout=PATIENCE)
+            server.communicate()
 
     @property
     def environment(self) -> dict[str, str]:
