@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import anyio
+import httpx
 import pytest
 
 import random_adapter
 from docs_pages import NOT_RUN, PAGES, ROOT, Block, Reader, blocks
 from mtpbatch import Engine
-from patience import until
 
 RUN = {"python", "sh"}  # languages of blocks that are run
 DATA = {"dockerfile", "ini", "json", "text", "toml", "yaml"}
@@ -33,28 +35,56 @@ def runs(block: Block) -> bool:
     return block.language in RUN and not block.title.startswith((EXAMPLES, NOT_RUN))
 
 
+@pytest.fixture
+def anyio_backend() -> str:
+    return "asyncio"  # the pages import it
+
+
 def name_of(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if any(map(runs, blocks(p)))], ids=name_of)
-def test_the_blocks_of_a_page_run(
-    page: Path, demo_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def folder(demo_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where a reader works: with a model, and an adapter for it."""
     monkeypatch.chdir(tmp_path)
     os.symlink(demo_path, "model.gguf")
     random_adapter.write_random_adapter(tmp_path / "adapter.gguf", demo_path)
+    return tmp_path
 
-    async def read() -> None:
-        async with Engine.open("model.gguf", n_seq=4, n_threads=1) as engine:
-            reader = Reader(tmp_path, engine)
-            try:
-                for block in filter(runs, blocks(page)):
-                    await reader.read(block)
-            finally:
-                reader.stop_servers()
 
-    anyio.run(read)
+@asynccontextmanager
+async def reading(folder: Path, steps: Iterable[Block]) -> AsyncIterator[Reader]:
+    async with Engine.open("model.gguf", n_seq=4, n_threads=1) as engine:
+        reader = Reader(folder, engine)
+        try:
+            for block in steps:
+                await reader.read(block)
+            yield reader
+        finally:
+            await anyio.to_thread.run_sync(reader.stop_servers)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if any(map(runs, blocks(p)))], ids=name_of)
+@pytest.mark.anyio
+async def test_the_blocks_of_a_page_run(page: Path, folder: Path) -> None:
+    async with reading(folder, filter(runs, blocks(page))):
+        pass
+
+
+@pytest.mark.anyio
+async def test_the_service_of_the_ten_minutes_survives_a_client_that_leaves(folder: Path) -> None:
+    steps = blocks(ROOT / "docs" / "start" / "ten-minutes.md")
+    wanted = [b for b in steps if b.title == "app.py" or re.search("^uvicorn|head -c", b.code)]
+    async with reading(folder, wanted) as reader, httpx.AsyncClient() as client:
+        url = f"http://127.0.0.1:{reader.port}/stats"
+
+        async def ended() -> bool:
+            said = (await client.get(url)).json()
+            return bool(said["finished"]["abort"] == 1 and said["running"] == 0)
+
+        while not await ended():
+            pass  # each look takes the server's time, in which it notices
 
 
 def test_blocks_that_are_not_run_say_why_and_are_few() -> None:
