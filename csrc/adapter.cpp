@@ -103,7 +103,8 @@ int32_t check_tensors(ggml_context * tensors, const ModelMap & model) {
 
 void Model::add_adapter(const std::string & path, float scale) {
     if (!std::isfinite(scale)) {
-        throw Error(MTPBATCH_INVALID_ARGUMENT, "an adapter's scale must be a finite number");
+        throw Error(MTPBATCH_INVALID_ARGUMENT,
+                    "an adapter's scale must be a finite number, got " + std::to_string(scale));
     }
     ggml_context * raw_tensors = nullptr;
     const Header   header{ gguf_init_from_file(path.c_str(), { /*no_alloc*/ true, &raw_tensors }), gguf_free };

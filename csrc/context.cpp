@@ -37,7 +37,8 @@ void check_params(const Model & model, const mtpbatch_context_params & p) {
                std::to_string(p.n_seq));
     }
     if (p.n_ctx < 1 || static_cast<int64_t>(p.n_ctx) * p.n_seq > INT32_MAX) {
-        refuse("n_ctx must be at least 1, and n_ctx * n_seq below 2^31");
+        refuse("n_ctx must be at least 1, and n_ctx * n_seq below 2^31, got " + std::to_string(p.n_ctx) + " * " +
+               std::to_string(p.n_seq));
     }
     const int32_t n_full = p.n_ctx * p.n_seq;
     if (p.n_cells < p.n_ctx || p.n_cells > n_full) {
@@ -49,13 +50,15 @@ void check_params(const Model & model, const mtpbatch_context_params & p) {
                " needs kv_unified: otherwise each sequence has n_ctx cells of its own");
     }
     if (p.n_batch < 1 || p.n_ubatch < 1 || p.n_rs_seq < 0) {
-        refuse("n_batch and n_ubatch must be at least 1, n_rs_seq at least 0");
+        refuse("n_batch and n_ubatch must be at least 1, n_rs_seq at least 0, got " + std::to_string(p.n_batch) + ", " +
+               std::to_string(p.n_ubatch) + " and " + std::to_string(p.n_rs_seq));
     }
     if (p.n_threads < 1 || p.n_threads > MAX_THREADS) {
         refuse("n_threads must be from 1 to " + std::to_string(MAX_THREADS) + ", got " + std::to_string(p.n_threads));
     }
     if (p.n_outputs_max < p.n_seq) {
-        refuse(p.embeddings ? "n_batch must be at least n_seq" : "n_outputs_max must be at least n_seq");
+        refuse((p.embeddings ? "n_batch must be at least n_seq=" : "n_outputs_max must be at least n_seq=") +
+               std::to_string(p.n_seq) + ", got " + std::to_string(p.n_outputs_max));
     }
     if (p.embeddings && p.n_rs_seq > 0) {
         refuse("a context for embeddings takes no tokens back: n_rs_seq must be 0");

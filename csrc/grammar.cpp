@@ -102,7 +102,8 @@ GrammarCompiler::GrammarCompiler(std::shared_ptr<const Model> model, const char 
         }
     }
     if (ends.empty()) {
-        throw Error(MTPBATCH_INVALID_ARGUMENT, "the model has no token that ends an answer");
+        throw Error(MTPBATCH_INVALID_ARGUMENT,
+                    "the model has no token that ends an answer, which every form needs; use another model");
     }
     LlgTokenizerInitV2 init{};
     init.struct_size             = sizeof init;

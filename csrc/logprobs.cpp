@@ -135,7 +135,8 @@ mtpbatch_status mtpbatch_score(const float * logits, int32_t n_rows, int32_t n_v
         }
         for (int32_t row = 0; row < n_rows; ++row) {
             if (tokens[row] < 0 || tokens[row] >= n_vocab) {
-                throw Error(MTPBATCH_INVALID_ARGUMENT, "no such token: " + std::to_string(tokens[row]));
+                throw Error(MTPBATCH_INVALID_ARGUMENT,
+                            "no such token: " + std::to_string(tokens[row]) + " of n_vocab=" + std::to_string(n_vocab));
             }
             logprobs[row] = token_logprobs(logits + static_cast<size_t>(row) * n_vocab, n_vocab, tokens[row], n_top);
         }

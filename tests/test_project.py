@@ -15,9 +15,10 @@ ROOT = Path(__file__).parents[1]
 
 
 def commands(heading: str) -> list[str]:
-    """The indented command lines below a heading of the README."""
+    """The command lines below a heading of the README."""
     section = (ROOT / "README.md").read_text().split(f"## {heading}\n")[1].split("\n## ")[0]
-    return re.findall(r"^    (.+)$", section, re.MULTILINE)
+    blocks = re.findall(r"^```sh.*?\n(.+?)^```", section, re.MULTILINE | re.DOTALL)
+    return "".join(blocks).splitlines()
 
 
 def test_ci_runs_the_commands_of_the_readme() -> None:
@@ -27,18 +28,6 @@ def test_ci_runs_the_commands_of_the_readme() -> None:
     ci = (ROOT / ".ci" / "run").read_text().splitlines()
     for command in to_run:
         assert command in ci
-
-
-def test_the_program_of_the_readme_runs(
-    demo_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    readme = (ROOT / "README.md").read_text()
-    program = re.search(r"```python\n(.+?)```", readme, re.DOTALL)
-    assert program is not None
-    script = tmp_path / "program.py"
-    script.write_text(program[1].replace('"model.gguf"', repr(str(demo_path))))
-    runpy.run_path(str(script), run_name="__main__")
-    assert "drafted tokens accepted]" in capsys.readouterr().out
 
 
 def test_a_hundred_generations_of_which_half_are_cancelled_leave_nothing_behind(

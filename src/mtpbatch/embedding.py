@@ -118,7 +118,9 @@ class EmbeddingThread:
                 return
             tokens = self._tokenize(text)
             if not tokens:
-                raise InvalidParameterError("texts", f"the text at index {index} is empty")
+                raise InvalidParameterError(
+                    "texts", f"the text at index {index} is empty; leave it out"
+                )
             if len(tokens) > n_ctx:
                 raise InvalidParameterError(
                     "texts",

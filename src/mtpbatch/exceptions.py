@@ -59,13 +59,19 @@ def _made_anew(kind: type[MtpBatchError], args: tuple[object, ...]) -> MtpBatchE
 
 
 class InvalidRequestError(MtpBatchError, ValueError):
-    """The arguments of a call are wrong; nothing was started and no other request is affected."""
+    """The arguments of a call are wrong; nothing was started and no other request is affected.
+
+    What to do: mend the call as the message says.
+    """
 
 
 class InvalidParameterError(InvalidRequestError):
     """One parameter is unknown, has the wrong type or is out of range.
 
     ``parameter`` is its name as the caller wrote it.
+
+    What to do: give a value that the message allows; for an unknown parameter it has the name
+    that was probably meant.
     """
 
     def __init__(self, parameter: str, reason: str) -> None:
@@ -74,7 +80,10 @@ class InvalidParameterError(InvalidRequestError):
 
 
 class PromptTooLongError(InvalidParameterError):
-    """The prompt leaves no room in a sequence's context for even one generated token."""
+    """The prompt leaves no room in a sequence's context for even one generated token.
+
+    What to do: shorten the prompt, or open the engine with a larger ``n_ctx``.
+    """
 
     def __init__(self, n_tokens: int, n_ctx: int) -> None:
         super().__init__(
@@ -90,11 +99,17 @@ class ChatTemplateError(InvalidRequestError):
     """A conversation could not be made a prompt: no chat template, or it refused or failed.
 
     The message carries the template's own words, if it had any.
+
+    What to do: mend the messages if the template refuses them; with a model file whose template
+    is missing or broken, make the prompt yourself and call ``generate``.
     """
 
 
 class EngineError(MtpBatchError):
-    """The engine cannot take or finish the call."""
+    """The engine cannot take or finish the call.
+
+    What to do: it depends on which one it is: see the classes below.
+    """
 
 
 class EngineOverloaded(EngineError):
@@ -103,6 +118,9 @@ class EngineOverloaded(EngineError):
     Attributes, of that moment: ``running`` and ``waiting`` requests; ``waiting_tokens``, those of
     the prompts that wait; and the limits ``max_waiting`` and ``max_waiting_tokens`` of
     :class:`~mtpbatch.EngineConfig`, ``None`` for no limit.
+
+    What to do: try again later (over HTTP: 429 with ``Retry-After``), let the task wait for
+    room with ``on_full="wait"``, raise the limits, or add engines.
     """
 
     def __init__(
@@ -128,7 +146,11 @@ class EngineOverloaded(EngineError):
 
 
 class EngineClosedError(EngineError):
-    """The engine was closed, or takes no new requests because it is being drained."""
+    """The engine was closed, or takes no new requests because it is being drained.
+
+    What to do: send the request to another engine; when an app shuts down, it is what requests
+    that come too late get.
+    """
 
 
 class EngineDeadError(EngineError):
@@ -136,6 +158,9 @@ class EngineDeadError(EngineError):
 
     With ``isolation="process"`` this is also the end when the process that runs the model died too
     often in a row; the cause is then the last death, or why no other process could be started.
+
+    What to do: open a new engine, or have the supervisor restart the process; ``__cause__``
+    says what to mend, and ``isolation="process"`` survives a model that crashes.
     """
 
 
@@ -143,6 +168,9 @@ class EngineStalledError(EngineError):
     """No step has ended for too long although there are requests.
 
     ``seconds`` is how long, ``n_requests`` how many requests have not ended.
+
+    What to do: raise ``stall_timeout`` if a step of this model can take so long; otherwise
+    restart the process, since a native call that hangs cannot be ended.
     """
 
     def __init__(self, seconds: float, stall_timeout: float, n_requests: int) -> None:
@@ -158,40 +186,63 @@ class EngineStalledError(EngineError):
 class WrongProcessError(MtpBatchError):
     """A forked child used an object that its parent opened: native threads do not survive a fork.
 
-    Open the engine in the process that uses it, or start workers with the ``spawn`` method.
+    What to do: open the engine in the process that uses it, or start workers with the ``spawn``
+    method.
     """
 
 
 class NativeError(MtpBatchError):
-    """A call into llama.cpp was refused or failed; the message carries its reason."""
+    """A call into llama.cpp was refused or failed; the message carries its reason.
+
+    What to do: as the message says; where memory ran out, lower ``n_ctx``, ``n_seq`` or
+    ``n_cells``, or take a smaller model or ``kv_type``.
+    """
 
 
 class ModelLoadError(NativeError):
-    """The model file could not be loaded."""
+    """The model file could not be loaded.
+
+    What to do: check the path, and that the download is whole; a file that this llama.cpp does
+    not know needs another conversion, or another release of mtpbatch.
+    """
 
 
 class ContextError(NativeError):
-    """A context could not be created, or was asked for something it cannot do."""
+    """A context could not be created, or was asked for something it cannot do.
+
+    What to do: mend the setting that the message names; where memory ran out, lower ``n_ctx``,
+    ``n_seq`` or ``n_cells``.
+    """
 
 
 class DecodeError(NativeError):
     """A decode failed. A request that took part in it has ended; see the native API's docs of what
-    else it means there."""
+    else it means there.
+
+    What to do: send the request again. If it fails again, the model file or the backend is at
+    fault; the log has ``step.failed`` with the reason.
+    """
 
 
 class GrammarError(NativeError):
     """What the answer was to keep to takes too much to go on with, or nothing can come next.
 
     Most such grammars are refused before their request begins; no other request is affected.
+
+    What to do: make the grammar smaller or less ambiguous, and see that ``bad_words`` and
+    ``logit_bias`` leave it a way to go on.
     """
 
 
 class NativeDiedError(NativeError):
     """The process that runs the model died, and what it was doing with it.
 
-    Only engines with ``isolation="process"`` raise it. They start another process and go on: send
-    the request again. Where none can be started any more, there is :class:`EngineDeadError`.
-    ``returncode`` is how the process ended: ``-n`` by signal n, otherwise its exit status.
+    Only engines with ``isolation="process"`` raise it. They start another process and go on. Where
+    none can be started any more, there is :class:`EngineDeadError`. ``returncode`` is how the
+    process ended: ``-n`` by signal n, otherwise its exit status.
+
+    What to do: send the request again; if the same request kills it again, refuse that request
+    and report it.
     """
 
     def __init__(self, returncode: int, advice: str = "") -> None:
@@ -208,45 +259,81 @@ def _ending(returncode: int) -> str:
 
 
 class MtpSessionError(NativeError):
-    """Base of the errors of :class:`mtpbatch.native.MtpSession`."""
+    """Base of the errors of :class:`mtpbatch.native.MtpSession`.
+
+    What to do: these are mistakes in a loop of one's own, but for ``MtpInitError``: follow the
+    order of calls that the session's documentation has. An engine raises none of them.
+    """
 
 
 class MtpInitError(MtpSessionError):
-    """The model's MTP heads are of a kind that llama.cpp cannot run."""
+    """The model's MTP heads are of a kind that llama.cpp cannot run.
+
+    What to do: open the engine with ``n_draft_max=0``, or use a model of another architecture.
+    """
 
 
 class MtpInvalidConfigError(MtpSessionError):
-    """A value of :class:`mtpbatch.native.MtpSessionConfig` is out of range."""
+    """A value of :class:`mtpbatch.native.MtpSessionConfig` is out of range.
+
+    What to do: give a value that the message allows.
+    """
 
 
 class MtpIncompatibleContextsError(MtpSessionError):
-    """The target and draft contexts do not fit together, or do not fit the config."""
+    """The target and draft contexts do not fit together, or do not fit the config.
+
+    What to do: make the draft context for this target, with settings that the message names.
+    """
 
 
 class MtpBadSequenceError(MtpSessionError):
-    """The sequence id is out of range, or the sequence is not at the position the call assumes."""
+    """The sequence id is out of range, or the sequence is not at the position the call assumes.
+
+    What to do: see that every decode of the target is processed once, and truncate both to the
+    same length.
+    """
 
 
 class MtpProcessError(MtpSessionError):
-    """A decoded batch does not continue what the session has seen of its sequences."""
+    """A decoded batch does not continue what the session has seen of its sequences.
+
+    What to do: call ``process`` after every decode of the target, with that very batch.
+    """
 
 
 class MtpDraftError(MtpSessionError):
-    """Drafting was asked for before the last draft was settled, or with values out of range."""
+    """Drafting was asked for before the last draft was settled, or with values out of range.
+
+    What to do: settle the last draft with ``process`` and ``accept`` before the next.
+    """
 
 
 class MtpAcceptError(MtpSessionError):
-    """``accept`` without a draft to accept from, or of more tokens than were drafted."""
+    """``accept`` without a draft to accept from, or of more tokens than were drafted.
+
+    What to do: accept once after each draft, from 0 to as many tokens as were verified.
+    """
 
 
 class MtpStateError(MtpSessionError):
-    """A sequence cannot be saved or forked now, or what was saved cannot be restored here."""
+    """A sequence cannot be saved or forked now, or what was saved cannot be restored here.
+
+    What to do: settle what is under way before saving; restore only into a session over the
+    same model and settings, with room.
+    """
 
 
 class LibraryMismatchError(MtpBatchError, ImportError):
     """The installed llama-cpp-python is not the version that mtpbatch was compiled against, or was
-    built so that mtpbatch does not fit it."""
+    built so that mtpbatch does not fit it.
+
+    What to do: run the ``pip install`` of the message; mtpbatch works with exactly one version.
+    """
 
 
 class InternalError(MtpBatchError):
-    """mtpbatch broke one of its own rules. Nothing a caller does should ever raise this."""
+    """mtpbatch broke one of its own rules. Nothing a caller does should ever raise this.
+
+    What to do: report it, with the traceback.
+    """

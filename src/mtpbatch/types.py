@@ -222,12 +222,15 @@ class SamplingParams(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
         ]
         if len(asked) > 1:
             raise InvalidParameterError(
-                asked[1], f"cannot be combined with {asked[0]}: an answer keeps to one form"
+                asked[1],
+                f"cannot be combined with {asked[0]}, since an answer keeps to one form; give one "
+                f"of them",
             )
         for name in ("ignore_eos", "min_tokens"):
             if asked and getattr(self, name):
                 raise InvalidParameterError(
-                    name, f"cannot be combined with {asked[0]}, whose answer has an end"
+                    name,
+                    f"cannot be combined with {asked[0]}, whose answer has an end; leave it out",
                 )
         for name in _TEXTS:
             for text in getattr(self, name):
@@ -311,7 +314,9 @@ class TokenLogprobs(Struct, frozen=True, gc=False):
     """How probable the model finds a token, as natural logarithms; -inf: impossible."""
 
     token_id: int
+    """The token."""
     logprob: float
+    """Of the token, by the model's own distribution."""
     rank: int
     """1: no token is more probable."""
     top: tuple[tuple[int, float], ...] = ()
@@ -325,10 +330,13 @@ class ModelFacts(Struct, frozen=True, kw_only=True):
     n_ctx: int
     """Tokens one sequence can hold."""
     n_seq: int
+    """Sequences that can run at once."""
     n_batch: int
+    """Most tokens in one step."""
     n_draft_max: int
     """Deepest draft the contexts were made for; 0 when the model has no MTP heads."""
     n_vocab: int
+    """Tokens of the vocabulary."""
     eog_token_ids: frozenset[int]
     """The model's end-of-generation tokens."""
     n_cells: int
@@ -572,7 +580,9 @@ class Usage(Struct, frozen=True):
     """Tokens of a request."""
 
     prompt_tokens: int
+    """Of the prompt, special ones included."""
     completion_tokens: int
+    """Of the answer: as many as ``token_ids`` has."""
     cached_tokens: int = 0
     """Of the prompt's tokens, those that did not have to be computed: an earlier request had."""
 
@@ -594,6 +604,7 @@ class Timings(Struct, frozen=True):
     decode: float
     """From its first token to its end."""
     total: float
+    """From submission to its end."""
 
 
 class Delta(Struct, frozen=True, gc=False):
@@ -605,9 +616,13 @@ class Delta(Struct, frozen=True, gc=False):
     """
 
     text: str
+    """What can be shown now; all deltas joined are the completion's text."""
     token_ids: tuple[int, ...]
+    """Tokens that the step added."""
     n_accepted: int
+    """How many of them were drafted."""
     finish_reason: FinishReason | None = None
+    """In the last delta, how the request ended; None before."""
     logprobs: tuple[TokenLogprobs, ...] | None = None
     """Parallel to token_ids; None: the request did not ask."""
 
@@ -616,11 +631,17 @@ class Completion(Struct, frozen=True, kw_only=True):
     """The end of a request, whichever way it came."""
 
     request_id: str
+    """Names the request in the log, in traces and to watchers."""
     text: str
+    """The answer, without the prompt, and without what ended it."""
     token_ids: tuple[int, ...]
     """Generated tokens; a stop token that ended the request is the last of them."""
     prompt_token_ids: tuple[int, ...]
+    """Tokens of the prompt, special ones included."""
     finish_reason: FinishReason
+    """How it ended: "stop" (a stop text, a stop token, or the model's own end), "length" (by
+    max_tokens or the context), "abort" (cancelled, or the engine was closed), "timeout" or
+    "error"."""
     drafted: int
     """Tokens drafted by the MTP head."""
     accepted: int
@@ -630,7 +651,9 @@ class Completion(Struct, frozen=True, kw_only=True):
     steps: int
     """Decodes of the model that produced tokens."""
     usage: Usage
+    """Tokens that it took."""
     timings: Timings
+    """Seconds that it took."""
     logprobs: tuple[TokenLogprobs, ...] | None = None
     """Parallel to token_ids; None: the request did not ask."""
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
@@ -658,11 +681,15 @@ class SequenceStep(Struct, frozen=True, gc=False):
     """One sequence's part in a step."""
 
     seq_id: int
+    """The sequence."""
     request_id: str
+    """Of the request that holds it."""
     n_prompt: int
     """Tokens of its prompt that were fed, once more after a pause."""
     n_drafted: int
+    """Tokens drafted for it."""
     n_accepted: int
+    """Of those, how many the model agreed with."""
     n_generated: int
     """Tokens that it gained, accepted drafts included."""
     n_tokens: int
@@ -679,8 +706,11 @@ class StepReport(Struct, frozen=True, gc=False):
     gap_time: float
     """From the end of the step before to its begin, if that left sequences to go on."""
     draft_time: float
+    """Spent drafting."""
     target_time: float
+    """Spent in the model's own decodes."""
     sample_time: float
+    """Spent picking tokens."""
     n_target_tokens: int
     """Rows that the model verified or prefilled."""
     error: str | None
@@ -691,9 +721,13 @@ class EngineStats(Struct, frozen=True, kw_only=True):
     """A snapshot of an engine; totals count from its opening. Durations are seconds."""
 
     running: int
+    """Requests that hold a sequence."""
     waiting: int
+    """Requests that do not yet, or not any more because they pause."""
     free_sequences: int
+    """Sequences that nobody holds."""
     n_seq: int
+    """Sequences that can run at once."""
     mtp: bool
     """Whether the model has MTP heads and the engine uses them."""
     finished: dict[FinishReason, int]
@@ -704,6 +738,7 @@ class EngineStats(Struct, frozen=True, kw_only=True):
     """Tokens fed as prompts: without those that were there already, with those that had to be
     computed again after a pause."""
     generated_tokens: int
+    """Tokens of answers, accepted drafts included."""
     prefix_queries: int
     """Prompt tokens of requests that were admitted and may reuse what was computed earlier."""
     prefix_hits: int
@@ -717,17 +752,25 @@ class EngineStats(Struct, frozen=True, kw_only=True):
     snapshot_bytes: int
     """Host memory that snapshots take, of prompts and of requests that pause."""
     drafted: int
+    """Tokens drafted."""
     accepted: int
+    """Of those, how many the model agreed with."""
     drafted_by_depth: tuple[int, ...]
+    """Drafted tokens by their place in the draft, from the first on."""
     accepted_by_depth: tuple[int, ...]
+    """The same of accepted ones."""
     draft_depth: int
     """Most tokens that requests draft per step for which the engine chooses, at the moment."""
     steps: int
+    """Steps of the engine, each for all sequences that run."""
     gap_time: float
     """In which no step ran although sequences were left to go on."""
     draft_time: float
+    """Spent drafting."""
     target_time: float
+    """Spent in the model's own decodes."""
     sample_time: float
+    """Spent picking tokens."""
     restarts: int = 0
     """How often the process that runs the model died, so that another one was needed."""
 

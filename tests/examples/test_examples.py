@@ -45,16 +45,6 @@ def test_each_example_is_in_the_table_and_is_run_by_a_test() -> None:
         assert f'"{path.name}"' in tests, f"nobody runs {path.name}"
 
 
-def test_the_guide_quotes_the_examples_word_for_word() -> None:
-    """But for the indentation, and line breaks that depend on that."""
-    guide = (EXAMPLES.parent / "docs" / "embedding.md").read_text()
-    programs = "".join("".join(path.read_text().split()) for path in EXAMPLES.glob("*.py"))
-    quotes = re.findall(r"^```python\n(.+?)^```", guide, re.MULTILINE | re.DOTALL)
-    assert quotes
-    for quote in quotes:
-        assert "".join(quote.split()) in programs
-
-
 def test_agents_come_to_an_answer() -> None:
     answers = run("agent_loop.py").splitlines()[-3:]
     for line, question in zip(answers, agent_loop.QUESTIONS, strict=True):

@@ -24,7 +24,7 @@ from mtpbatch.exceptions import InvalidParameterError, MtpBatchError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return its exit status."""
-    parser = _parser()
+    parser = make_parser()
     options = parser.parse_args(arguments)
     if options.verbose or options.command == "serve":
         log_to_console("DEBUG" if options.verbose else "INFO")
@@ -175,7 +175,7 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"mtpbatch: {message.removeprefix('argument ')}; see {self.prog} --help\n")
 
 
-def _parser() -> argparse.ArgumentParser:
+def make_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="mtpbatch",
         description="Many generations at once on one llama.cpp model, with Multi-Token Prediction.",

@@ -142,7 +142,8 @@ class Context(Handle):
         if n_cells is not None and n_cells < 1:
             raise ContextError(f"n_cells must be at least n_ctx, got {n_cells}")
         if kv_type not in get_args(KvType):
-            raise ContextError(f"kv_type must be one of {', '.join(get_args(KvType))}")
+            known = ", ".join(get_args(KvType))
+            raise ContextError(f"kv_type must be one of {known}, got {kv_type!r}")
         n_batch = n_batch if n_batch is not None else 2048
         values = {
             "n_ctx": n_ctx,

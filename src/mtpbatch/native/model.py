@@ -47,18 +47,21 @@ def mtpbatch_report_progress(fraction: float, user: Any) -> bool:
 def _check_file(path: Path) -> None:
     """What the loader would only call "failed to load", in words."""
     if "\0" in str(path):
-        raise ModelLoadError(f"{str(path)!r}: no path holds a NUL character")
+        raise ModelLoadError(f"{str(path)!r}: no path holds a NUL character; take it out")
     if not path.exists():
-        raise ModelLoadError(f"{path}: no such file")
+        raise ModelLoadError(f"{path}: no such file; check the path")
     if not path.is_file():
-        raise ModelLoadError(f"{path}: not a file")
+        raise ModelLoadError(f"{path}: not a file; give the path of a GGUF file")
     try:
         with path.open("rb") as file:
             magic = file.read(4)
     except OSError as error:
         raise ModelLoadError(f"{path}: cannot be read: {error.strerror}") from None
     if magic != b"GGUF":
-        raise ModelLoadError(f"{path}: not a GGUF file (it starts with {magic!r})")
+        raise ModelLoadError(
+            f"{path}: not a GGUF file (it starts with {magic!r}); convert the model, or fetch "
+            f"the file again"
+        )
 
 
 class Model(Handle):

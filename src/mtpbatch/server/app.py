@@ -134,7 +134,7 @@ def _routes(service: Service) -> Sequence[BaseRoute]:
         engine = service.engine
         engine.check_health(service.config.stall_timeout)
         if engine.draining:
-            raise EngineClosedError("the engine is draining")
+            raise EngineClosedError("the engine is draining; send the request to another one")
         stats = engine.stats()
         return _json(Health(running=stats.running, waiting=stats.waiting))
 

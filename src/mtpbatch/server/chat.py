@@ -91,7 +91,8 @@ def _params(service: Service, asked: ChatRequest, forced: ForcedCall | None) -> 
         raise InvalidParameterError("top_logprobs", "needs logprobs; set them to true")
     if None not in (asked.max_tokens, asked.max_completion_tokens):
         raise InvalidParameterError(
-            "max_tokens", "cannot be combined with max_completion_tokens, its newer name"
+            "max_tokens",
+            "cannot be combined with max_completion_tokens, its newer name; leave it out",
         )
     params = sampling(asked)
     # What the context has no room for ends the answer sooner.
@@ -102,7 +103,9 @@ def _params(service: Service, asked: ChatRequest, forced: ForcedCall | None) -> 
     if forced is not None:
         if form(asked):
             raise InvalidParameterError(
-                "tool_choice", "that insists on a call cannot be combined with another form"
+                "tool_choice",
+                "that insists on a call cannot be combined with another form of the answer; leave "
+                "out response_format or structured_outputs",
             )
         params["json_schema"] = forced.schema
     return params

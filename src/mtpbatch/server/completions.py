@@ -64,7 +64,9 @@ def _check(asked: CompletionRequest, n: int) -> None:
     if asked.max_tokens == 0 and not asked.echo:
         raise InvalidParameterError("max_tokens", "must be at least 1, but with echo; got 0")
     if asked.stream and asked.echo and asked.logprobs is not None:
-        raise InvalidParameterError("echo", "cannot be combined with logprobs in a stream")
+        raise InvalidParameterError(
+            "echo", "cannot be combined with logprobs in a stream; leave one out"
+        )
 
 
 def _params(asked: CompletionRequest) -> dict[str, Any]:

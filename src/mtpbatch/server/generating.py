@@ -187,7 +187,7 @@ async def completed(service: Service, generations: Iterable[Generation]) -> list
 def check_whole(reason: str | None) -> None:
     """Raise if the engine's end has cut an answer off."""
     if reason == "abort":
-        raise EngineClosedError("the engine was closed")
+        raise EngineClosedError("the engine was closed; send the request to another one")
 
 
 def finish(reason: str | None) -> FinishReason | None:

@@ -78,7 +78,9 @@ def _any_of(functions: Sequence[dict[str, Any]]) -> dict[str, Any]:
             definitions = arguments.pop(place, {})
             if not isinstance(definitions, dict):
                 raise InvalidParameterError(
-                    "tools", f"{place} of {function['name']!r} must be an object"
+                    "tools",
+                    f"{place} of {function['name']!r} must be an object, "
+                    f"got a {type(definitions).__name__}",
                 )
             for name, definition in definitions.items():
                 known = shared.setdefault(place, {}).setdefault(name, definition)

@@ -1,0 +1,1 @@
+"""What `tools/reference_pages.py` writes, a page in each module."""
