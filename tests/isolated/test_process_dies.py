@@ -600,8 +600,9 @@ async def test_names_of_files_need_not_be_texts(demo_f32_path: Path, tmp_path: P
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_a_grammar_that_is_no_text_is_refused(engine: Engine) -> None:
     for form in ("regex", "grammar", "json_schema"):
+        params: Any = {form: "\ud800"}
         with pytest.raises(InvalidParameterError, match=f"{form}: is not valid Unicode"):
-            await engine.generate("In the", **{form: "\ud800"})
+            await engine.generate("In the", **params)
 
 
 @pytest.mark.parametrize("ending", ["os._exit(0)", "os.kill(os.getpid(), signal.SIGKILL)"])

@@ -40,9 +40,7 @@ def told_by(*command: str | Path, found: str) -> Lines:
         timeout=600,
         check=False,
     )
-    assert done.returncode == 1, (
-        done.stdout + done.stderr
-    )  # errors, and no crash
+    assert done.returncode == 1, done.stdout + done.stderr  # errors, and no crash
     errors = re.findall(found, done.stdout, re.MULTILINE)
     return {(Path(path).relative_to(FOLDER).as_posix(), int(line)) for path, line in errors}
 

@@ -1,7 +1,7 @@
 """Figures of an engine, its health, and somebody who watches."""
 
 import mtpbatch
-from mtpbatch import Completion, EngineStats, MtpBatchError, SamplingParams, StepReport, Watcher
+from mtpbatch import EngineStats, RequestEnded, StepReport, Watcher
 
 
 class Counting(Watcher):
@@ -12,14 +12,8 @@ class Counting(Watcher):
     def stepped(self, report: StepReport) -> None:
         self.tokens += sum(sequence.n_generated for sequence in report.sequences)
 
-    def ended(
-        self,
-        request_id: str,
-        params: SamplingParams,
-        completion: Completion | None,
-        error: MtpBatchError | None,
-    ) -> None:
-        reason = "error" if completion is None else completion.finish_reason
+    def ended(self, request: RequestEnded) -> None:
+        reason = "error" if request.completion is None else request.completion.finish_reason
         self.by_reason[reason] = self.by_reason.get(reason, 0) + 1
 
 
