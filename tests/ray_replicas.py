@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
+from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
+from starlette.types import Message
+
 from mtpbatch import Engine
 from mtpbatch.scaleout import EngineReplica
+from mtpbatch.scaleout.passing import HttpRequest
 from mtpbatch.testing import ScriptedBackend, StepGate, open_scripted_engine
 
 ANSWER = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"  # each a token
+HELD = "And it was held"
 
 
 class Board:
@@ -96,3 +101,14 @@ class PlainReplica(EngineReplica):
 
     async def n_threads(self) -> int | None:
         return self._engine.config.n_threads
+
+
+class HoldingReplica(EngineReplica):
+    """The real one, but that the answer to ``HELD`` stays where it has begun."""
+
+    async def answer(self, request: HttpRequest) -> AsyncIterator[list[Message]]:
+        async for messages in super().answer(request):
+            for message in messages:
+                yield [message]
+                if HELD.encode() in request.body and message.get("body"):
+                    await asyncio.Future()
