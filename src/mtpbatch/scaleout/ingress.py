@@ -173,8 +173,7 @@ class Ingress:
         self, engines: DeploymentHandle[object], max_body: int, body_timeout: float
     ) -> None:
         ask = engines.options(stream=True).answer.remote
-        ask = cast("Callable[[HttpRequest], Answer]", ask)
-        self._pass_on = PassOn(ask, max_body, body_timeout)
+        self._pass_on = PassOn(cast("Callable[[HttpRequest], Answer]", ask), max_body, body_timeout)
 
     def __serve_build_asgi_app__(self) -> ASGIApp:
         """Serve asks for it when the replica has been made."""
