@@ -118,14 +118,14 @@ class Bounds(Struct, frozen=True):
     """Of C and C++, for each unit of work."""
     n_objects: float
     """Of Python, for each unit of work."""
-    resident: int
-    """Bytes of pages, for all work: whatever else the process holds, and what allocators keep."""
+    pages: int
+    """Bytes of pages that are no file's, for all work: what allocators keep, and whatever else."""
 
 
 # What each request might leave, be it a C string of 100 bytes or one number of Python's, is more;
 # and so are the smallest buffer of an opening, and the objects of an engine.
-FOR_REQUESTS: Final = Bounds(n_bytes=50, n_objects=0.5, resident=8 << 20)
-FOR_OPENINGS: Final = Bounds(n_bytes=2_000, n_objects=50, resident=32 << 20)
+FOR_REQUESTS: Final = Bounds(n_bytes=50, n_objects=0.5, pages=8 << 20)
+FOR_OPENINGS: Final = Bounds(n_bytes=2_000, n_objects=50, pages=32 << 20)
 
 
 class _Mallinfo(ctypes.Structure):
@@ -158,20 +158,24 @@ class Memory:
         gc.collect()
         self._libc.malloc_trim(0)
         info = self._libc.mallinfo2()
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        status = dict(
+            line.split(":\t", 1) for line in Path("/proc/self/status").read_text().splitlines()
+        )
+        # Those of files come and go as the machine needs its memory.
+        pages = sum(1024 * int(status[name].split()[0]) for name in ("RssAnon", "VmSwap"))
         self._readings.append(
-            (n_done, info.used + info.mapped - n_wanted, sys.getallocatedblocks(), pages * 4096)
+            (n_done, info.used + info.mapped - n_wanted, sys.getallocatedblocks(), pages)
         )
 
     def growth(self) -> Bounds:
         """What stays."""
-        n_done, n_bytes, n_objects, resident = zip(*self._readings, strict=True)
+        n_done, n_bytes, n_objects, pages = zip(*self._readings, strict=True)
         if len(set(n_done)) < 2:
             return Bounds(0, 0, 0)
         return Bounds(
             statistics.linear_regression(n_done, n_bytes).slope,
             statistics.linear_regression(n_done, n_objects).slope,
-            resident[-1] - resident[0],
+            pages[-1] - pages[0],
         )
 
 
