@@ -6,10 +6,15 @@ latency on a quiet machine: not here.
 
 from __future__ import annotations
 
+import ctypes
 import random
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import anyio
+import msgspec
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
@@ -48,32 +53,100 @@ async def load(model: Path, n: int) -> soak.Part:
     return await soak.load(model, n, seed=3, clock=clock())
 
 
-def test_nothing_is_lost_under_load(demo_f32_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # So few requests do not fill what they may, and say nothing about memory.
-    monkeypatch.setattr(soak, "GROWTH_BY_REQUESTS", 1 << 30)
+@pytest.fixture
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So few requests do not fill the caches, and say nothing about memory."""
+    monkeypatch.setattr(soak, "WARM_UP", 1)
+    monkeypatch.setattr(soak, "FOR_REQUESTS", soak.Bounds(1 << 30, 1 << 30, 1 << 30))
+
+
+@pytest.mark.usefixtures("_short")
+def test_nothing_is_lost_under_load(demo_f32_path: Path) -> None:
     part = anyio.run(load, demo_f32_path, 60)
     assert part.passed, part
     assert part.done == 60
     assert part.figures["ended by abort"]
 
 
+@pytest.mark.usefixtures("_short")
 def test_a_wrong_answer_under_load_is_reported(
     demo_f32_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    questions = soak.questions
+    check = soak.Load.check
 
-    async def other(model: Path, n: int, chance: random.Random) -> list[soak.Question]:
-        asked = await questions(model, n, chance)
-        return [soak.Question(q.prompt, (*q.answer[:-1], -1)) for q in asked]
+    def other(self: soak.Load, *args: Any) -> None:
+        question, done, params = args
+        wrong = tuple(token ^ 1 for token in done.token_ids)
+        check(self, question, msgspec.structs.replace(done, token_ids=wrong), params)
 
-    monkeypatch.setattr(soak, "questions", other)
+    monkeypatch.setattr(soak.Load, "check", other)
     monkeypatch.setattr(soak, "MOST_TOKENS", 2)
     part = anyio.run(load, demo_f32_path, 20)
     assert not part.passed
-    assert "instead of" in part.violations[0]
+    assert any("none of the best two" in words for words in part.violations)
 
 
-def test_engines_that_come_and_go_leave_nothing_behind(demo_path: Path) -> None:
+def test_only_near_ties_are_left_to_rounding(
+    demo_f32_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An answer takes the second best token once, and goes on as the model does after that."""
+
+    async def ties() -> None:
+        async with soak.Undisturbed.open(demo_f32_path) as truth:
+            (question,) = await truth.questions(1, random.Random(3))
+            ask = partial(truth.engine.generate, ignore_eos=True)
+            done = await ask(question.prompt, max_tokens=20, logprobs=2)
+            assert done.logprobs is not None
+            (_, best), (second, logprob) = done.logprobs[7].top
+            begin = (*done.token_ids[:7], second)
+            rest = await ask([*question.prompt, *begin], max_tokens=12)
+            right = (*begin, *rest.token_ids)
+            wrong = (*right[:-1], right[-1] ^ 1)
+
+            async def n_violations(answer: tuple[int, ...], tie: float) -> int:
+                monkeypatch.setattr(soak, "TIE", tie)
+                run = soak.Load(truth.engine, (), seed=3)
+                run.others = [("request", soak.Question(question.prompt, answer))]
+                margins = await run.ties(truth)
+                assert margins == pytest.approx([best - logprob] if answer is right else [])
+                return len(run.violations)
+
+            assert await n_violations(right, tie=best - logprob + 1e-6) == 0
+            assert await n_violations(right, tie=best - logprob - 1e-6) == 1
+            assert await n_violations(wrong, tie=best - logprob + 1e-6) == 1
+
+    anyio.run(ties)
+
+
+@pytest.mark.parametrize(
+    "leave",
+    [lambda kept: kept.append(bytes(67)), lambda _: ctypes.CDLL(None).malloc(100)],
+    ids=["Python", "C"],
+)
+def test_a_hundred_bytes_that_each_request_leaves_are_noticed(
+    leave: Callable[[list[bytes]], object],
+) -> None:
+    def growth(leave: Callable[[list[bytes]], object]) -> list[str]:
+        memory = soak.Memory()
+        kept: list[bytes] = []
+        for n in range(0, 10_001, 500):
+            memory.read(n)
+            for _ in range(500):
+                leave(kept)
+        _, violations = soak.told(memory.growth(), soak.FOR_REQUESTS, "request")
+        return violations
+
+    assert growth(lambda _: bytes(67)) == []
+    (violation,) = growth(leave)
+    assert "of each request stay" in violation
+
+
+def test_engines_that_come_and_go_leave_nothing_behind(
+    demo_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Caches that fill for the first time, spread over so few.
+    monkeypatch.setattr(soak, "FOR_OPENINGS", soak.Bounds(20_000, 1_000, 32 << 20))
+
     async def openings() -> soak.Part:
         return await soak.openings(demo_path, 10, seed=3, clock=clock())
 

@@ -7,7 +7,7 @@ Four parts, each with its promise; the report, ``soak.md`` and ``soak.json``, sa
 - **state machines**: 100,000 rules over the scheduler, the engine and the server, in any order;
 - **load**: 10,000 requests of random sizes on 64 sequences with too few KV cells for all, 30 % of
   which are cancelled and 5 % time out. Each ends once, with the tokens of a run that nothing
-  disturbs, or a beginning of them; memory stays;
+  disturbs, or a beginning of them, but for rounding; memory stays;
 - **openings**: 1,000 engines, one after the other; memory stays;
 - **slow readers**: streams of others while some are read slowly or never.
 
@@ -24,12 +24,15 @@ import gc
 import importlib
 import importlib.resources
 import logging
+import operator
 import random
+import statistics
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, Final
@@ -67,13 +70,16 @@ QUESTIONS: Final = 100
 MOST_TOKENS: Final = 120
 MEAN_TOKENS: Final = 40
 TEXT: Final = Path(__file__).read_text()  # prompts are parts of it
-LEAST_MARGIN: Final = 1e-3  # between the best two tokens, in nats: rounding must not decide
+SNAPSHOTS: Final = 16  # MiB for them
+WARM_UP: Final = 500  # requests, which fill that
+READINGS: Final = 20  # of memory
 
-# Bytes by which memory may grow. The allocator keeps some of what it has split up, 20 MB more or
-# less from one engine to the next. What stays behind for good would come to more: a kilobyte of
-# each request to 10 MB, the smallest context of each opening to a gigabyte.
-GROWTH_BY_REQUESTS: Final = 8 << 20
-GROWTH_BY_OPENINGS: Final = 32 << 20
+# Batches of other shapes round differently: the logarithm of a token's probability differs by less
+# than this, and by 8e-6 at most among 150,000 of them. So the best token can be another one only
+# where the best two differ by less than twice as much.
+ROUNDING: Final = 2e-5
+TIE: Final = 2 * ROUNDING
+
 SLOWER: Final = 1.10  # what slow readers may make of others' p99
 
 _EXAMPLE: Final = 50  # rules
@@ -105,14 +111,82 @@ class Clock:
         return time.monotonic() > self._end
 
 
-def resident() -> int:
-    """Bytes of memory that this process holds, without what the allocator could give back."""
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-    if trim is not None:
-        trim(0)
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * 4096
+class Bounds(Struct, frozen=True):
+    """What may stay in memory."""
+
+    n_bytes: float
+    """Of C and C++, for each unit of work."""
+    n_objects: float
+    """Of Python, for each unit of work."""
+    pages: int
+    """Bytes of pages that are no file's, for all work: what allocators keep, and whatever else."""
+
+
+# What each request might leave, be it a C string of 100 bytes or one number of Python's, is more;
+# and so are the smallest buffer of an opening, and the objects of an engine.
+FOR_REQUESTS: Final = Bounds(n_bytes=50, n_objects=0.5, pages=8 << 20)
+FOR_OPENINGS: Final = Bounds(n_bytes=2_000, n_objects=50, pages=32 << 20)
+
+
+class _Mallinfo(ctypes.Structure):
+    """``struct mallinfo2``"""
+
+    _fields_ = (
+        *((f"_{i}", ctypes.c_size_t) for i in range(4)),
+        ("mapped", ctypes.c_size_t),
+        *((f"_{i}", ctypes.c_size_t) for i in range(5, 7)),
+        ("used", ctypes.c_size_t),  # of what is not mapped
+        *((f"_{i}", ctypes.c_size_t) for i in range(8, 10)),
+    )
+
+
+class Memory:
+    """What stays in memory, from readings between pieces of work.
+
+    What is allocated is counted, by glibc and by Python, for pages tell little: allocators keep
+    what they have split up, megabytes more or less. Each piece leaves something else in caches, so
+    that the slope of all readings counts, not the difference of two.
+    """
+
+    def __init__(self) -> None:
+        self._libc = ctypes.CDLL(None)
+        self._libc.mallinfo2.restype = _Mallinfo
+        self._readings: list[tuple[int, int, int, int]] = []
+
+    def read(self, n_done: int, n_wanted: int = 0) -> None:
+        """After so many units of work; bytes that the engine says it keeps do not count."""
+        gc.collect()
+        self._libc.malloc_trim(0)
+        info = self._libc.mallinfo2()
+        status = dict(
+            line.split(":\t", 1) for line in Path("/proc/self/status").read_text().splitlines()
+        )
+        # Those of files come and go as the machine needs its memory.
+        pages = sum(1024 * int(status[name].split()[0]) for name in ("RssAnon", "VmSwap"))
+        self._readings.append(
+            (n_done, info.used + info.mapped - n_wanted, sys.getallocatedblocks(), pages)
+        )
+
+    def growth(self) -> Bounds:
+        """What stays."""
+        n_done, n_bytes, n_objects, pages = zip(*self._readings, strict=True)
+        if len(set(n_done)) < 2:
+            return Bounds(0, 0, 0)
+        return Bounds(
+            statistics.linear_regression(n_done, n_bytes).slope,
+            statistics.linear_regression(n_done, n_objects).slope,
+            pages[-1] - pages[0],
+        )
+
+
+def told(growth: Bounds, may_be: Bounds, unit: str) -> tuple[dict[str, str], list[str]]:
+    """Figures and violations."""
+    names = (f"bytes of each {unit}", f"objects of each {unit}", "bytes of pages")
+    found = dict(zip(names, msgspec.structs.astuple(growth), strict=True))
+    most = dict(zip(names, msgspec.structs.astuple(may_be), strict=True))
+    figures = {f"{name} that stay": f"{found[name]:.3g}, may be {most[name]:g}" for name in names}
+    too_many = [f"{found[name]:.3g} {name} stay" for name in names if found[name] > most[name]]
+    return figures, too_many
 
 
 # ------------------------------------------------------------------------- state machines
@@ -170,32 +244,74 @@ def _counting(
 
 
 class Question(Struct, frozen=True):
-    """A prompt and the tokens of its answer, up to the first that rounding decides."""
+    """A prompt and the tokens of its answer, with the logarithms of their probabilities."""
 
     prompt: list[int]
     answer: tuple[int, ...]
+    logprobs: tuple[float, ...] = ()
 
 
-async def questions(model: Path, n: int, chance: random.Random) -> list[Question]:
-    """Some of all sizes, and what an engine answers that has one sequence and never drafts."""
-    asked: list[Question] = []
-    async with Engine.open(
-        model, n_seq=1, n_ctx=N_CTX, n_draft_max=0, kv_type="f32", snapshot_memory=0
-    ) as engine:
-        text = await engine.tokenize(TEXT)
-        while len(asked) < n:
+def n_alike(some: Sequence[int], others: Sequence[int]) -> int:
+    """How many tokens both begin with."""
+    return sum(1 for _ in takewhile(bool, map(operator.eq, some, others)))
+
+
+def logprobs(done: Completion) -> tuple[float, ...]:
+    """Of each token of an answer."""
+    return tuple(told.logprob for told in done.logprobs or ())
+
+
+class Undisturbed:
+    """An engine that has one sequence and never drafts: the truth for the others."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    @classmethod
+    @asynccontextmanager
+    async def open(cls, model: Path) -> AsyncIterator[Undisturbed]:
+        async with Engine.open(
+            model, n_seq=1, n_ctx=N_CTX, n_draft_max=0, kv_type="f32", snapshot_memory=0
+        ) as engine:
+            yield cls(engine)
+
+    async def questions(self, n: int, chance: random.Random) -> list[Question]:
+        """Some of all sizes."""
+        text = await self.engine.tokenize(TEXT)
+        asked = []
+        for _ in range(n):
             size = min(N_CTX - MOST_TOKENS - 1, 1 + int(chance.expovariate(1 / 40)))
             start = chance.randrange(len(text) - size)
             prompt = text[start : start + size]
-            done = await engine.generate(
-                prompt, max_tokens=MOST_TOKENS, ignore_eos=True, logprobs=2
+            done = await self.engine.generate(
+                prompt, max_tokens=MOST_TOKENS, ignore_eos=True, logprobs=0
+            )
+            asked.append(Question(prompt, done.token_ids, logprobs(done)))
+        return asked
+
+    async def margins(self, question: Question) -> list[float]:
+        """Where the answer takes the second best token: how much worse that is, in nats.
+
+        Raises ValueError if it takes another one.
+        """
+        margins = []
+        prompt, answer = question.prompt, question.answer
+        while answer:
+            done = await self.engine.generate(
+                prompt, max_tokens=len(answer), ignore_eos=True, logprobs=2
             )
             assert done.logprobs is not None
-            margins = (told.top[0][1] - told.top[1][1] for told in done.logprobs)
-            n_sure = sum(1 for _ in takewhile(lambda margin: margin > LEAST_MARGIN, margins))
-            if n_sure:
-                asked.append(Question(prompt, done.token_ids[:n_sure]))
-    return asked
+            n_same = n_alike(answer, done.token_ids)
+            if n_same == len(answer):
+                break
+            (_, best), (second, logprob) = done.logprobs[n_same].top
+            if answer[n_same] != second:
+                raise ValueError(
+                    f"token {n_same} is none of the best two, {done.logprobs[n_same].top}"
+                )
+            margins.append(best - logprob)
+            prompt, answer = [*prompt, *answer[: n_same + 1]], answer[n_same + 1 :]
+        return margins
 
 
 class Load:
@@ -206,15 +322,18 @@ class Load:
         self.asked = asked
         self.chance = random.Random(seed)
         self.ends: Counter[str] = Counter()
+        self.others: list[tuple[str, Question]] = []  # answers that are not the undisturbed run's
+        self.rounding = 0.0  # the greatest difference between logarithms of a token's probability
         self.violations: list[str] = []
 
     async def one(self) -> None:
         question = self.chance.choice(self.asked)
         size = 1 + int(self.chance.expovariate(1 / MEAN_TOKENS))
         params: dict[str, Any] = {
-            "max_tokens": min(size, len(question.answer)),
+            "max_tokens": min(size, MOST_TOKENS),
             "ignore_eos": True,
             "speculation": self.chance.choice(("auto", 0, 1, 3)),
+            "logprobs": self.chance.choice((None, 0)),
         }
         fate = self.chance.random()
         if fate < 0.05:
@@ -235,11 +354,32 @@ class Load:
 
     def check(self, question: Question, done: Completion, params: dict[str, Any]) -> None:
         self.ends[done.finish_reason] += 1
-        right = question.answer[: params["max_tokens"]]
-        if done.finish_reason != "length":
-            right = right[: len(done.token_ids)]
-        if done.token_ids != right:
-            self.violations.append(f"{done.request_id}: {done.token_ids} instead of {right}")
+        answer = done.token_ids
+        if done.finish_reason == "length" and len(answer) != params["max_tokens"]:
+            self.violations.append(f"{done.request_id}: {len(answer)} tokens for {params}")
+        n_same = n_alike(answer, question.answer)
+        if n_same < len(answer):
+            self.others.append((done.request_id, Question(question.prompt, answer)))
+        pairs = zip(logprobs(done)[:n_same], question.logprobs, strict=False)
+        rounding = max((abs(one - other) for one, other in pairs), default=0.0)
+        self.rounding = max(self.rounding, rounding)
+        if rounding > ROUNDING:
+            self.violations.append(f"{done.request_id}: log probabilities {rounding} off")
+
+    async def ties(self, undisturbed: Undisturbed) -> list[float]:
+        """How far apart the tokens were between which rounding chose; whatever else chose is a
+        violation."""
+        margins = []
+        for request_id, question in self.others:
+            try:
+                found = await undisturbed.margins(question)
+            except ValueError as error:
+                self.violations.append(f"{request_id}: {error}")
+                continue
+            if max(found) > TIE:
+                self.violations.append(f"{request_id}: tokens chosen against margins of {found}")
+            margins += found
+        return margins
 
     async def all(self, n: int, clock: Clock) -> int:
         """How many have ended."""
@@ -273,7 +413,10 @@ class Ends:
 async def load(model: Path, wanted: int, seed: int, clock: Clock) -> Part:
     """Nothing is lost under load, and nothing stays."""
     begin = time.monotonic()
-    asked = await questions(model, min(QUESTIONS, wanted), random.Random(seed))
+    memory = Memory()
+    done = 0
+    async with Undisturbed.open(model) as undisturbed:
+        asked = await undisturbed.questions(min(QUESTIONS, wanted), random.Random(seed))
     async with Engine.open(
         model,
         n_seq=N_SEQ,
@@ -281,30 +424,34 @@ async def load(model: Path, wanted: int, seed: int, clock: Clock) -> Part:
         n_cells=N_CELLS,
         kv_type="f32",
         max_waiting=None,
-        snapshot_memory=32,
+        snapshot_memory=SNAPSHOTS,
     ) as engine:
         run, ends = Load(engine, asked, seed), Ends()
-        # Until snapshots fill what they may, and each size of a batch has been there.
-        await run.all(max(1, wanted // 5), clock)
-        before = resident()
+        await run.all(WARM_UP, clock)
+        memory.read(0, engine.stats().snapshot_bytes)
         with engine.watch(ends):
-            done = await run.all(wanted, clock)
-        growth = resident() - before
+            for i in range(READINGS):
+                done += await run.all(wanted * (i + 1) // READINGS - wanted * i // READINGS, clock)
+                memory.read(done, engine.stats().snapshot_bytes)
         stats = engine.stats()
-    violations = run.violations
-    if set(ends.by_request.values()) - {1} or len(ends.by_request) != done:
-        violations.append(f"{len(ends.by_request)} requests of {done} ended once each")
+    async with Undisturbed.open(model) as undisturbed:
+        ties = await run.ties(undisturbed)
+    in_memory, violations = told(memory.growth(), FOR_REQUESTS, "request")
+    violations += run.violations
+    n_ended = set(ends.by_request.values())
+    if n_ended - {1} or len(ends.by_request) != done:
+        violations.append(f"{len(ends.by_request)} requests of {done} ended, {n_ended} times each")
     if stats.running or stats.waiting or stats.kv_cells_used:
         violations.append(f"left: {stats}")
-    if growth > GROWTH_BY_REQUESTS:
-        violations.append(f"{growth} bytes more after {done} requests")
     figures: dict[str, float | int | str] = {
         **{f"ended by {reason}": n for reason, n in sorted(run.ends.items())},
         "preemptions": stats.preemptions,
         "tokens of prompts spared": stats.prefix_hits,
         "drafts accepted": stats.accepted,
-        "growth of memory, bytes": growth,
-        "may grow by": GROWTH_BY_REQUESTS,
+        "log probabilities differ by": f"{run.rounding:.2g}, may be {ROUNDING:g}",
+        "tokens chosen otherwise": len(ties),
+        "of two that differ by": f"{max(ties, default=0.0):.2g}, may be {TIE:g}",
+        **in_memory,
     }
     return Part("load", done, wanted, time.monotonic() - begin, figures, tuple(violations))
 
@@ -316,26 +463,26 @@ async def openings(model: Path, wanted: int, seed: int, clock: Clock) -> Part:
     """Engines come and go, and leave nothing behind."""
     begin = time.monotonic()
     chance = random.Random(seed)
-    warm = max(1, wanted // 10)
-    before = done = 0
-    while done < wanted + warm and not clock.is_over:
+    memory = Memory()
+
+    async def one() -> None:
         async with Engine.open(model, n_seq=4, n_ctx=N_CTX) as engine:
             generations = [engine.submit([chance.randrange(200)] * 9) for _ in range(4)]
             if chance.random() < 0.5:
                 await generations[0]
+
+    for _ in range(max(1, wanted // 10)):
+        await one()
+    memory.read(0)
+    done = 0
+    while done < wanted and not clock.is_over:
+        await one()
         done += 1
-        if done == warm:
-            before = resident()
-    growth = resident() - before
-    violations = []
-    if growth > GROWTH_BY_OPENINGS:
-        violations.append(f"{growth} bytes more after {done - warm} openings")
-    figures: dict[str, float | int | str] = {
-        "growth of memory, bytes": growth,
-        "may grow by": GROWTH_BY_OPENINGS,
-    }
+        if done * READINGS // wanted > (done - 1) * READINGS // wanted:
+            memory.read(done)
+    figures, violations = told(memory.growth(), FOR_OPENINGS, "opening")
     seconds = time.monotonic() - begin
-    return Part("openings", max(0, done - warm), wanted, seconds, figures, tuple(violations))
+    return Part("openings", done, wanted, seconds, {**figures}, tuple(violations))
 
 
 # --------------------------------------------------------------------------- slow readers

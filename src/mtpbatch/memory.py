@@ -120,8 +120,10 @@ class Cells:
         if not self._scarce:
             return True
         n_begun = self._begun_ahead(_ROOM)
-        needed = self._needed(running, n_begun)
-        return needed + max(self._needed((newcomer,), n_begun), n_restored) <= self._n_cells
+        # Of one that was parked, all tokens may be fed again.
+        first = newcomer.n_tokens + max(0, n_begun - self._n_taken) * _rows(newcomer)
+        most = max(min(newcomer.n_tokens_most, first), n_restored)
+        return self._needed(running, n_begun) + most <= self._n_cells
 
     def plan(self, running: Iterable[Sequence], most: int) -> int:
         """The ``run_ahead`` of the next plan, at most ``most``. They must not be :meth:`short`."""

@@ -123,7 +123,7 @@ class BacklogMachine(RuleBasedStateMachine):
 
 def test_any_order_of_calls_keeps_to_the_rules() -> None:
     run_state_machine_as_test(
-        BacklogMachine, settings=settings(max_examples=150, stateful_step_count=40, deadline=None)
+        BacklogMachine, settings=settings(max_examples=150, stateful_step_count=40)
     )
 
 

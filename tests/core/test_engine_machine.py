@@ -15,7 +15,6 @@ def test_any_order_of_requests_loops_and_faults_keeps_every_promise() -> None:
             max_examples=60,
             stateful_step_count=40,
             derandomize=True,  # tools/soak.py draws anew
-            deadline=None,
             suppress_health_check=[HealthCheck.too_slow],
         ),
     )

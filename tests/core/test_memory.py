@@ -252,7 +252,7 @@ def test_cells_that_never_run_short_are_not_counted() -> None:
     assert len(record.plans) == 2, "the request, and its release"
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_no_executor_begins_more_steps_than_were_reckoned_with(data: st.DataObject) -> None:
     """Against an executor that may be as quick or as slow as it likes, and so may the scheduler."""

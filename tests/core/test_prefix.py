@@ -32,7 +32,7 @@ def shared(one: tuple[int, ...], other: tuple[int, ...]) -> int:
 
 
 @pytest.mark.usefixtures("small_blocks")
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     snapshots=st.lists(st.tuples(TOKENS, st.booleans(), st.booleans()), max_size=8),
     prompt=TOKENS,
@@ -77,7 +77,7 @@ def test_the_longest_prefix_that_any_snapshot_holds(
 
 
 @pytest.mark.usefixtures("small_blocks")
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     others=st.lists(TOKENS, max_size=6),
     gone=st.integers(0, 6),
@@ -193,7 +193,7 @@ def test_different_tokens_of_one_key_are_not_reused(monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.usefixtures("small_blocks")
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(prompt=TOKENS, answer=TOKENS, cut=st.integers(1, 28), other=TOKENS, truncates=st.booleans())
 def test_a_snapshot_is_found_alike_if_its_prompt_is_known(
     prompt: tuple[int, ...],

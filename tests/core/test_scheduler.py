@@ -333,22 +333,50 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert stats.prefix_hits == sum(end.usage.cached_tokens for end in ends if end)
 
 
-def test_any_order_of_calls_keeps_every_promise(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Short prompts can share something, too.
+@pytest.fixture
+def _short_prompts_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They can share something, too."""
     monkeypatch.setattr(prefix, "BLOCK", 2)
     monkeypatch.setattr(prefix, "LEAST", 4)
     monkeypatch.setattr(memory, "_ROOM", 3)
     monkeypatch.setattr(scheduler, "_LOOKS", 2)
     monkeypatch.setattr(scheduler, "_SETTLED", 1)
+
+
+@pytest.mark.usefixtures("_short_prompts_matter")
+def test_any_order_of_calls_keeps_every_promise() -> None:
     run_state_machine_as_test(
         SchedulerMachine,
         settings=settings(
             max_examples=150,
             stateful_step_count=40,
-            deadline=None,
             suppress_health_check=[HealthCheck.too_slow],
         ),
     )
+
+
+@pytest.mark.usefixtures("_short_prompts_matter")
+def test_who_was_parked_needs_cells_for_all_its_tokens() -> None:
+    """An order of calls after which two that went on were a cell short of what they may hold."""
+    machine = SchedulerMachine()
+    machine.open(
+        n_seq=4,
+        n_batch=12,
+        n_draft_max=0,
+        acceptance=0.0,
+        lag=1,
+        n_cells=24,
+        snapshot_bytes=0,
+        truncates=False,
+        consecutive_ids=False,
+        failing=set(),
+    )
+    for n_steps in (6, 6, 2, 3, 5, 2, 6, 3, 5):
+        machine.crowd_and_leave_a_gap(n_steps)
+        machine.integrity()
+    machine.schedule()
+    machine.integrity()
+    machine.teardown()
 
 
 def test_requests_are_admitted_in_order_to_the_lowest_free_ids() -> None:

@@ -208,7 +208,7 @@ def play_step_by_step(
     consecutive_ids=True,
     seed=1,
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_it_does_what_the_scripted_model_does_step_by_step(
     n_seq: int,
     n_batch: int,

@@ -375,7 +375,7 @@ def test_chunks_of_prompts_follow_from_what_a_step_and_a_row_take() -> None:
     assert costs.chunk(512, 100.0) == 512
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.data())
 def test_reviews_survive_whatever_steps_take(data: st.DataObject) -> None:
     """Any times, also none; requests of all kinds that come and go."""

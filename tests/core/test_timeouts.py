@@ -82,7 +82,7 @@ class TimeoutsMachine(RuleBasedStateMachine):
 
 def test_any_order_of_calls_gives_the_times_of_a_plain_table() -> None:
     run_state_machine_as_test(
-        TimeoutsMachine, settings=settings(max_examples=100, stateful_step_count=40, deadline=None)
+        TimeoutsMachine, settings=settings(max_examples=100, stateful_step_count=40)
     )
 
 

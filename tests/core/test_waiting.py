@@ -133,7 +133,7 @@ class QueueMachine(RuleBasedStateMachine):
 
 def test_any_order_of_calls_gives_the_order_of_a_plain_list() -> None:
     run_state_machine_as_test(
-        QueueMachine, settings=settings(max_examples=100, stateful_step_count=40, deadline=None)
+        QueueMachine, settings=settings(max_examples=100, stateful_step_count=40)
     )
 
 
@@ -142,7 +142,6 @@ def test_any_order_of_calls_gives_the_order_of_a_plain_list() -> None:
     gaps=st.floats(0.5, 50.0),
     others=st.lists(st.tuples(PRIORITIES, DEADLINES), min_size=1, max_size=6),
 )
-@settings(deadline=None)
 def test_nobody_waits_forever(
     victim: tuple[int, float | None],
     gaps: float,

@@ -40,7 +40,7 @@ ANYTHING = st.recursive(
     max_leaves=8,
 )
 PARAMETERS = [field.name for field in msgspec.structs.fields(SamplingParams)]
-MANY = settings(deadline=None, suppress_health_check=list(HealthCheck))
+MANY = settings(suppress_health_check=list(HealthCheck))
 FEW = settings(MANY, max_examples=MANY.max_examples // 4)  # of what takes a process longer
 
 

@@ -21,7 +21,7 @@ import mtpbatch
 from api_server import serving
 from mtpbatch.server import create_app
 
-SLOW = settings(deadline=None, suppress_health_check=list(HealthCheck))
+SLOW = settings(suppress_health_check=list(HealthCheck))
 SOME = settings(SLOW, max_examples=SLOW.max_examples // 8)
 
 

@@ -77,7 +77,7 @@ VALUES: dict[str, Callable[[np.random.Generator, int], Any]] = {
 }
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     kind=st.sampled_from(sorted(VALUES)),
     n_vocab=st.integers(1, 300) | st.sampled_from([1000, 4096, 5001]),

@@ -301,7 +301,7 @@ def test_close_is_idempotent_and_ends_use(tiny_path: Path) -> None:
     assert model.eog_tokens  # read before
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(st.integers(1, 50))
 def test_threads_can_tokenize_while_another_closes(tiny_path: Path, calls: int) -> None:
     """Every call gives the right tokens or says that the model is closed."""

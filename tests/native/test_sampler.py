@@ -216,7 +216,7 @@ HEAT = {**MIN_P, "min_p": 0.0}
 LEAST_PROBABLE = {**HEAT, "xtc_probability": 1.0, "xtc_threshold": 0.0}
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(
     shape=st.sampled_from(SHAPES),
     vocab=st.integers(1, 5000) | st.integers(30_000, 50_000),
@@ -278,7 +278,7 @@ class Scene(NamedTuple):
         return cls(logits, prompt, bias if rng.random() < 0.5 else {})
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     shape=st.sampled_from(SHAPES),
     vocab=st.integers(1, 3000) | st.integers(30_000, 40_000),
@@ -436,7 +436,6 @@ def test_equals_are_told_apart_as_in_the_chain(cut: dict[str, float], steps: int
             assert sampler.sample(logits) == [truth.pick(row) for row in logits]
 
 
-@settings(deadline=None)
 @given(
     shape=st.sampled_from(SHAPES),
     vocab=st.integers(1, 5000),

@@ -15,7 +15,6 @@ def test_any_order_of_clients_and_faults_keeps_every_promise() -> None:
             max_examples=40,
             derandomize=True,  # tools/soak.py draws anew
             stateful_step_count=30,
-            deadline=None,
             suppress_health_check=list(HealthCheck),
         ),
     )
