@@ -537,6 +537,10 @@ class EngineMachine(RuleBasedStateMachine):
             self.every_request_is_somewhere_once()
             for asked in self.asked:
                 self.check_end(asked)
+            for ender in self.enders:
+                if not ender.get_loop().is_closed():
+                    assert ender.done(), "nobody waits for an end that has come"
+                    ender.result()
         finally:
             self.end()
 

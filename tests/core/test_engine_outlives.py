@@ -135,6 +135,7 @@ async def test_pauses_grow_and_the_engine_is_dead_for_good_in_the_end(
             with pytest.raises(NativeDiedError):
                 engine.check_health()
             assert backend._n_restarts == index
+            assert engine.stats().restarts == 1, "deaths are counted, not tries"
             backend.clock.advance(0.25)
         with pytest.raises(EngineDeadError, match="scripted failure") as caught:
             await waiting

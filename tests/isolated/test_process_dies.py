@@ -34,9 +34,10 @@ from mtpbatch import (
 )
 from mtpbatch import restarts as policy
 from mtpbatch.isolated import ProcessBackend
+from mtpbatch.isolated import backend as isolated_backend
 from mtpbatch.isolated import process as isolated_process
 from mtpbatch.isolated.channel import Channel
-from mtpbatch.isolated.messages import Compile, Embed
+from mtpbatch.isolated.messages import Compile, Embed, Exchange
 from mtpbatch.isolated.process import ModelProcess
 from patience import until
 
@@ -145,6 +146,16 @@ async def test_eight_streams_end_and_those_who_waited_are_answered(
     assert words == ["engine.native_died", "engine.restarted"]
 
 
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_crash_tells_its_stack(
+    demo_f32_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    async with Engine.open(demo_f32_path, n_seq=1, **SIZES) as engine:
+        os.kill(process_of(engine).pid, signal.SIGSEGV)
+        await until(lambda: engine.stats().restarts == 1)
+    assert "Fatal Python error: Segmentation fault" in capfd.readouterr().err
+
+
 async def test_prompts_with_a_known_beginning_are_computed_anew(engine: Engine) -> None:
     """Snapshots died with the process."""
     first = await engine.generate("And it came to pass in those days, " * 8, max_tokens=30)
@@ -195,7 +206,18 @@ async def test_whose_grammar_is_being_compiled_ends(engine: Engine) -> None:
     assert len((await engine.generate([70, 71], regex="[a-z]{3}")).text) == 3
 
 
-async def test_who_waits_with_a_grammar_keeps_it(engine: Engine) -> None:
+async def test_who_waits_with_a_grammar_keeps_it(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forgotten: set[int] = set()
+    send = Channel.send
+
+    def send_and_look(self: Any, message: object) -> None:
+        if isinstance(message, Exchange):
+            forgotten.update(message.forgotten)
+        send(self, message)
+
+    monkeypatch.setattr(Channel, "send", send_and_look)
     for _ in range(8):
         await anext(engine.submit("In the", **LONG))
     waiting = [
@@ -212,6 +234,8 @@ async def test_who_waits_with_a_grammar_keeps_it(engine: Engine) -> None:
     await engine.generate("x", max_tokens=2)  # the last plan is the last that knew them
     assert isinstance(engine._backend, ProcessBackend)
     assert not engine._backend._grammars, "nobody needs them any more"
+    await engine.generate("x", max_tokens=2)
+    assert set(range(1, 7)) <= forgotten, "the process is told"
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
@@ -478,6 +502,21 @@ async def test_an_app_that_has_fewer_cpus_by_then_has_the_same_model(demo_f32_pa
         assert engine.config.n_threads == n_threads
 
 
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_process_that_answers_garbage_is_killed(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    process = process_of(engine)
+    watch = os.pidfd_open(process.pid)
+    with monkeypatch.context() as patch:
+        patch.setattr(isolated_backend, "Results", int)  # what it sends is none of these
+        with pytest.raises(NativeDiedError):
+            await engine.generate("In the", max_tokens=3)
+        await anyio.wait_readable(watch)
+    os.close(watch)
+    assert len((await engine.generate("In the", max_tokens=3)).token_ids) == 3
+
+
 async def test_closing_waits_for_nobody_who_hangs(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -605,7 +644,17 @@ async def test_a_grammar_that_is_no_text_is_refused(engine: Engine) -> None:
             await engine.generate("In the", **params)
 
 
-@pytest.mark.parametrize("ending", ["os._exit(0)", "os.kill(os.getpid(), signal.SIGKILL)"])
+@pytest.mark.parametrize(
+    "ending",
+    [
+        "os._exit(0)",
+        "os.kill(os.getpid(), signal.SIGKILL)",
+        pytest.param(
+            "os.kill(engine._backend._process.pid, signal.SIGSTOP); os._exit(0)",
+            marks=pytest.mark.skipif(sys.platform != "linux", reason="it sees no socket close"),
+        ),
+    ],
+)
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_the_process_ends_with_the_app(demo_f32_path: Path, ending: str) -> None:
     program = f"""
