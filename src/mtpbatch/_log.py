@@ -93,6 +93,10 @@ def log_to_console(level: str = "INFO") -> None:
     each request as well. Called again, it changes the level.
 
     Raises :class:`~mtpbatch.InvalidParameterError` if there is no such level.
+
+    ::
+
+        mtpbatch.log_to_console("WARNING")
     """
     known = logging.getLevelNamesMapping()
     if level not in known:

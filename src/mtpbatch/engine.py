@@ -114,6 +114,11 @@ class Engine:
 
         Raises :class:`~mtpbatch.ModelLoadError`, :class:`~mtpbatch.ContextError` (no memory), or
         :class:`~mtpbatch.InvalidParameterError`.
+
+        ::
+
+            async with mtpbatch.Engine.open("model.gguf", n_seq=16, progress=print) as engine:
+                print(engine)
         """
         parsed = parse(EngineConfig, config)
         if progress is not None and not callable(progress):
@@ -192,6 +197,13 @@ class Engine:
         by then. From the call on, new requests raise :class:`~mtpbatch.EngineClosedError`. All
         else goes on as before, until the engine is closed. Called again, it waits for the same
         end, with a deadline of its own. If the waiting task is cancelled, requests run on.
+
+        ::
+
+            async with mtpbatch.Engine.open("model.gguf") as engine:
+                generation = engine.submit("In the beginning", max_tokens=8)
+                await engine.drain(timeout=30)
+                assert generation.completion is not None
         """
         self._gate.check_alive()
         if timeout is not None:
@@ -213,6 +225,12 @@ class Engine:
         what the model holds when it does, and the event ``engine.left_behind`` is logged. Requests
         end all the same. Harmless when called again, or by several tasks; goes on when the task is
         cancelled.
+
+        ::
+
+            async with mtpbatch.Engine.open("model.gguf") as engine:
+                await engine.aclose(timeout=5)
+                assert engine.closed
         """
         self._gate.home.check("engine")
         _check_seconds("timeout", timeout)
@@ -231,6 +249,13 @@ class Engine:
         """Wait until the engine has ended: closed, whoever does it, or dead.
 
         Raises :class:`~mtpbatch.EngineDeadError` if it has died.
+
+        ::
+
+            async with mtpbatch.Engine.open("model.gguf") as engine:
+                async with anyio.create_task_group() as tasks:
+                    tasks.start_soon(engine.wait_closed)
+                    await engine.aclose()
         """
         self._gate.home.check("engine")
         await self._ended.wait()
@@ -257,6 +282,10 @@ class Engine:
         :class:`~mtpbatch.NativeDiedError` while the process that runs the model is being started
         again, so that requests have to wait, or :class:`~mtpbatch.EngineStalledError` if there are
         requests and no step has finished for ``stall_timeout`` seconds.
+
+        ::
+
+            engine.check_health(stall_timeout=30)
         """
         _check_seconds("stall_timeout", stall_timeout)
         self._gate.check_open()
@@ -277,6 +306,11 @@ class Engine:
 
         Raises :class:`~mtpbatch.DecodeError` if a step it took part in failed, and
         :class:`~mtpbatch.EngineOverloaded` if it was rejected.
+
+        ::
+
+            done = await engine.generate("def fib(n):", max_tokens=64, stop="\\n\\n")
+            print(done.text, done.finish_reason)
         """
         return await self._intake.submit(prompt, parse(SamplingParams, params), followed=False)
 
@@ -287,6 +321,11 @@ class Engine:
 
         The next prompt is taken when there is room for it. If one of them fails, or the waiting
         task is cancelled, the rest are cancelled.
+
+        ::
+
+            done = await engine.generate_many(["In the", "def main("], max_tokens=8)
+            print([each.text for each in done])
         """
         if isinstance(prompts, str) or not isinstance(prompts, Iterable):
             kind = type(prompts).__name__
@@ -311,6 +350,10 @@ class Engine:
         takes longer than a quarter of computing), or with ``reuse_prefix=False`` or
         ``snapshot_memory=0``. If one request fails, or the waiting task is cancelled, the rest are
         cancelled.
+
+        ::
+
+            three = await engine.generate_n("Once upon a time", 3, temperature=0.8, max_tokens=8)
         """
         each = _each(parse(SamplingParams, params), n)
         self._gate.check_accepting()
@@ -375,6 +418,11 @@ class Engine:
 
         Raises :class:`~mtpbatch.EngineOverloaded` if too many requests wait already. Where that
         depends on the tokens of a long text, waiting for the generation raises it.
+
+        ::
+
+            generation = engine.submit("In the beginning", max_tokens=8)
+            print((await generation).text)
         """
         return self._intake.submit(
             prompt, parse(SamplingParams, params), followed=followed, waits=False
@@ -387,6 +435,11 @@ class Engine:
 
         Answers and costs are those of :meth:`generate_n`, and all else is as in :meth:`submit`. A
         text is tokenised for each of them: give tokens where it is long.
+
+        ::
+
+            generations = engine.submit_n("Once upon a time", 3, temperature=0.8, max_tokens=8)
+            print([(await generation).text for generation in generations])
         """
         generations: list[Generation] = []
         try:
@@ -474,6 +527,10 @@ class Engine:
 
         Raises :class:`~mtpbatch.InvalidParameterError`, which names the message that is wrong, or
         :class:`~mtpbatch.ChatTemplateError`: there is no template, or it refused or failed.
+
+        ::
+
+            prompt = engine.apply_chat_template([{"role": "user", "content": "Hello"}])
         """
         return self._chat_template.render(messages, tools, template_args)
 
@@ -487,6 +544,12 @@ class Engine:
 
         For those who submit a conversation themselves: ``text`` is to be tokenised with
         ``add_special=False``, and ``answer.read(completion)`` takes what came apart.
+
+        ::
+
+            prompt = await engine.chat_prompt([{"role": "user", "content": "Hello"}])
+            tokens = await engine.tokenize(prompt.text, add_special=False)
+            answer = prompt.answer.read(await engine.generate(tokens, max_tokens=8))
         """
         template = self._chat_template
         # On a thread, as to compile or to fill in a template can take long.
@@ -515,6 +578,11 @@ class Engine:
         Raises :class:`~mtpbatch.InvalidParameterError` for a text that is empty or longer than
         n_ctx, :class:`~mtpbatch.ContextError` if the model makes no embeddings or there is no
         memory, :class:`~mtpbatch.DecodeError` if a decode failed.
+
+        ::
+
+            vectors = (await engine.embed(["In the beginning", "import os"])).vectors
+            assert vectors.shape[0] == 2
         """
         if isinstance(texts, str) or not isinstance(texts, Iterable):
             kind = type(texts).__name__
@@ -531,12 +599,23 @@ class Engine:
         ``add_special=False`` leaves out those that the model wants around a text, such as one at
         its begin. Special tokens that the text names are always read as such. Long texts do not
         hold up the event loop.
+
+        ::
+
+            tokens = await engine.tokenize("In the beginning")
+            assert await engine.detokenize(tokens) == "In the beginning"
         """
         self._gate.check_open()
         return await self._tokenizer.tokenize(text, add_special=add_special)
 
     async def detokenize(self, token_ids: abc.Sequence[int]) -> str:
-        """The text of ``token_ids``; bytes that are not UTF-8 become U+FFFD."""
+        """The text of ``token_ids``; bytes that are not UTF-8 become U+FFFD.
+
+        ::
+
+            done = await engine.generate("In the", max_tokens=8)
+            print(await engine.detokenize(done.token_ids))
+        """
         self._gate.check_open()
         return await self._tokenizer.detokenize(token_ids)
 
@@ -567,6 +646,11 @@ class Engine:
 
         They are of a moment ago: at most 50 ms, or the step under way. Works after closing, but
         raises :class:`~mtpbatch.EngineDeadError` if the engine has died.
+
+        ::
+
+            await engine.generate("In the beginning", max_tokens=8)
+            print(engine.stats().generated_tokens, engine.stats().acceptance)
         """
         self._gate.check_alive()
         rejected = self._intake.n_rejected
@@ -577,8 +661,12 @@ class Engine:
 
         ::
 
-            with engine.watch(watcher):
-                await engine.generate("def fib(n):")
+            class Ends(mtpbatch.Watcher):
+                def ended(self, request):
+                    print(request.request_id, request.error or request.completion.finish_reason)
+
+            with engine.watch(Ends()):
+                await engine.generate("def fib(n):", max_tokens=8)
 
         Without a ``with``, its ``close()`` takes the watcher off. Costs nothing while nobody
         watches. Not to be called by a watcher that is being told something.

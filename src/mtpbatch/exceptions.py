@@ -45,9 +45,17 @@ class MtpBatchError(Exception):
     """Base of every error that mtpbatch raises on purpose.
 
     ``completion`` holds what a request had produced when the error ended it, if it had started.
+
+    ::
+
+        try:
+            done = await engine.generate("In the beginning", max_tokens=8)
+        except mtpbatch.MtpBatchError as error:
+            done = error.completion
     """
 
     completion: Completion | None = None
+    """None if no request had started."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         # So that errors reach other processes whole: what __init__ takes is not what some keep.
@@ -62,6 +70,13 @@ class InvalidRequestError(MtpBatchError, ValueError):
     """The arguments of a call are wrong; nothing was started and no other request is affected.
 
     What to do: mend the call as the message says.
+
+    ::
+
+        try:
+            await engine.generate([])
+        except mtpbatch.InvalidRequestError as error:
+            print(error)  # also a ValueError
     """
 
 
@@ -72,6 +87,13 @@ class InvalidParameterError(InvalidRequestError):
 
     What to do: give a value that the message allows; for an unknown parameter it has the name
     that was probably meant.
+
+    ::
+
+        try:
+            await engine.generate("In the", top_p=2)
+        except mtpbatch.InvalidParameterError as error:
+            assert error.parameter == "top_p"
     """
 
     def __init__(self, parameter: str, reason: str) -> None:
@@ -83,6 +105,14 @@ class PromptTooLongError(InvalidParameterError):
     """The prompt leaves no room in a sequence's context for even one generated token.
 
     What to do: shorten the prompt, or open the engine with a larger ``n_ctx``.
+
+    ::
+
+        prompt = [65] * 10_000
+        try:
+            await engine.generate(prompt)
+        except mtpbatch.PromptTooLongError as error:
+            await engine.generate(prompt[-error.n_ctx // 2 :], max_tokens=8)
     """
 
     def __init__(self, n_tokens: int, n_ctx: int) -> None:
@@ -102,6 +132,13 @@ class ChatTemplateError(InvalidRequestError):
 
     What to do: mend the messages if the template refuses them; with a model file whose template
     is missing or broken, make the prompt yourself and call ``generate``.
+
+    ::
+
+        try:
+            await engine.chat(messages, max_tokens=8)
+        except mtpbatch.ChatTemplateError:
+            await engine.generate("USER: Hello ASSISTANT:", max_tokens=8)
     """
 
 
@@ -109,6 +146,13 @@ class EngineError(MtpBatchError):
     """The engine cannot take or finish the call.
 
     What to do: it depends on which one it is: see the classes below.
+
+    ::
+
+        try:
+            engine.submit("In the beginning", max_tokens=8)
+        except mtpbatch.EngineError as error:
+            print("not now:", error)
     """
 
 
@@ -121,6 +165,13 @@ class EngineOverloaded(EngineError):
 
     What to do: try again later (over HTTP: 429 with ``Retry-After``), let the task wait for
     room with ``on_full="wait"``, raise the limits, or add engines.
+
+    ::
+
+        try:
+            generation = engine.submit("In the beginning", max_tokens=8)
+        except mtpbatch.EngineOverloaded as error:
+            print(f"{error.waiting} of {error.max_waiting} wait already")
     """
 
     def __init__(
@@ -150,6 +201,15 @@ class EngineClosedError(EngineError):
 
     What to do: send the request to another engine; when an app shuts down, it is what requests
     that come too late get.
+
+    ::
+
+        async with mtpbatch.Engine.open() as other:
+            await other.drain()
+            try:
+                await other.generate("too late")
+            except mtpbatch.EngineClosedError:
+                print("it takes no more")
     """
 
 
@@ -161,6 +221,13 @@ class EngineDeadError(EngineError):
 
     What to do: open a new engine, or have the supervisor restart the process; ``__cause__``
     says what to mend, and ``isolation="process"`` survives a model that crashes.
+
+    ::
+
+        try:
+            engine.check_health()
+        except mtpbatch.EngineDeadError as error:
+            raise SystemExit(f"start again: {error.__cause__}")
     """
 
 
@@ -171,6 +238,13 @@ class EngineStalledError(EngineError):
 
     What to do: raise ``stall_timeout`` if a step of this model can take so long; otherwise
     restart the process, since a native call that hangs cannot be ended.
+
+    ::
+
+        try:
+            engine.check_health(stall_timeout=30)
+        except mtpbatch.EngineStalledError as error:
+            print(f"{error.n_requests} requests wait for {error.seconds} s")
     """
 
     def __init__(self, seconds: float, stall_timeout: float, n_requests: int) -> None:
@@ -188,6 +262,12 @@ class WrongProcessError(MtpBatchError):
 
     What to do: open the engine in the process that uses it, or start workers with the ``spawn``
     method.
+
+    ::
+
+        import multiprocessing
+
+        workers = multiprocessing.get_context("spawn")  # each opens an engine of its own
     """
 
 
@@ -196,6 +276,13 @@ class NativeError(MtpBatchError):
 
     What to do: as the message says; where memory ran out, lower ``n_ctx``, ``n_seq`` or
     ``n_cells``, or take a smaller model or ``kv_type``.
+
+    ::
+
+        try:
+            done = await engine.generate("In the beginning", max_tokens=8)
+        except mtpbatch.NativeError as error:
+            print("llama.cpp says:", error)
     """
 
 
@@ -204,6 +291,14 @@ class ModelLoadError(NativeError):
 
     What to do: check the path, and that the download is whole; a file that this llama.cpp does
     not know needs another conversion, or another release of mtpbatch.
+
+    ::
+
+        try:
+            async with mtpbatch.Engine.open("no-such-file.gguf"):
+                ...
+        except mtpbatch.ModelLoadError as error:
+            print(error)
     """
 
 
@@ -212,6 +307,15 @@ class ContextError(NativeError):
 
     What to do: mend the setting that the message names; where memory ran out, lower ``n_ctx``,
     ``n_seq`` or ``n_cells``.
+
+    ::
+
+        from mtpbatch.native import Context, Model
+
+        try:
+            Context(Model("model.gguf"), n_seq=1000)
+        except mtpbatch.ContextError as error:
+            print(error)
     """
 
 
@@ -221,6 +325,13 @@ class DecodeError(NativeError):
 
     What to do: send the request again. If it fails again, the model file or the backend is at
     fault; the log has ``step.failed`` with the reason.
+
+    ::
+
+        try:
+            done = await engine.generate("In the beginning", max_tokens=8)
+        except mtpbatch.DecodeError as error:
+            print("send it again; so far:", error.completion)
     """
 
 
@@ -231,6 +342,13 @@ class GrammarError(NativeError):
 
     What to do: make the grammar smaller or less ambiguous, and see that ``bad_words`` and
     ``logit_bias`` leave it a way to go on.
+
+    ::
+
+        try:
+            await engine.generate("A number:", regex="[0-9]+", max_tokens=8)
+        except mtpbatch.GrammarError as error:
+            print("a simpler grammar would do:", error)
     """
 
 
@@ -243,6 +361,13 @@ class NativeDiedError(NativeError):
 
     What to do: send the request again; if the same request kills it again, refuse that request
     and report it.
+
+    ::
+
+        try:
+            done = await engine.generate("In the beginning", max_tokens=8)
+        except mtpbatch.NativeDiedError:
+            done = await engine.generate("In the beginning", max_tokens=8)  # by another process
     """
 
     def __init__(self, returncode: int, advice: str = "") -> None:
@@ -263,6 +388,17 @@ class MtpSessionError(NativeError):
 
     What to do: these are mistakes in a loop of one's own, but for ``MtpInitError``: follow the
     order of calls that the session's documentation has. An engine raises none of them.
+
+    ::
+
+        from mtpbatch.native import Context, Model, MtpSession
+
+        with Model("model.gguf") as model, Context(model, n_ctx=256, n_rs_seq=3) as target:
+            with MtpSession(target, Context.mtp(target), n_seq=1, n_draft_max=3) as session:
+                try:
+                    session.accept(0, 1)  # nothing was drafted
+                except mtpbatch.MtpSessionError as error:
+                    assert isinstance(error, mtpbatch.MtpAcceptError)
     """
 
 
@@ -329,6 +465,13 @@ class LibraryMismatchError(MtpBatchError, ImportError):
     built so that mtpbatch does not fit it.
 
     What to do: run the ``pip install`` of the message; mtpbatch works with exactly one version.
+
+    ::
+
+        try:
+            import mtpbatch
+        except ImportError as error:  # which it is as well
+            print(error)
     """
 
 
@@ -336,4 +479,11 @@ class InternalError(MtpBatchError):
     """mtpbatch broke one of its own rules. Nothing a caller does should ever raise this.
 
     What to do: report it, with the traceback.
+
+    ::
+
+        try:
+            done = await engine.generate("In the beginning", max_tokens=8)
+        except mtpbatch.InternalError as error:
+            raise SystemExit(f"please report it: {error}")
     """

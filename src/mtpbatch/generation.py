@@ -73,6 +73,12 @@ class Generation(AsyncIterator[Delta]):
         """Free what the request holds, within one step; harmless once it has ended.
 
         It then ends with the finish reason "abort", unless it ended by itself meanwhile.
+
+        ::
+
+            generation = engine.submit("Once upon a time", ignore_eos=True)
+            generation.cancel()
+            assert (await generation).finish_reason == "abort"
         """
         self._home.check("generation")
         if self._outcome is None:
@@ -89,7 +95,13 @@ class Generation(AsyncIterator[Delta]):
         return self._outcome
 
     async def entered(self) -> None:
-        """Wait until the request is in the queue. Raises the error that ended it before."""
+        """Wait until the request is in the queue. Raises the error that ended it before.
+
+        ::
+
+            generation = engine.submit("In the beginning", max_tokens=8)
+            await generation.entered()
+        """
         await self._entry.wait()
         if isinstance(self._outcome, MtpBatchError):
             raise self._outcome.with_traceback(None)

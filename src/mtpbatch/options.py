@@ -1,13 +1,7 @@
 """The keyword arguments of requests and engines, as type checkers and editors read them.
 
 At run time they are the fields of :class:`~mtpbatch.SamplingParams` and
-:class:`~mtpbatch.EngineConfig`, which have the defaults and check the values. A wrapper of one's
-own takes them in the same way::
-
-    from typing import Unpack
-
-    async def ask(engine: Engine, question: str, **params: Unpack[SamplingOptions]) -> str:
-        return (await engine.generate(f"Q: {question}\\nA:", **params)).text
+:class:`~mtpbatch.EngineConfig`, which have the defaults and check the values.
 """
 
 from __future__ import annotations
@@ -22,7 +16,17 @@ Depth: TypeAlias = int | Literal["auto"]
 
 
 class SamplingOptions(TypedDict, total=False):
-    """The keyword arguments of requests: each is a field of :class:`~mtpbatch.SamplingParams`."""
+    """The keyword arguments of requests: each is a field of :class:`~mtpbatch.SamplingParams`.
+
+    A wrapper of one's own takes them in the same way::
+
+        from typing import Unpack
+
+        async def ask(question: str, **params: Unpack[mtpbatch.SamplingOptions]) -> str:
+            return (await engine.generate(f"Q: {question} A:", **params)).text
+
+        await ask("How much is 6 times 7?", max_tokens=8)
+    """
 
     max_tokens: int
     temperature: float
@@ -64,7 +68,14 @@ class SamplingOptions(TypedDict, total=False):
 
 class EngineOptions(TypedDict, total=False):
     """The keyword arguments of :meth:`Engine.open <mtpbatch.Engine.open>`: each is a field of
-    :class:`~mtpbatch.EngineConfig`."""
+    :class:`~mtpbatch.EngineConfig`.
+
+    ::
+
+        small: mtpbatch.EngineOptions = {"n_seq": 2, "n_ctx": 512}
+        async with mtpbatch.Engine.open("model.gguf", **small) as engine:
+            await engine.generate("In the beginning", max_tokens=8)
+    """
 
     n_seq: int
     n_ctx: int | None

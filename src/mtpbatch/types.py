@@ -41,7 +41,14 @@ _S = TypeVar("_S", bound=Struct)
 
 
 class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How an engine is opened. ``None`` means: taken from the model and the machine."""
+    """How an engine is opened. ``None`` means: taken from the model and the machine.
+
+    ::
+
+        config = mtpbatch.EngineConfig(n_seq=16, n_ctx=2048, kv_type="q8_0")
+        async with mtpbatch.Engine.open("model.gguf", **msgspec.structs.asdict(config)) as engine:
+            assert engine.config.n_seq == 16
+    """
 
     n_seq: Annotated[int, Meta(ge=1, le=MAX_SEQUENCES)] = 8
     """Sequences that run at once; further requests wait."""
@@ -115,7 +122,14 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
 
 class SamplingParams(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """How one request is sampled and when it ends."""
+    """How one request is sampled and when it ends.
+
+    ::
+
+        done = await engine.generate("In the", max_tokens=20, temperature=0.8, top_p=0.95, seed=7)
+        again = await engine.generate("In the", max_tokens=20, temperature=0.8, top_p=0.95, seed=7)
+        assert again.text == done.text
+    """
 
     max_tokens: Annotated[int, Meta(ge=1)] = 256
     """Most tokens to generate; the context may end it sooner."""
@@ -311,7 +325,15 @@ class GrammarSource(Struct, frozen=True):
 
 
 class TokenLogprobs(Struct, frozen=True, gc=False):
-    """How probable the model finds a token, as natural logarithms; -inf: impossible."""
+    """How probable the model finds a token, as natural logarithms; -inf: impossible.
+
+    ::
+
+        done = await engine.generate("In the", max_tokens=1, logprobs=2)
+        chosen = done.logprobs[0]
+        for token_id, logprob in chosen.top:
+            print(engine.token_bytes[token_id], round(logprob, 2))
+    """
 
     token_id: int
     """The token."""
@@ -325,7 +347,12 @@ class TokenLogprobs(Struct, frozen=True, gc=False):
 
 
 class ModelFacts(Struct, frozen=True, kw_only=True):
-    """What the scheduler and the text side need to know of a loaded model and its contexts."""
+    """What the scheduler and the text side need to know of a loaded model and its contexts.
+
+    ::
+
+        room = engine.model.n_ctx - len(await engine.tokenize("In the beginning"))
+    """
 
     n_ctx: int
     """Tokens one sequence can hold."""
@@ -577,7 +604,13 @@ class StepResult(Struct, frozen=True, gc=False):
 
 
 class Usage(Struct, frozen=True):
-    """Tokens of a request."""
+    """Tokens of a request.
+
+    ::
+
+        usage = (await engine.generate("In the beginning", max_tokens=8)).usage
+        assert usage.total_tokens == usage.prompt_tokens + usage.completion_tokens
+    """
 
     prompt_tokens: int
     """Of the prompt, special ones included."""
@@ -593,7 +626,13 @@ class Usage(Struct, frozen=True):
 
 
 class Timings(Struct, frozen=True):
-    """Seconds a request spent; each part is 0 if it was not reached."""
+    """Seconds a request spent; each part is 0 if it was not reached.
+
+    ::
+
+        done = await engine.generate("In the beginning", max_tokens=8)
+        print(f"{done.timings.first_token * 1e3:.1f} ms, then {done.timings.decode * 1e3:.1f} ms")
+    """
 
     queued: float
     """From submission until a sequence took it, or until its end if none did."""
@@ -613,6 +652,12 @@ class Delta(Struct, frozen=True, gc=False):
     Of ``token_ids`` the first ``n_accepted`` were drafted and accepted. Text of the last tokens
     can come with a later delta: bytes of a split character and a possible start of a stop text
     wait until they are decided.
+
+    ::
+
+        async with engine.stream("In the beginning", max_tokens=20) as deltas:
+            async for delta in deltas:
+                print(delta.text, delta.n_accepted, "of", len(delta.token_ids))
     """
 
     text: str
@@ -628,7 +673,13 @@ class Delta(Struct, frozen=True, gc=False):
 
 
 class Completion(Struct, frozen=True, kw_only=True):
-    """The end of a request, whichever way it came."""
+    """The end of a request, whichever way it came.
+
+    ::
+
+        done = await engine.generate("In the beginning", max_tokens=32)
+        print(done.text, done.finish_reason, f"{done.tokens_per_step:.2f} tokens a step")
+    """
 
     request_id: str
     """Names the request in the log, in traces and to watchers."""
@@ -669,7 +720,13 @@ class Completion(Struct, frozen=True, kw_only=True):
 
 
 class Embeddings(Struct, frozen=True, kw_only=True, eq=False):
-    """What texts mean to the model, as vectors."""
+    """What texts mean to the model, as vectors.
+
+    ::
+
+        found = await engine.embed(["In the beginning", "import os"])
+        similarity = float(found.vectors[0] @ found.vectors[1])
+    """
 
     vectors: npt.NDArray[np.float32]
     """One row for each text: shape [texts, n_embd], float32."""
@@ -678,7 +735,18 @@ class Embeddings(Struct, frozen=True, kw_only=True, eq=False):
 
 
 class SequenceStep(Struct, frozen=True, gc=False):
-    """One sequence's part in a step."""
+    """One sequence's part in a step.
+
+    ::
+
+        class Print(mtpbatch.Watcher):
+            def stepped(self, report):
+                for step in report.sequences:
+                    print(step.request_id, step.n_accepted, "of", step.n_drafted)
+
+        with engine.watch(Print()):
+            await engine.generate("In the beginning", max_tokens=8)
+    """
 
     seq_id: int
     """The sequence."""
@@ -697,7 +765,21 @@ class SequenceStep(Struct, frozen=True, gc=False):
 
 
 class StepReport(Struct, frozen=True, gc=False):
-    """What one step did. Durations are seconds."""
+    """What one step did. Durations are seconds.
+
+    ::
+
+        class Slowest(mtpbatch.Watcher):
+            seconds = 0.0
+
+            def stepped(self, report):
+                self.seconds = max(self.seconds, report.target_time)
+
+        slowest = Slowest()
+        with engine.watch(slowest):
+            await engine.generate("In the beginning", max_tokens=8)
+        print(slowest.seconds)
+    """
 
     at: float
     """When its results were taken in, by the engine's clock: :func:`time.monotonic`."""
@@ -718,7 +800,13 @@ class StepReport(Struct, frozen=True, gc=False):
 
 
 class EngineStats(Struct, frozen=True, kw_only=True):
-    """A snapshot of an engine; totals count from its opening. Durations are seconds."""
+    """A snapshot of an engine; totals count from its opening. Durations are seconds.
+
+    ::
+
+        stats = engine.stats()
+        print(stats.running, stats.waiting, f"{stats.kv_cache_usage:.0%} of the cells")
+    """
 
     running: int
     """Requests that hold a sequence."""

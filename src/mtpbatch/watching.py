@@ -21,22 +21,48 @@ from mtpbatch.types import Completion, SamplingParams, SequenceStep, StepReport,
 
 
 class RequestAdmitted(Struct, frozen=True, gc=False):
-    """A request that has a sequence id. Nothing in it tells what its texts are."""
+    """A request that has a sequence id. Nothing in it tells what its texts are.
+
+    ::
+
+        class Queue(mtpbatch.Watcher):
+            def admitted(self, request):
+                print(request.request_id, "has waited for", request.queued, "s")
+
+        with engine.watch(Queue()):
+            await engine.generate("In the beginning", max_tokens=8)
+    """
 
     request_id: str
+    """Whose sequence it is."""
     seq_id: int
+    """Where it stands in the model's memory, from 0 to n_seq - 1."""
     queued: float
     """Seconds from its submission until it had its first one."""
     prompt_tokens: int
+    """Of its prompt."""
     cached_tokens: int
     """Of those, how many did not have to be computed."""
 
 
 class RequestEnded(Struct, frozen=True):
-    """A request that has had its last event."""
+    """A request that has had its last event.
+
+    ::
+
+        class Failures(mtpbatch.Watcher):
+            def ended(self, request):
+                if request.error is not None:
+                    print(request.request_id, request.error)
+
+        with engine.watch(Failures()):
+            await engine.generate("In the beginning", max_tokens=8)
+    """
 
     request_id: str
+    """Names it within its engine, and in the log."""
     params: SamplingParams
+    """What it asked for."""
     completion: Completion | None
     """What there was by then; None if it failed before it could start."""
     error: MtpBatchError | None
@@ -50,6 +76,15 @@ class Watcher(Protocol):
     The next step's plan waits for them: be quick, wait for nothing, and leave the engine alone but
     for its :meth:`~mtpbatch.Engine.stats`. A watcher that raises is logged, as ``watcher.failed``,
     and hears no more. What a subclass does not define, it does not want to hear.
+
+    ::
+
+        class Print(mtpbatch.Watcher):
+            def ended(self, request):
+                print(request.request_id, request.error or request.completion.finish_reason)
+
+        with engine.watch(Print()):
+            await engine.generate("In the beginning", max_tokens=8)
     """
 
     def admitted(self, request: RequestAdmitted) -> None:

@@ -96,8 +96,9 @@ def _section(kind: type[exceptions.MtpBatchError], tables: dict[str, list[Messag
 
 
 def as_text(kind: type) -> str:
-    """A class's docstring, with names instead of roles."""
-    text = re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"`\1`", inspect.getdoc(kind) or "")
+    """A class's docstring without its example, with names instead of roles."""
+    text, _, _ = (inspect.getdoc(kind) or "").partition("\n\n::\n")
+    text = re.sub(r":\w+:`~?(?:[\w.]+\.)?(\w+)`", r"`\1`", text)
     return text.replace("``", "`")
 
 

@@ -14,6 +14,13 @@ class ChatGeneration(AsyncIterator[ChatDelta]):
     """A chat request under way: await it for its completion, or iterate over its deltas.
 
     It is a :class:`~mtpbatch.Generation` whose text is taken apart, and behaves like one.
+
+    ::
+
+        async with engine.stream_chat(messages, max_tokens=20) as deltas:
+            async for delta in deltas:
+                print(delta.content, end="")
+        answer = await deltas
     """
 
     # Touched on the loop that submitted, and only there. The parser has seen the deltas that
@@ -37,7 +44,14 @@ class ChatGeneration(AsyncIterator[ChatDelta]):
         return None if completion is None else self._format.read(completion)
 
     def cancel(self) -> None:
-        """Free what the request holds, within one step; harmless once it has ended."""
+        """Free what the request holds, within one step; harmless once it has ended.
+
+        ::
+
+            async with engine.stream_chat(messages) as deltas:
+                deltas.cancel()
+                assert (await deltas).finish_reason == "abort"
+        """
         self._generation.cancel()
 
     def __await__(self) -> Generator[Any, Any, ChatCompletion]:

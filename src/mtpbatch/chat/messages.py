@@ -24,32 +24,67 @@ _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")  # as different
 
 
 class TextPart(Struct, frozen=True):
-    """A part of a message's content."""
+    """A part of a message's content.
+
+    ::
+
+        mtpbatch.ChatMessage(role="user", content=(mtpbatch.TextPart(text="Hello"),))
+    """
 
     text: str
+    """Unicode, as the template is to have it."""
     type: Literal["text"] = "text"
+    """Other kinds of parts, such as images, are refused."""
 
 
 class FunctionCall(Struct, frozen=True):
-    """Which function, with what."""
+    """Which function, with what.
+
+    ::
+
+        answer = await engine.chat(messages, max_tokens=20)
+        for call in answer.tool_calls:
+            print(call.function.name, call.function.arguments)
+    """
 
     name: str
+    """One of the functions that the request offered, if the model keeps to them."""
     arguments: dict[str, Any]
+    """By name, as the model wrote them: nothing has checked them against the schema."""
 
 
 class ToolCall(Struct, frozen=True, kw_only=True):
-    """A function that the model wants to be called."""
+    """A function that the model wants to be called.
+
+    ::
+
+        add = mtpbatch.FunctionCall(name="add", arguments={"a": 6, "b": 7})
+        call = mtpbatch.ToolCall(function=add, id="call-1")
+        messages.append(mtpbatch.ChatMessage(role="assistant", tool_calls=(call,)))
+    """
 
     function: FunctionCall
+    """What is to be called."""
     id: str | None = None
     """Names the call for the ``tool`` message that answers it."""
     type: Literal["function"] = "function"
+    """There are no others."""
 
 
 class ChatMessage(Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One message of a conversation. A dict with the same keys does as well."""
+    """One message of a conversation. A dict with the same keys does as well.
+
+    ::
+
+        messages = [
+            mtpbatch.ChatMessage(role="system", content="Be brief."),
+            mtpbatch.ChatMessage(role="user", content="How much is 6 times 7?"),
+        ]
+        answer = await engine.chat(messages, max_tokens=20)
+    """
 
     role: Role
+    """Who says it: "system", "developer", "user", "assistant" or "tool"."""
     content: str | tuple[TextPart, ...] | None = None
     """Only an assistant's message may be without."""
     reasoning_content: str | None = None
@@ -63,23 +98,41 @@ class ChatMessage(Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class ChatDelta(Struct, frozen=True, kw_only=True):
-    """What a step added to an answer; all of it may be empty, but not in the last one."""
+    """What a step added to an answer; all of it may be empty, but not in the last one.
+
+    ::
+
+        async with engine.stream_chat(messages, max_tokens=20) as deltas:
+            async for delta in deltas:
+                print(delta.content, end="")
+    """
 
     content: str = ""
+    """Text of the answer; whole characters."""
     reasoning_content: str = ""
+    """Text of what the model thinks first."""
     tool_calls: tuple[ToolCall, ...] = ()
     """Calls that have become complete."""
     finish_reason: FinishReason | None = None
+    """How the request ended; None while more is to come."""
 
 
 class ChatCompletion(Struct, frozen=True, kw_only=True):
-    """An answer, taken apart."""
+    """An answer, taken apart.
+
+    ::
+
+        answer = await engine.chat(messages, max_tokens=20)
+        print(answer.content, answer.completion.usage.completion_tokens)
+        messages.append(answer.message)
+    """
 
     content: str
     """The answer's text, without reasoning and tool calls."""
     reasoning_content: str | None
     """What the model thought first; None if it did not, or if the template does not mark it."""
     tool_calls: tuple[ToolCall, ...]
+    """In the order in which the model wrote them; empty if it wants none."""
     completion: Completion
     """The request's figures, and the text with all of its markup."""
 
