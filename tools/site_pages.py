@@ -17,7 +17,13 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "src/mtpbatch/models/README.md"]
+DOCUMENTS = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "SECURITY.md",
+    "src/mtpbatch/models/README.md",
+]
 SOURCES = ["src/mtpbatch/models/LICENSE"]
 FOLDERS = ["examples"]
 LINK = re.compile(r"\[([^\[\]]*)\]\((?!\w+:|#)([^)#\s]+)(#[^)\s]*)?\)")
@@ -29,7 +35,7 @@ def _shown() -> dict[str, str]:
         path.relative_to(ROOT).as_posix()
         for folder in FOLDERS
         for path in sorted((ROOT / folder).rglob("*"))
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.suffix in (".md", ".py", ".yaml")
     ]
     return {
         name: name if name.endswith(".md") else f"{name}.md"
@@ -46,8 +52,7 @@ def on_files(files: Files, config: MkDocsConfig, **_: Any) -> Files:
         path = ROOT / name
         content = path.read_text(encoding="utf-8")
         if path.suffix != ".md":
-            language = {".py": "python", ".ipynb": "json"}.get(path.suffix, path.suffix[1:])
-            content = f"# {path.name}\n\n````{language}\n{content}\n````\n"
+            content = f"# {path.name}\n\n```{path.suffix[1:]}\n{content}\n```\n"
         files.append(File.generated(config, uri, content=content))
     return files
 

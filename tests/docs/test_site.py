@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections import defaultdict
@@ -13,8 +14,10 @@ from urllib.parse import unquote, urljoin, urlsplit
 
 import pytest
 
+import look_at_site
 import mtpbatch
 import reference_pages
+from browsing import open_browser, set_screen
 from docs_pages import ROOT
 from from_code import errors
 from mtpbatch import MtpBatchError, native, testing
@@ -87,6 +90,17 @@ def test_nothing_is_loaded_from_elsewhere(site: Path) -> None:
             assert urlsplit(urljoin(url, source)).netloc in ("site", ""), (url, source)
     for style in site.rglob("*.css"):
         assert "url(http" not in style.read_text(encoding="utf-8")
+
+
+def test_pages_fit_on_a_phone_and_complain_of_nothing(site: Path) -> None:
+    if not (shutil.which("chromium") or shutil.which("apt-get")):
+        pytest.skip("NOT TESTED: the site's pages, as there is neither chromium nor apt-get here")
+    with look_at_site.served(site) as address, open_browser() as browser:
+        set_screen(browser, *look_at_site.SCREENS["phone"])
+        for page in look_at_site.pages_of(site):
+            if page.startswith("examples/"):
+                continue  # code
+            assert look_at_site.faults(browser, address, page) == [], page
 
 
 def test_every_public_name_is_in_the_reference(site: Path) -> None:
