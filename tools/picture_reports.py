@@ -12,7 +12,7 @@ from pathlib import Path
 from PIL import Image  # comes with matplotlib
 
 from loadtest.simulated_runs import simulated_run
-from mtpbatch.loadtest import html, side_by_side
+from mtpbatch.loadtest.report import html, side_by_side
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 WIDTH = 1280

@@ -10,9 +10,16 @@ import pytest
 
 from loadtest.simulated_runs import simulated_run, simulated_sweep
 from mtpbatch import InvalidParameterError
-from mtpbatch.loadtest import side_by_side
-from mtpbatch.loadtest.comparison import N_PARTS, STUDENT, Figure, differences, figures, ratio
 from mtpbatch.loadtest.records import Record, RequestRecord, RunRecord
+from mtpbatch.loadtest.report import side_by_side
+from mtpbatch.loadtest.report.comparison import (
+    N_PARTS,
+    STUDENT,
+    Figure,
+    differences,
+    figures,
+    ratio,
+)
 from mtpbatch.loadtest.summary import summarize
 
 

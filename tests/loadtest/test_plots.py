@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mtpbatch.loadtest.plots import Axis, Plot
+from mtpbatch.loadtest.report.plots import Axis, Plot
 
 highs = st.floats(1e-6, 1e7)
 

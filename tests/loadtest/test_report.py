@@ -10,10 +10,10 @@ import msgspec
 import pytest
 
 from loadtest.simulated_runs import simulated_run, simulated_sweep
-from mtpbatch.loadtest import side_by_side
-from mtpbatch.loadtest.charts import MOST_BARS
-from mtpbatch.loadtest.html import report
 from mtpbatch.loadtest.records import Record, RunRecord, SweepRecord
+from mtpbatch.loadtest.report import side_by_side
+from mtpbatch.loadtest.report.charts import MOST_BARS
+from mtpbatch.loadtest.report.html import report
 
 VOID = {"meta", "path"}
 

@@ -17,7 +17,7 @@ from mtpbatch import InvalidParameterError
 from mtpbatch.cli import bench_results
 from mtpbatch.loadtest import results
 from mtpbatch.loadtest.records import Record
-from mtpbatch.loadtest.tables import Table, number, plain, print_record, seconds
+from mtpbatch.loadtest.report.tables import Table, number, plain, print_record, seconds
 from terminal import screen_of
 
 SIZES = {"s": 1.0, "ms": 1e-3, "µs": 1e-6}
@@ -81,7 +81,8 @@ def test_without_a_terminal_figures_are_plain(
 def test_on_a_terminal_figures_are_drawn(tmp_path: Path) -> None:
     results.save(simulated_run(n=40), tmp_path)
     program = (
-        "import sys; from pathlib import Path; from mtpbatch.loadtest import results, tables; "
+        "import sys; from pathlib import Path; "
+        "from mtpbatch.loadtest import results; from mtpbatch.loadtest.report import tables; "
         "tables.print_record(results.load(Path(sys.argv[1])))"
     )
     command = [sys.executable, "-c", program, str(tmp_path / "result.json")]

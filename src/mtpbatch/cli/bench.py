@@ -150,8 +150,10 @@ def run(options: argparse.Namespace, engine_options: Iterable[str]) -> int:
     if options.bench_command in ("report", "compare"):
         bench_results.run(options)
         return 0
-    from mtpbatch.loadtest import results, tables  # only here: they take a while to import
+    # Only here: they take a while to import.
+    from mtpbatch.loadtest import results
     from mtpbatch.loadtest.bench import bench, sweep
+    from mtpbatch.loadtest.report import tables
 
     given = vars(options)
     settings = {name: given[name] for name in Settings.__struct_fields__ if name in given}

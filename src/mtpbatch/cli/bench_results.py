@@ -49,7 +49,9 @@ def run(options: argparse.Namespace) -> None:
 
 
 def _report(path: Path, folder: Path | None) -> None:
-    from mtpbatch.loadtest import results, tables  # only here: they take a while to import
+    # Only here: they take a while to import.
+    from mtpbatch.loadtest import results
+    from mtpbatch.loadtest.report import tables
 
     record = results.load(path)
     tables.print_record(record)
@@ -58,7 +60,8 @@ def _report(path: Path, folder: Path | None) -> None:
 
 
 def _compare(paths: list[Path], page: Path) -> None:
-    from mtpbatch.loadtest import results, side_by_side, tables
+    from mtpbatch.loadtest import results
+    from mtpbatch.loadtest.report import side_by_side, tables
 
     records = [results.load(path) for path in paths]
     comparison = side_by_side.compare(records, side_by_side.labels(records, paths))

@@ -9,8 +9,8 @@ import msgspec
 from msgspec import Struct
 
 from mtpbatch.exceptions import InvalidParameterError
-from mtpbatch.loadtest.html import report
 from mtpbatch.loadtest.records import FORMAT, Record, RequestRecord, RunRecord, runs_of, values_of
+from mtpbatch.loadtest.report.html import report
 from mtpbatch.loadtest.summary import Summary, acceptance_length, e2e, meets, summarize, tpot, ttft
 
 

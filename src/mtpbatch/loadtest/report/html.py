@@ -9,11 +9,10 @@ import jinja2
 import markupsafe
 from msgspec import Struct
 
-from mtpbatch.loadtest.charts import Chart, Shown, Sweep, run_charts, sweep_charts
 from mtpbatch.loadtest.overhead import doubts
 from mtpbatch.loadtest.records import Record, RunRecord, SweepRecord
-from mtpbatch.loadtest.summary import LATENCIES, Summary
-from mtpbatch.loadtest.tables import (
+from mtpbatch.loadtest.report.charts import Chart, Shown, Sweep, run_charts, sweep_charts
+from mtpbatch.loadtest.report.tables import (
     Table,
     number,
     percent,
@@ -22,6 +21,7 @@ from mtpbatch.loadtest.tables import (
     slo_words,
     sweep_table,
 )
+from mtpbatch.loadtest.summary import LATENCIES, Summary
 
 UNREACHED = "none"
 FEW = 100
@@ -62,7 +62,7 @@ def render(page: Page) -> str:
 @functools.cache
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("mtpbatch.loadtest", "page"),
+        loader=jinja2.PackageLoader("mtpbatch.loadtest.report", "page"),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,

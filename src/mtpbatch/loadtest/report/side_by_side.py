@@ -10,8 +10,9 @@ from pathlib import Path
 from msgspec import Struct
 
 from mtpbatch.exceptions import InvalidParameterError
-from mtpbatch.loadtest.charts import Chart, Shown, Sweep, run_charts, sweep_charts
-from mtpbatch.loadtest.comparison import (
+from mtpbatch.loadtest.records import Record, RunRecord, SweepRecord, runs_of
+from mtpbatch.loadtest.report.charts import Chart, Shown, Sweep, run_charts, sweep_charts
+from mtpbatch.loadtest.report.comparison import (
     Figure,
     Ratio,
     differences,
@@ -19,9 +20,8 @@ from mtpbatch.loadtest.comparison import (
     ratio,
     surroundings,
 )
-from mtpbatch.loadtest.html import Page, Section, render, settings_tables
-from mtpbatch.loadtest.records import Record, RunRecord, SweepRecord, runs_of
-from mtpbatch.loadtest.tables import UNKNOWN, Table, number, percent, seconds, sweep_table
+from mtpbatch.loadtest.report.html import Page, Section, render, settings_tables
+from mtpbatch.loadtest.report.tables import UNKNOWN, Table, number, percent, seconds, sweep_table
 
 _SHOWN = {"seconds": seconds, "number": number, "percent": percent}
 _OF_SWEEPS = ("Output tokens/s", "Goodput, requests/s", "TTFT, median", "TPOT, median")

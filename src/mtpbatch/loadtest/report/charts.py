@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from msgspec import Struct
 
-from mtpbatch.loadtest.plots import N_SERIES, Axis, Numbers, Plot, round_step
 from mtpbatch.loadtest.records import RequestRecord, RunRecord, SweepRecord
+from mtpbatch.loadtest.report.plots import N_SERIES, Axis, Numbers, Plot, round_step
+from mtpbatch.loadtest.report.tables import Table, number, seconds
 from mtpbatch.loadtest.summary import (
     LATENCIES,
     Counted,
@@ -22,7 +23,6 @@ from mtpbatch.loadtest.summary import (
     tpot,
     ttft,
 )
-from mtpbatch.loadtest.tables import Table, number, seconds
 
 MOST_BARS = 600  # requests in a timeline: more could not be told apart
 MOST_POINTS = 2000  # requests in a scatter plot
