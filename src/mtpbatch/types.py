@@ -272,6 +272,10 @@ class SamplingParams(Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
 _TEXTS = ("stop", "bad_words", "dry_sequence_breakers")
 
+# What msgspec raises over a value; the other one over a text with a lone surrogate, unless a text
+# is allowed.
+_WRONG = (msgspec.ValidationError, UnicodeEncodeError)
+
 
 def has_dry(params: SamplingParams) -> bool:
     """Whether DRY does anything."""
@@ -293,7 +297,7 @@ def parse(kind: type[_S], values: Mapping[str, Any]) -> _S:
     values = {**values, **one}
     try:
         return msgspec.convert(values, kind)
-    except msgspec.ValidationError:
+    except _WRONG:
         pass  # slowly again, to find out which one it was
     fields = {field.name: field for field in msgspec.structs.fields(kind)}
     for name in values:
@@ -305,7 +309,7 @@ def parse(kind: type[_S], values: Mapping[str, Any]) -> _S:
     for name, value in values.items():
         try:
             converted[name] = msgspec.convert(value, fields[name].type)
-        except msgspec.ValidationError as error:
+        except _WRONG as error:
             words = allowed(kind, name)
             reason = f"must be {words}" if words else str(error)
             raise InvalidParameterError(name, f"{reason}, got {shown(value)}") from None

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import fuzz_gguf
@@ -98,6 +98,8 @@ PARAMS = st.lists(st.sampled_from(PARAMETERS), max_size=5, unique=True).flatmap(
 
 @MANY
 @given(params=PARAMS)
+@example(params={"max_tokens": "\ud800"})
+@example(params={"\ud800": 1})
 def test_parameters(run: Run, params: dict[str, Any]) -> None:
     # An answer may be as long as its sequence; neither is long here.
     run(lambda engine: engine.generate("ab", **params))
@@ -159,6 +161,9 @@ MESSAGE = st.fixed_dictionaries(
     tools=ANYTHING | st.lists(st.dictionaries(st.sampled_from(["type", "function"]), ANYTHING)),
     template_args=ANYTHING | st.dictionaries(st.sampled_from(["a", "tools"]), ANYTHING),
 )
+@example(messages=[{"role": "user", "content": [{"type": "\ud800"}]}], tools=None, template_args={})
+@example(messages=[{"role": "user", "content": "a"}], tools=[{"type": "\ud800"}], template_args={})
+@example(messages=[{"role": "user", "content": "a", "\ud800": 1}], tools=None, template_args={})
 def test_conversations(run: Run, messages: Any, tools: Any, template_args: Any) -> None:
     run(lambda engine: engine.chat(messages, tools, template_args=template_args, max_tokens=1))
     with contextlib.suppress(InvalidRequestError):

@@ -144,6 +144,13 @@ void * operator new(size_t size) {
 void * operator new[](size_t size) {
     return allocate(size, __builtin_return_address(0));
 }
+void * operator new(size_t size, const std::nothrow_t &) noexcept {
+    try {
+        return allocate(size, __builtin_return_address(0));
+    } catch (const std::bad_alloc &) {
+        return nullptr;
+    }
+}
 void operator delete(void * memory) noexcept {
     free(memory);
 }

@@ -7,11 +7,11 @@ has to hold.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
@@ -31,7 +31,10 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built with the compiler that the native part needs as well."""
     path = tmp_path_factory.mktemp("faults") / "libfaults.so"
     compiler = os.environ.get("CXX") or shutil.which("c++") or "g++"
-    include = Path(sysconfig.get_path("platlib")) / "include"
+    found = importlib.util.find_spec("llama_cpp")  # wherever that is installed
+    assert found is not None
+    assert found.origin is not None
+    include = Path(found.origin).parents[1] / "include"
     source = str(HERE / "faults.cpp")
     flags = ("-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror")
     subprocess.run(

@@ -196,7 +196,7 @@ def plain_tools(tools: object) -> list[Plain] | None:
         try:
             value = plain_value(tool)
             msgspec.convert(value, _Tool)
-        except (TypeError, msgspec.ValidationError) as error:
+        except (TypeError, msgspec.ValidationError, UnicodeEncodeError) as error:
             raise InvalidParameterError(
                 "tools",
                 f"tool {index}: {_words(error)}; a tool is "
@@ -243,11 +243,11 @@ def _plain_message(which: str, message: object) -> Plain:
     reasoning = [plain[key] for key in _REASONING_KEYS if key in plain]
     if reasoning:
         plain = {"thinking": reasoning[0], **plain, "reasoning_content": reasoning[0]}
+    _check_unicode(which, plain)
     try:
         msgspec.convert(plain, ChatMessage)
     except msgspec.ValidationError as error:
         raise InvalidParameterError("messages", f"{which}: {_words(error)}") from None
-    _check_unicode(which, plain)
     return plain
 
 
@@ -283,6 +283,7 @@ def _check_unicode(where: str, value: object) -> None:
                 ) from None
         case dict():
             for key, item in value.items():
+                _check_unicode(f"{where}: a key", key)
                 _check_unicode(f"{where}: {key}", item)
         case list():
             for index, item in enumerate(value):
