@@ -217,6 +217,21 @@ async def test_an_engine_is_drained_across_a_death() -> None:
         assert waiting.completion.text == "answer"
 
 
+async def test_draining_ends_with_an_engine_that_dies() -> None:
+    backend = ScriptedBackend(n_seq=1)
+    held = backend.hold_step(0)
+    backend.fail_step(0, RuntimeError("scripted crash"))
+    async with open_scripted_engine(backend) as engine:
+        running = engine.submit("x")
+        await held.reached()
+        async with anyio.create_task_group() as group:
+            group.start_soon(engine.drain)
+            await until(lambda: engine.draining)
+            held.release()
+            with pytest.raises(EngineDeadError):
+                await running
+
+
 async def test_a_backend_that_cannot_restart_ends_the_engine() -> None:
     """A backend of one's own need not be able to."""
 
