@@ -53,7 +53,7 @@ EXAMPLES = [
 def test_an_example_runs(
     example: str, demo_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As it is printed, with an open engine and a conversation, beside two model files."""
+    """As it is printed, with an open engine and a conversation, beside the files it names."""
     for name in ("model.gguf", "uploaded.gguf"):
         (tmp_path / name).symlink_to(demo_path)
     monkeypatch.chdir(tmp_path)
