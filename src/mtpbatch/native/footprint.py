@@ -95,8 +95,11 @@ def footprint(path: str | os.PathLike[str], config: EngineConfig, *, available: 
         _check_states(model, assistant, config, available)
     on = devices()
     opened = open_contexts(model, assistant, config)
-    resolved = opened.config
+    resolved, no_drafts = opened.config, opened.no_drafts
+    parts = _parts(opened, assistant, len(on))
+    del opened  # recurrent states are in memory as long as their context lives
     assert resolved.n_ctx is not None
+    assert resolved.n_cells is not None
 
     # Four engines like this one, each with all the cells that its sequences may need: what they
     # take tells the rest.
@@ -124,13 +127,12 @@ def footprint(path: str | os.PathLike[str], config: EngineConfig, *, available: 
         fixed = a - few * per_sequence - short * per_token - few * short * per_cell
         return Growth(fixed, per_sequence, per_token, per_cell)
 
-    parts = _parts(opened, assistant, len(on))
     if model.keeps_recurrent_state:
         # The rest of its states does not grow with the length of sequences.
         cells = next(i for i, part in enumerate(parts) if part.name == _CELLS)
         states, n_more = parts[cells].n_bytes, few * (long - short)
         of_cells = tuple(
-            (more - less) * opened.target.n_cells // n_more
+            (more - less) * resolved.n_cells // n_more
             for less, more in zip(few_short[cells].n_bytes, few_long[cells].n_bytes, strict=True)
         )
         rest = tuple(n - growing for n, growing in zip(states, of_cells, strict=True))
@@ -140,7 +142,7 @@ def footprint(path: str | os.PathLike[str], config: EngineConfig, *, available: 
         n_ctx_train=model.n_ctx_train,
         config=resolved,
         drafted_by=_drafted_by(model, assistant),
-        no_drafts=opened.no_drafts,
+        no_drafts=no_drafts,
         devices=on,
         parts=tuple(part for part in parts if any(part.n_bytes)),
         growth=tuple(grown(device) for device in range(len(on))),
