@@ -139,6 +139,15 @@ bool lacks_heads(const Header & header) {
     return gguf_find_tensor(header.get(), weight.c_str()) < 0;
 }
 
+// Whether libllama has a graph of an architecture's MTP heads. It loads those of others as well, and
+// with an MTP context would run their trunk on hidden rows, or abort.
+bool has_mtp_graph(const std::string & arch) {
+    const char * const drafting[] = { "bailingmoe3",      "cohere2moe", "deepseek2", "deepseek32", "deepseek4",
+                                      "gemma4-assistant", "glm-dsa",    "glm4moe",   "hy_v3",      "mimo2",
+                                      "nemotron_h_moe",   "qwen35",     "qwen35moe", "qwen3next",  "step35" };
+    return std::find(std::begin(drafting), std::end(drafting), arch) != std::end(drafting);
+}
+
 // Adds some bytes from the middle of every tensor of a file.
 void add_sample(Checksum & sum, const std::string & path, const gguf_context * header) {
     std::ifstream file(path, std::ios::binary);
@@ -252,7 +261,10 @@ mtpbatch_status mtpbatch_model_load(const char * path, int32_t n_gpu_layers, boo
             throw state.stopped ? Error(MTPBATCH_LOAD_CANCELLED, "loading was stopped by the progress callback")
                                 : Error(MTPBATCH_LOAD_FAILED, with_reason("llama.cpp could not load the model"));
         }
-        auto impl = std::make_shared<Model>(raw, headless ? 0 : llama_model_n_layer_nextn(raw), weights);
+        char arch[64] = {};
+        llama_model_meta_val_str(raw, "general.architecture", arch, sizeof(arch));
+        const int32_t n_heads = headless || !has_mtp_graph(arch) ? 0 : llama_model_n_layer_nextn(raw);
+        auto          impl    = std::make_shared<Model>(raw, n_heads, weights);
         if (weights) {
             impl->weights_sample = sample_weights(path, header.get());
         }

@@ -192,6 +192,26 @@ def write_random_glm4moe(
     _finish(writer, weights, tokenizer, kind)
 
 
+def write_random_glm4(path: Path, *, layers: int = 2, width: int = 64, ff: int = 128) -> None:
+    """Write a random `glm4` model with an MTP block, which llama.cpp loads and cannot run."""
+    tokenizer = demo_tokenizer(512)
+    sizes = _outer_sizes(512, width)
+    for block in range(layers + 1):
+        sizes |= _llama_block(block, width, ff)
+        del sizes[f"blk.{block}.ffn_gate.weight"]
+        sizes[f"blk.{block}.ffn_up.weight"] = (2 * ff, width)  # the gate is in it
+        for norm in ("post_attention_norm", "post_ffw_norm"):
+            sizes[f"blk.{block}.{norm}.weight"] = (width,)
+    sizes |= _nextn_block(layers, width)
+    writer = gguf.GGUFWriter(path, "glm4")
+    _add_shape(writer, blocks=layers + 1, width=width, ff=ff, heads=2, context=4096)
+    writer.add_nextn_predict_layers(1)
+    writer.add_head_count_kv(2)
+    writer.add_rope_dimension_count(width // 2)
+    weights = _random_weights(sizes, tokenizer, np.random.default_rng(0), 0.2)
+    _finish(writer, weights, tokenizer, "f32")
+
+
 def write_random_gemma4(
     path: Path,
     assistant_path: Path,

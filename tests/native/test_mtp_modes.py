@@ -16,11 +16,13 @@ import mtpbatch
 import random_model
 from mtpbatch.exceptions import (
     ContextError,
+    InvalidParameterError,
     MtpIncompatibleContextsError,
     MtpInitError,
     MtpInvalidConfigError,
 )
 from mtpbatch.native import Context, DraftRequest, Model, MtpSession, MtpSessionConfig
+from mtpbatch.native.opening import open_contexts
 from tinymtp import gguf_file
 from tinymtp.shape import Shape
 
@@ -355,6 +357,18 @@ def test_heads_without_weights_are_none(tmp_path: Path, monkeypatch: pytest.Monk
         assert model.n_mtp_heads == 0
         with pytest.raises(ContextError, match="no MTP heads"):
             Context.mtp(small_context(model))
+
+
+def test_heads_that_llama_cpp_has_no_graph_for_are_none(tmp_path: Path) -> None:
+    """It would abort on hidden rows for a trunk that takes none."""
+    path = tmp_path / "glm4.gguf"
+    random_model.write_random_glm4(path)
+    with Model(path) as model:
+        assert (model.n_layer, model.n_mtp_heads) == (2, 0)
+        with pytest.raises(ContextError, match="no MTP heads"):
+            Context.mtp(small_context(model))
+        with pytest.raises(InvalidParameterError, match="speculation: .* cannot run those of glm4"):
+            open_contexts(model, None, mtpbatch.EngineConfig(speculation=2))
 
 
 def test_an_assistant_alone(pair: Drafting) -> None:

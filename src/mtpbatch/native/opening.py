@@ -66,7 +66,10 @@ def open_contexts(model: Model, assistant: Model | None, config: EngineConfig) -
         announced = model.metadata(f"{model.architecture}.nextn_predict_layers") not in (None, "0")
         no_drafts = "the model has no MTP heads"
         if announced:
-            no_drafts = "the model file announces MTP heads, but their weights are not in it"
+            no_drafts = (
+                "the model file announces MTP heads, but their weights are not in it, or the "
+                f"installed llama.cpp cannot run those of {model.architecture}"
+            )
         config = _without_drafts(config, no_drafts)
     config = _resolve(config, model, assistant)
     assert config.n_ctx is not None  # resolved
