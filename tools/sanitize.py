@@ -1,7 +1,7 @@
 """Build the native part with a sanitizer, and run its tests.
 
-    python tools/sanitize.py address [what pytest is to run ...]
-    python tools/sanitize.py thread  [what pytest is to run ...]
+    python tools/sanitize.py address [pytest's arguments ...]
+    python tools/sanitize.py thread  [pytest's arguments ...]
 
 `address` finds use of memory that is not there or not ours any more, undefined behaviour and, at
 the end, leaks: memory that our code or what it called has taken and nobody can give back. `thread`
@@ -108,7 +108,7 @@ def _library(name: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("kind", choices=tuple(_RUNTIMES))
-    parser.add_argument("tests", nargs="*", default=DEFAULT_TESTS, help="for pytest")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="for pytest")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -116,7 +116,7 @@ def main() -> None:
         # Without random addresses, which ThreadSanitizer cannot place its shadow among.
         fixed = ["setarch", "-R"] if asked.kind == "thread" else []
         ended = subprocess.run(
-            [*fixed, python, "-u", RUN_TESTS, *QUIETLY, *asked.tests],
+            [*fixed, python, "-u", RUN_TESTS, *QUIETLY, *(asked.arguments or DEFAULT_TESTS)],
             cwd=ROOT,
             env=environment(asked.kind, folder),
         )

@@ -43,7 +43,12 @@ def address() -> Iterator[str]:
 
 
 POSTS = ("/v1/completions", "/v1/chat/completions", "/v1/embeddings")
-GETS = ("/v1/models", "/v1/models/{model}", "/health")  # in which nothing could be wrong
+GETS = (
+    "/v1/models",
+    "/v1/models/{model}",
+    "/health",
+    "/metrics",
+)  # in which nothing could be wrong
 SENT = [(path, "POST", mode) for path in POSTS for mode in GenerationMode]
 SENT += [(path, "GET", GenerationMode.POSITIVE) for path in GETS]
 
