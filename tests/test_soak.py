@@ -57,7 +57,7 @@ async def load(model: Path, n: int) -> soak.Part:
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     """So few requests do not fill the caches, and say nothing about memory."""
     monkeypatch.setattr(soak, "WARM_UP", 1)
-    monkeypatch.setattr(soak, "FOR_REQUESTS", soak.Bounds(1 << 30, 1 << 30, 1 << 30))
+    monkeypatch.setattr(soak, "BY_REQUESTS", soak.Growth(1 << 30, 1 << 30, 1 << 30))
 
 
 @pytest.mark.usefixtures("_short")
@@ -133,20 +133,15 @@ def test_a_hundred_bytes_that_each_request_leaves_are_noticed(
             memory.read(n)
             for _ in range(500):
                 leave(kept)
-        _, violations = soak.told(memory.growth(), soak.FOR_REQUESTS, "request")
+        _, violations = soak.told(memory.growth(), soak.BY_REQUESTS)
         return violations
 
     assert growth(lambda _: bytes(67)) == []
     (violation,) = growth(leave)
-    assert "of each request stay" in violation
+    assert "that stay" in violation
 
 
-def test_engines_that_come_and_go_leave_nothing_behind(
-    demo_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    # Caches that fill for the first time, spread over so few.
-    monkeypatch.setattr(soak, "FOR_OPENINGS", soak.Bounds(20_000, 1_000, 32 << 20))
-
+def test_engines_that_come_and_go_leave_nothing_behind(demo_path: Path) -> None:
     async def openings() -> soak.Part:
         return await soak.openings(demo_path, 10, seed=3, clock=clock())
 
