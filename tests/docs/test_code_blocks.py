@@ -24,8 +24,10 @@ EXAMPLES = "examples/"  # where a block is quoted from, if its title says so
 NOT_RUN_ALLOWED = {
     "README.md": 1,  # the suite itself
     "docs/load-testing.md": 4,  # servers of the reader's, measurements
+    "docs/guides/models.md": 2,  # models of gigabytes
+    "docs/migrating.md": 1,  # servers of the reader's
     "docs/performance.md": 1,  # measurements
-    "docs/reliability.md": 2,  # an hour's run, the suite itself
+    "docs/reliability.md": 4,  # an hour's run, fuzzing, builds with sanitizers, the suite itself
     "docs/scaling.md": 5,  # GPUs, a Ray cluster, a build with RPC
     "docs/scheduling.md": 12,  # measurements
 }
