@@ -27,7 +27,7 @@ NOT_RUN_ALLOWED = {
     "docs/load-testing.md": 4,  # servers of the reader's, measurements
     "docs/migrating.md": 1,  # servers of the reader's
     "docs/performance.md": 1,  # measurements
-    "docs/reliability.md": 2,  # an hour's run, the suite itself
+    "docs/reliability.md": 4,  # an hour's run, fuzzing, builds with sanitizers, the suite itself
     "docs/scaling.md": 5,  # GPUs, a Ray cluster, a build with RPC
     "docs/scheduling.md": 12,  # measurements
 }
