@@ -367,7 +367,9 @@ def test_heads_that_llama_cpp_has_no_graph_for_are_none(tmp_path: Path) -> None:
         assert (model.n_layer, model.n_mtp_heads) == (2, 0)
         with pytest.raises(ContextError, match="no MTP heads"):
             Context.mtp(small_context(model))
-        with pytest.raises(InvalidParameterError, match=r"speculation: .* cannot run those of glm4"):
+        with pytest.raises(
+            InvalidParameterError, match=r"speculation: .* cannot run those of glm4"
+        ):
             open_contexts(model, None, mtpbatch.EngineConfig(speculation=2))
 
 
