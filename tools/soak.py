@@ -70,7 +70,7 @@ QUESTIONS: Final = 100
 MOST_TOKENS: Final = 120
 MEAN_TOKENS: Final = 40
 TEXT: Final = Path(__file__).read_text()  # prompts are parts of it
-SNAPSHOTS: Final = 16  # MiB for them
+SNAPSHOTS: Final = 4  # MiB for them: what is kept beside each is not reported, some kilobytes
 WARM_UP: Final = 500  # requests, which fill that
 READINGS: Final = 20  # of memory
 
@@ -128,6 +128,9 @@ BY_REQUESTS: Final = Growth(n_bytes=256 << 10, n_objects=2_500, pages=8 << 20)
 BY_OPENINGS: Final = Growth(n_bytes=1 << 20, n_objects=25_000, pages=32 << 20)
 
 
+_MMAP_THRESHOLD: Final = -3  # M_MMAP_THRESHOLD of malloc.h
+
+
 class _Mallinfo(ctypes.Structure):
     """``struct mallinfo2``"""
 
@@ -151,6 +154,7 @@ class Memory:
     def __init__(self) -> None:
         self._libc = ctypes.CDLL(None)
         self._libc.mallinfo2.restype = _Mallinfo
+        self._libc.mallopt(_MMAP_THRESHOLD, 32 << 20)  # less is not rounded up to pages
         self._readings: list[tuple[int, int, int, int]] = []
 
     def read(self, n_done: int, n_wanted: int = 0) -> None:
