@@ -25,14 +25,14 @@ import mtpbatch
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r'^```(\w+)(?: title="([^"]*)")?\n(.*?)^```$', re.MULTILINE | re.DOTALL)
-NOT_RUN = "not run: "
+NOT_TESTED = "not tested: "
 SERVERS = ("mtpbatch serve", "uvicorn ")  # commands that run until they are told to end
 PORT = "8000"  # which the pages name; here every page has another one
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block. Its title says that it is a file to save, from an example, or not run."""
+    """A fenced block. Its title says that it is a file to save, from an example, or not tested."""
 
     page: Path
     line: int
@@ -115,10 +115,11 @@ class Reader:
         commands = [command for line in lines for command in line.split(" && ")]
         for command in [line for line in commands if installs(line)]:
             check_installation(command)
-        to_run = "\n".join(line for line in commands if line and not installs(line))
+        # The whole suite is what runs this.
+        to_run = "\n".join(c for c in commands if not installs(c) and not c.startswith("pytest"))
         if to_run.startswith(SERVERS):
             self.start_server(to_run)
-        elif to_run:
+        elif to_run.strip():
             done = subprocess.run(
                 ["bash", "-eu", "-c", to_run],
                 cwd=self.folder,
@@ -152,7 +153,8 @@ class Reader:
     @property
     def environment(self) -> dict[str, str]:
         path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
-        return {**os.environ, "PATH": path, "NO_COLOR": "1"}
+        # Threads that spin while they wait take the machine from the others that a page starts.
+        return {"OMP_WAIT_POLICY": "passive", **os.environ, "PATH": path, "NO_COLOR": "1"}
 
 
 def _free_port() -> int:

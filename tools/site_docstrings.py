@@ -26,7 +26,7 @@ class SiteDocstrings(griffe.Extension):
             with suppress(griffe.NameResolutionError):
                 first = obj.resolve(first)
             words = words or (name.rpartition(".")[2] if short else name)
-            target = ".".join((first, *rest))
+            target = ".".join((first, *rest)).replace("mtpbatch.exceptions.", "mtpbatch.")
             return f'<autoref optional identifier="{target}"><code>{words}</code></autoref>'
 
         text = ROLE.sub(link, obj.docstring.value)

@@ -73,4 +73,6 @@ def on_page_markdown(markdown: str, page: Page, **_: Any) -> str:
         uri = SHOWN.get(name, name.removeprefix("docs/"))
         return f"[{words}]({posixpath.relpath(uri, posixpath.dirname(here) or '.')}{anchor})"
 
+    if here == "errors.md":  # docstrings link to these
+        markdown = re.sub(r"(?m)^## (\w+)$", r"## \1 { #mtpbatch.\1 }", markdown)
     return LINK.sub(on_the_site, markdown)
