@@ -82,7 +82,8 @@ async def answer(websocket: WebSocket, messages: list[Any]) -> mtpbatch.ChatMess
     ):
         tasks.start_soon(stop_when_told, websocket, deltas)
         async for delta in deltas:
-            await websocket.send_json({"text": delta.content})
+            if delta.content:
+                await websocket.send_json({"text": delta.content})
         tasks.cancel_scope.cancel()
     done = await deltas
     await websocket.send_json({"finish_reason": done.finish_reason})
