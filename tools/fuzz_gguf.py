@@ -18,6 +18,7 @@ import dataclasses
 import queue
 import random
 import subprocess
+import sys
 import tempfile
 import threading
 from collections import Counter
@@ -113,7 +114,7 @@ class Prober:
     def _start(self) -> subprocess.Popen[bytes]:
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with the process)
         self._process = process = subprocess.Popen(
-            command(_MEMORY),
+            command(sys.executable, _MEMORY),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

@@ -1,9 +1,11 @@
-"""Where a process begins and ends: forks, in which threads and native state do not exist; exit."""
+"""Where a process begins and ends: forks, in which threads and native state do not exist; exit;
+and what other processes are started with."""
 
 from __future__ import annotations
 
 import atexit
 import os
+import sys
 from typing import Protocol
 from weakref import WeakSet
 
@@ -30,6 +32,21 @@ class HomeProcess:
                 f"this {what} belongs to process {self._pid}, and this is its forked child "
                 f'{os.getpid()}; open one here, or start workers with the "spawn" method'
             )
+
+
+def interpreter() -> str | None:
+    """The Python that runs programs of this package; ``None``: there is none.
+
+    What a frozen app has there is the app, which would start itself again and again.
+    """
+    return None if getattr(sys, "frozen", False) else sys.executable or None
+
+
+def same_imports() -> dict[str, str]:
+    """An environment in which another process imports what this one does."""
+    # What is no text there is passed over by imports, too.
+    path = [entry for entry in sys.path if isinstance(entry, str) and entry]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path)}
 
 
 class _Closable(Protocol):

@@ -91,7 +91,16 @@ class Engine:
     One engine may serve any number of tasks, and of event loops in other threads. The sampling
     parameters of all methods that take a prompt are the fields of
     :class:`~mtpbatch.SamplingParams`. A bad argument raises
-    :class:`~mtpbatch.InvalidParameterError`, which names it, before anything is started.
+    :class:`~mtpbatch.InvalidParameterError`, which names it, before anything is started; one that
+    can only be found in the tokens of a prompt, :class:`~mtpbatch.PromptTooLongError` for example,
+    when they are known.
+
+    What every call may raise is not said again below: :class:`~mtpbatch.EngineClosedError` (closed,
+    or it drains and takes no requests), :class:`~mtpbatch.EngineDeadError` and
+    :class:`~mtpbatch.WrongProcessError`; and what awaits or follows a request,
+    :class:`~mtpbatch.DecodeError` if a step it took part in failed,
+    :class:`~mtpbatch.GrammarError` if its answer cannot go on by its grammar, and
+    :class:`~mtpbatch.NativeDiedError` if the process that ran the model died.
     """
 
     # ------------------------------------------------------------------ opening, closing
@@ -220,7 +229,8 @@ class Engine:
     async def aclose(self, timeout: float = _CLOSING_TIME) -> None:  # noqa: ASYNC109
         """Close the engine. Requests that have not ended end with the finish reason "abort".
 
-        It waits for the step under way, if there is one, but no longer than ``timeout`` seconds.
+        It waits for the step under way, if there is one, but no longer than ``timeout`` seconds,
+        10 by default.
         A native call that has not come back by then is left to itself: the engine's thread frees
         what the model holds when it does, and the event ``engine.left_behind`` is logged. Requests
         end all the same. Harmless when called again, or by several tasks; goes on when the task is
@@ -304,8 +314,7 @@ class Engine:
         If too many requests wait already (``max_waiting``), this one waits for room, first come,
         first served, unless the engine was opened with ``on_full="reject"``.
 
-        Raises :class:`~mtpbatch.DecodeError` if a step it took part in failed, and
-        :class:`~mtpbatch.EngineOverloaded` if it was rejected.
+        Raises :class:`~mtpbatch.EngineOverloaded` if it was rejected.
 
         ::
 

@@ -45,7 +45,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "embedding": {"backend", "_loops", "types", "exceptions"},
     "structured/source": {"in_words", "types", "exceptions"},
     "structured/library": {"exceptions"},
-    "structured/trial": {"structured", "types", "exceptions"},
+    "structured/trial": {"structured", "_process", "types", "exceptions"},
     "structured/trial_process": set(),  # a program of its own
     "machine": set(),
     "_llama_cpp": {"exceptions", "_built_with"},  # the latter is written by the build
@@ -54,7 +54,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "restarts": set(),
     "isolated/messages": {"types", "exceptions"},
     "isolated/channel": {"isolated", "exceptions"},
-    "isolated/process": {"isolated", "exceptions"},
+    "isolated/process": {"isolated", "_process", "exceptions"},
     "isolated/backend": {"isolated", "backend", "_process", "types", "exceptions"},
     "isolated/__main__": {"isolated", "native", "types"},  # the program of the other process
     "intake": {
@@ -78,7 +78,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("isolated", "native"),  # inside open() only
     },
     "probing/messages": set(),
-    "probing/__init__": {"probing", "types", "exceptions"},
+    "probing/__init__": {"probing", "_process", "types", "exceptions"},
     "probing/__main__": {"probing", "engine", "exceptions"},
     "metrics": {"engine", "watching", "types", "exceptions"},
     "tracing": {"watching", "types", "exceptions"},

@@ -93,6 +93,16 @@ async def test_who_gives_up_ends_the_process(tiny_path: Path) -> None:
 
 
 @pytest.mark.anyio
+@pytest.mark.parametrize(("name", "value"), [("executable", None), ("frozen", True)])
+async def test_an_app_that_is_its_own_interpreter_is_not_started_again(
+    tiny_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: object
+) -> None:
+    monkeypatch.setattr(sys, name, value, raising=False)
+    with pytest.raises(ModelLoadError, match=r"tiny\.gguf: .* no Python interpreter"):
+        await mtpbatch.probe_model(tiny_path)
+
+
+@pytest.mark.anyio
 @pytest.mark.parametrize(
     ("arguments", "name"),
     [

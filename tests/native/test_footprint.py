@@ -154,6 +154,14 @@ def test_recurrent_states_that_need_more_than_there_is_are_not_tried(tiny_path: 
         footprint(tiny_path, EngineConfig(n_seq=256), available=1 << 20)
 
 
+def test_cells_whose_lists_need_more_than_there_is_are_not_tried(demo_path: Path) -> None:
+    many = EngineConfig(n_seq=8, n_ctx=4096)
+    with pytest.raises(InvalidParameterError, match=r"n_ctx: .* lists of 32768 cells .* lower"):
+        footprint(demo_path, many, available=4 * MIB - 1)
+    few = msgspec.structs.replace(many, n_cells=4096)
+    assert footprint(demo_path, few, available=4 * MIB - 1).config.n_cells == 4096
+
+
 def test_few_cells_and_a_small_batch_are_planned_as_they_are(demo_path: Path) -> None:
     config = EngineConfig(n_seq=1, n_ctx=512, n_batch=4, n_ubatch=5)
     with pytest.raises(InvalidParameterError, match="n_ubatch"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -106,6 +107,15 @@ def test_what_takes_too_much_memory_is_refused() -> None:
     with pytest.raises(InvalidParameterError, match="takes more than 60 s or 150 MiB"):
         trial.compile(GrammarSource("regex", "((a{100}){100}){100}"))
     trial.close()
+
+
+@pytest.mark.parametrize(("name", "value"), [("executable", None), ("frozen", True)])
+def test_an_app_that_is_its_own_interpreter_is_not_started_again(
+    trial: Trial, monkeypatch: pytest.MonkeyPatch, name: str, value: object
+) -> None:
+    monkeypatch.setattr(sys, name, value, raising=False)
+    with pytest.raises(InvalidParameterError, match=r"regex: .* no Python interpreter .* leave it"):
+        trial.compile(GOOD[0])
 
 
 def test_it_may_be_closed_before_it_began_and_twice(trial: Trial) -> None:

@@ -125,19 +125,25 @@ def look_at_build(report: Report, root: Path = Path("/")) -> None:
         report.say("GPU", "none: this build of llama-cpp-python computes on the CPU")
         for sign, build in GPUS.items():
             if (root / sign).exists():
+                found, _, flag = build.partition(": ")
                 report.advice.append(
-                    f"this machine has {build.split(':')[0]}, which the build does not use. Run: "
-                    f'CMAKE_ARGS="{build.split(": ")[1]}" pip install --force-reinstall '
-                    f"--no-cache-dir --no-binary llama-cpp-python llama-cpp-python=="
-                    f"{importlib.metadata.version('llama-cpp-python')}"
+                    f"this machine has {found}, which the build does not use. Run: "
+                    f'CMAKE_ARGS="{flag}" {build_anew()}'
                 )
     missing = unused_instructions(flags, root)
     if missing:
         report.advice.append(
-            f"the CPU has {', '.join(missing)}, which llama-cpp-python was built without: build it "
-            f"on this machine (pip install --force-reinstall --no-cache-dir), or with "
-            f"CMAKE_ARGS=-DGGML_NATIVE=on"
+            f"the CPU has {', '.join(missing)}, which llama-cpp-python was built without. Run: "
+            f'CMAKE_ARGS="-DGGML_NATIVE=on" {build_anew()}'
         )
+
+
+def build_anew() -> str:
+    """The command that compiles llama-cpp-python here, whatever wheels of it there are."""
+    return (
+        "pip install --force-reinstall --no-cache-dir --no-binary llama-cpp-python "
+        f"llama-cpp-python=={importlib.metadata.version('llama-cpp-python')}"
+    )
 
 
 def unused_instructions(flags: str, root: Path) -> list[str]:

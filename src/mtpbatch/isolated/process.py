@@ -10,6 +10,7 @@ import threading
 from contextlib import ExitStack
 from typing import Final
 
+from mtpbatch._process import interpreter, same_imports
 from mtpbatch.exceptions import InvalidParameterError, NativeDiedError
 from mtpbatch.isolated.channel import Channel, Notes
 
@@ -106,24 +107,22 @@ class ModelProcess:
 
 def _start(fds: list[int], folder: str | None) -> subprocess.Popen[bytes]:
     """Start the program; these descriptors are its ends of the channels."""
-    # What a frozen app has there is the app, which would start itself again and again.
-    if not sys.executable or getattr(sys, "frozen", False):
+    python = interpreter()
+    if python is None:
         raise InvalidParameterError(
             "isolation",
             f'cannot be "process" in this program, as there is no Python interpreter to run the '
             f'other one: sys.executable is {sys.executable!r}; leave it at "none"',
         )
-    # What is no text there is passed over by imports, too.
-    path = [entry for entry in sys.path if isinstance(entry, str) and entry]
     # In a group of its own, as what the terminal tells the app's group is for the app.
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "mtpbatch.isolated", str(os.getpid()), *map(str, fds)],
+        [python, "-P", "-m", "mtpbatch.isolated", str(os.getpid()), *map(str, fds)],
         pass_fds=fds,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=None if _has_stderr() else subprocess.DEVNULL,
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(path)},
+        env=same_imports(),
         process_group=0,
     )
 

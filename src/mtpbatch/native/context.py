@@ -78,6 +78,7 @@ class Batch:
         return range(start, len(self))
 
     def clear(self) -> None:
+        """Take all rows out, to fill it anew."""
         for column in (self.tokens, self.positions, self.seq_ids, self.outputs):
             del column[:]
 

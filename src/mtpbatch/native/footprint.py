@@ -1,8 +1,8 @@
 """How much memory an engine takes, by part, found out without loading the model's weights.
 
 llama.cpp makes the contexts that an engine would have and says what they would take; what this
-library takes beside them is added. Meanwhile recurrent states alone are really in memory, of as
-many sequences as the config has.
+library takes beside them is added. Meanwhile two things are really in memory: recurrent states, of
+as many sequences as the config has, and llama.cpp's lists of who holds which cell.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from mtpbatch.types import MAX_SEQUENCES, EngineConfig
 _CELLS = "KV cells"
 _SHORT = 4096  # tokens: longer ones take long to try, and tell no more
 _FEW_TOKENS = 256  # llama.cpp rounds cells up to so many
+_LISTED = 128  # bytes for each cell in llama.cpp's lists, with those of the heads' cells: about 100
 
 
 class Part(Struct, frozen=True):
@@ -85,11 +86,12 @@ class Footprint(Struct, frozen=True):
 def footprint(path: str | os.PathLike[str], config: EngineConfig, *, available: int) -> Footprint:
     """What an engine of this config takes on each device.
 
-    ``available``: bytes of the machine's memory. Recurrent states that need more are not tried.
+    ``available``: bytes of the machine's memory. What takes more while it is planned is not tried.
 
     Raises what opening the engine would raise, and :class:`~mtpbatch.InvalidParameterError` for
-    such states.
+    that.
     """
+    _check_lists(config, available)
     model, assistant = load_models(path, config, weights=False)
     if model.keeps_recurrent_state:
         _check_states(model, assistant, config, available)
@@ -187,6 +189,17 @@ def _parts(opened: Opened, assistant: Model | None, n_devices: int) -> list[Part
         ("snapshots", snapshots, True),
     ]
     return [Part(name, tuple(n_bytes), with_use) for name, n_bytes, with_use in rows]
+
+
+def _check_lists(config: EngineConfig, available: int) -> None:
+    n_cells = config.n_seq * (config.n_ctx or 0)  # by default they are few
+    n_cells = min(config.n_cells or n_cells, n_cells)
+    if n_cells * _LISTED > available:
+        raise InvalidParameterError(
+            "n_ctx",
+            f"llama.cpp's lists of {n_cells} cells alone take {n_cells * _LISTED >> 20} MiB, but "
+            f"{available >> 20} MiB are available: lower n_ctx, n_seq or n_cells",
+        )
 
 
 def _check_states(

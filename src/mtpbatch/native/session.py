@@ -39,6 +39,7 @@ class DraftRequest(Struct, frozen=True):
     """One sequence's part in :meth:`MtpSession.draft_many`."""
 
     seq_id: int
+    """The sequence, from 0 on."""
     n_past: int
     """Tokens of the sequence that the target has decoded and kept."""
     id_last: int
@@ -55,15 +56,21 @@ class MtpSessionStatistics(Struct, frozen=True):
     drafted: int
     """Tokens in them."""
     accepted: int
+    """Of those, how many the target agreed with."""
     decodes: int
     """Decodes of the draft context."""
     rows: int
     """Rows in those decodes."""
     draft_time: float
+    """Seconds in :meth:`MtpSession.draft_many`."""
     process_time: float
+    """Seconds in :meth:`MtpSession.process`."""
     accept_time: float
+    """Seconds in :meth:`MtpSession.accept`."""
     drafted_by_depth: tuple[int, ...]
+    """Drafted tokens by their place in the draft: as many entries as n_draft_max."""
     accepted_by_depth: tuple[int, ...]
+    """The same of accepted ones."""
 
 
 class MtpSession(Handle):
@@ -144,18 +151,22 @@ class MtpSession(Handle):
 
     @property
     def n_seq(self) -> int:
+        """Sequences."""
         return self._config.n_seq
 
     @property
     def n_draft_max(self) -> int:
+        """Most tokens drafted at once."""
         return self._config.n_draft_max
 
     @property
     def n_min(self) -> int:
+        """Drafts shorter than this are dropped."""
         return self._config.n_min
 
     @property
     def p_min(self) -> float:
+        """The least probability, by the head, of a token that is drafted."""
         return self._config.p_min
 
     @property

@@ -13,6 +13,7 @@ from typing import Final
 import anyio
 import msgspec
 
+from mtpbatch._process import interpreter, same_imports
 from mtpbatch.exceptions import InvalidParameterError, ModelLoadError
 from mtpbatch.probing.messages import Found, Probe
 from mtpbatch.types import EngineConfig, parse
@@ -64,12 +65,18 @@ async def probe_model(
     draft_model = None if draft_model is None else os.fspath(draft_model)
     parse(EngineConfig, {"draft_model": draft_model, "lora": lora})
     probe = Probe(os.fspath(model), draft_model, lora)
+    python = interpreter()
+    if python is None:
+        raise ModelLoadError(
+            f"{probe.model}: cannot be tried out in this program, as there is no Python "
+            f"interpreter to do it with: sys.executable is {sys.executable!r}; do it in another one"
+        )
     if memory is None:
         files = map(Path, filter(None, [probe.model, probe.draft_model, *probe.lora]))
         memory = 2 * sum(map(_size, files)) + _MORE_MEMORY
     with anyio.move_on_after(timeout):
         process = await anyio.run_process(
-            command(memory),
+            command(python, memory),
             input=msgspec.json.encode(probe) + b"\n",
             check=False,
             env=environment(),
@@ -86,15 +93,14 @@ async def probe_model(
     raise ModelLoadError(f"{probe.model}: takes more than {timeout:g} s to load and try out")
 
 
-def command(memory: int) -> list[str]:
+def command(python: str, memory: int) -> list[str]:
     """The program that tries files out, one for each line of its input, in that much memory."""
-    return [sys.executable, "-P", "-m", "mtpbatch.probing", str(memory)]
+    return [python, "-P", "-m", "mtpbatch.probing", str(memory)]
 
 
 def environment() -> dict[str, str]:
     """Its environment: it finds what this process finds, and leaves no trace of its stack."""
-    path = os.pathsep.join(filter(None, sys.path))
-    return {**os.environ, "PYTHONPATH": path, "GGML_NO_BACKTRACE": "1"}
+    return {**same_imports(), "GGML_NO_BACKTRACE": "1"}
 
 
 def how_it_ended(status: int, stderr: str) -> str:

@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 from typing import Final
 
+from mtpbatch._process import interpreter
 from mtpbatch.exceptions import InvalidParameterError
 from mtpbatch.structured.library import require_llguidance
 from mtpbatch.types import GrammarSource
@@ -69,9 +70,16 @@ class Trial:
 
     def _start(self, source: GrammarSource) -> subprocess.Popen[str]:
         path = require_llguidance(source.parameter).parent
+        python = interpreter()
+        if python is None:
+            raise InvalidParameterError(
+                source.parameter,
+                f"cannot be used in this program, as there is no Python interpreter to try it out "
+                f"with: sys.executable is {sys.executable!r}; leave it out",
+            )
         limits = [str(self._cpu_seconds), str(self._memory)]
         self._process = subprocess.Popen(
-            [sys.executable, str(_PROGRAM), str(path), *limits],
+            [python, str(_PROGRAM), str(path), *limits],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
