@@ -16,7 +16,10 @@ import msgspec
 import pytest
 
 import mtpbatch
+import mtpbatch.native
+import mtpbatch.testing
 
+PACKAGES = (mtpbatch, mtpbatch.native, mtpbatch.testing)
 METHODS_OF = (mtpbatch.Engine, mtpbatch.Generation, mtpbatch.ChatGeneration)
 OPTIONS = (mtpbatch.SamplingOptions, mtpbatch.EngineOptions)  # explained where the structs are
 
@@ -30,16 +33,17 @@ def blocks(thing: object) -> list[str]:
 
 def documented() -> Iterator[tuple[str, object]]:
     """Public names, and the public methods of what apps hold in their hands."""
-    yield "mtpbatch", mtpbatch
-    for name in mtpbatch.__all__:
-        thing = getattr(mtpbatch, name)
-        if inspect.isclass(thing) or inspect.isfunction(thing):
-            yield name, thing
+    for package in PACKAGES:
+        yield package.__name__, package
+        for name in package.__all__:
+            thing = getattr(package, name)
+            if inspect.isclass(thing) or inspect.isfunction(thing):
+                yield f"{package.__name__}.{name}", thing
     for kind in METHODS_OF:
         for name in vars(kind):
             member = getattr(kind, name)
             if not name.startswith("_") and callable(member):
-                yield f"{kind.__name__}.{name}", member
+                yield f"mtpbatch.{kind.__name__}.{name}", member
 
 
 EXAMPLES = [
@@ -53,7 +57,10 @@ EXAMPLES = [
 def test_an_example_runs(
     example: str, demo_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As it is printed, with an open engine and a conversation, beside the files it names."""
+    """As it is printed, with an open engine and a conversation, beside the files it names.
+
+    The names of the native and the testing package count as imported. A test in it runs as well.
+    """
     for name in ("model.gguf", "uploaded.gguf"):
         (tmp_path / name).symlink_to(demo_path)
     monkeypatch.chdir(tmp_path)
@@ -65,6 +72,11 @@ def test_an_example_runs(
     async def run() -> None:
         async with mtpbatch.Engine.open(n_seq=4, n_ctx=512, n_threads=1) as engine:
             scope: dict[str, Any] = {
+                **{
+                    name: getattr(package, name)
+                    for package in PACKAGES[1:]
+                    for name in package.__all__
+                },
                 "mtpbatch": mtpbatch,
                 "anyio": anyio,
                 "msgspec": msgspec,
@@ -74,6 +86,8 @@ def test_an_example_runs(
             waiting = eval(code, scope)
             if inspect.iscoroutine(waiting):
                 await waiting
+            for name in [name for name in scope if name.startswith("test_")]:
+                await scope[name]()
 
     anyio.run(run)
 

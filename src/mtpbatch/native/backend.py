@@ -24,7 +24,15 @@ from mtpbatch.types import (
 
 
 class NativeBackend:
-    """A model ready to run plans. Made and driven by the engine's thread."""
+    """A model ready to run plans. Made and driven by the engine's thread.
+
+    ::
+
+        backend = NativeBackend("model.gguf", mtpbatch.EngineConfig(n_seq=2, n_ctx=512))
+        assert backend.facts.n_seq == 2
+        print(backend.description, backend.tokenize("In the beginning"))
+        backend.close()
+    """
 
     tokenizes_at_once = True
 

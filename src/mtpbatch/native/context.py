@@ -35,6 +35,13 @@ class Batch:
     """Rows of one decode: tokens of any number of sequences.
 
     Rows of one sequence stand together and continue its positions.
+
+    ::
+
+        batch = Batch()
+        rows = batch.add_sequence([40, 50, 60], position=0, seq_id=0)
+        row = batch.add(70, position=0, seq_id=1, output=True)
+        assert rows == range(3) and row == 3
     """
 
     def __init__(self) -> None:
@@ -98,6 +105,15 @@ class Batch:
 
 class Context(Handle):
     """KV cells for ``n_seq`` sequences of a model, and the decoding that fills them.
+
+    ::
+
+        with Model("model.gguf") as model, Context(model, n_ctx=512) as context:
+            batch = Batch()
+            rows = batch.add_sequence(model.tokenize("In the beginning"), position=0, seq_id=0)
+            context.decode(batch)
+            next_token = int(context.logits(rows[-1]).argmax())
+            print(model.detokenize([next_token]))
 
     Args:
         model: stays loaded for as long as the context lives.

@@ -34,6 +34,17 @@ class Embedder:
     With recurrent layers it is a pass for each length of text, on qwen35 and qwen35moe, and for
     each text on others. One thread at a time.
 
+    ::
+
+        with Model("model.gguf") as model:
+            embedder = Embedder(model, n_ctx=512)
+            ticket = embedder.add(model.tokenize("In the beginning"))
+            embeddings = {}
+            while not embedder.idle:
+                embeddings.update(embedder.step())
+            embedder.close()
+            assert embeddings[ticket].shape == (model.n_embd,)
+
     Args:
         model: stays loaded for as long as the embedder lives.
         n_ctx: most tokens of one text.

@@ -37,6 +37,23 @@ class Executor(Handle):
     Steps run on a native thread, one after the other. It remembers each sequence's position, last
     token and sampler, so that a plan only says what is new and the next step needs no Python.
     From here on the contexts and the session belong to it: their own calls are refused.
+
+    ::
+
+        from mtpbatch.types import Admission, Plan, PlanEntry, SamplingParams
+
+        with Model("model.gguf") as model, Context(model, n_ctx=512) as target:
+            prompt = tuple(model.tokenize("In the beginning"))
+            admission = Admission(0, SamplingParams(), seed=0, stop_token_ids=(), max_tokens=8)
+            entry = PlanEntry(seq_id=0, tokens=prompt, sample=True, n_draft=0)
+            plan = Plan(release=(), admit=(admission,), entries=(entry,), run_ahead=1)
+            answer = []
+            with Executor(target) as executor:
+                while len(answer) < 8:
+                    for result in executor.exchange(plan, wait=True):
+                        answer += result.entries[0].token_ids
+                    plan = None  # the one before stands, and is repeated
+            print(model.detokenize(answer))
     """
 
     def __init__(self, target: Context, session: MtpSession | None = None) -> None:

@@ -25,6 +25,14 @@ def token_logprobs(
 ) -> list[TokenLogprobs]:
     """How probable each row's token is, as an engine tells it, for loops of one's own.
 
+    ::
+
+        import numpy as np
+
+        logits = np.log(np.array([[0.5, 0.3, 0.2]], dtype=np.float32))
+        [told] = token_logprobs(logits, [1], n_top=1)
+        assert told.rank == 2 and told.top[0][0] == 0
+
     Args:
         logits: a float32 array of [rows, vocabulary]. One that is not a number counts as minus
             infinity.

@@ -67,6 +67,12 @@ def _check_file(path: Path) -> None:
 class Model(Handle):
     """A GGUF model, with its MTP heads if it has any.
 
+    ::
+
+        with Model("model.gguf") as model:
+            tokens = model.tokenize("In the beginning")
+            assert model.detokenize(tokens) == "In the beginning"
+
     Args:
         path: the file; of a split model the first part.
         n_gpu_layers: layers kept on a GPU, -1 for all; without effect in a CPU build.

@@ -137,6 +137,14 @@ class Sampler(Handle):
     min_p, xtc, temp and dist, chained in this order, pick from the whole vocabulary; a logit that
     is not a number counts as minus infinity. Any thread may call; calls wait for each other.
 
+    ::
+
+        import numpy as np
+
+        logits = np.array([[0.0, 9.0, 1.0]], dtype=np.float32)
+        with Sampler(temperature=0.8, top_p=0.5, seed=7) as sampler:
+            assert sampler.sample(logits) == [1]
+
     Args:
         model: whose vocabulary it is. Only ``bad_words`` and DRY need it.
         prompt: tokens before the answer. Only ``repetition_penalty`` and DRY look at them.

@@ -23,7 +23,19 @@ from mtpbatch.native.context import Batch, Context
 
 
 class MtpSessionConfig(Struct, frozen=True):
-    """How a session drafts."""
+    """How a session drafts.
+
+    ::
+
+        with (
+            Model("model.gguf") as model,
+            Context(model, n_ctx=512, n_rs_seq=3) as target,
+            Context.mtp(target) as draft,
+        ):
+            config = MtpSessionConfig(n_seq=1, n_draft_max=3, p_min=0.5)
+            with MtpSession.with_config(target, draft, config) as session:
+                assert session.p_min == 0.5
+    """
 
     n_seq: int
     """Sequences, as many as the contexts have."""
@@ -36,7 +48,30 @@ class MtpSessionConfig(Struct, frozen=True):
 
 
 class DraftRequest(Struct, frozen=True):
-    """One sequence's part in :meth:`MtpSession.draft_many`."""
+    """One sequence's part in :meth:`MtpSession.draft_many`.
+
+    ::
+
+        with (
+            Model("model.gguf") as model,
+            Context(model, n_ctx=512, n_seq=2, n_rs_seq=3) as target,
+            Context.mtp(target) as draft,
+            MtpSession(target, draft, n_seq=2, n_draft_max=3) as session,
+        ):
+            prompt = model.tokenize("In the beginning")
+            batch = Batch()
+            ends = [batch.add_sequence(prompt, position=0, seq_id=i)[-1] for i in range(2)]
+            target.decode(batch)
+            session.process(batch)
+            last = [int(target.logits(row).argmax()) for row in ends]
+            drafts = session.draft_many(
+                [
+                    DraftRequest(0, n_past=len(prompt), id_last=last[0]),
+                    DraftRequest(1, n_past=len(prompt), id_last=last[1], n_draft=1),
+                ]
+            )
+            assert [len(draft) for draft in drafts] == [3, 1]
+    """
 
     seq_id: int
     """The sequence, from 0 on."""
@@ -49,7 +84,19 @@ class DraftRequest(Struct, frozen=True):
 
 
 class MtpSessionStatistics(Struct, frozen=True):
-    """Counts and seconds since the session was made."""
+    """Counts and seconds since the session was made.
+
+    ::
+
+        with (
+            Model("model.gguf") as model,
+            Context(model, n_ctx=512, n_rs_seq=3) as target,
+            Context.mtp(target) as draft,
+            MtpSession(target, draft, n_seq=1, n_draft_max=3) as session,
+        ):
+            counts = session.statistics()
+            assert counts.drafts == 0 and counts.drafted_by_depth == (0, 0, 0)
+    """
 
     drafts: int
     """Drafts that were not empty."""
@@ -76,14 +123,36 @@ class MtpSessionStatistics(Struct, frozen=True):
 class MtpSession(Handle):
     """Drafts for all sequences of a target context with a model's MTP heads.
 
-    The loop of one who drives it::
+    The loop of one who drives it, greedy and for one sequence::
 
-        target.decode(batch); session.process(batch)        # the prompt
-        while ...:
-            drafts = session.draft(seq_id, n_past, id_last)
-            # decode [id_last, *drafts] with all outputs, session.process(batch), sample row by row
-            session.accept(seq_id, n_accepted)              # only after a non-empty draft
-            target.truncate(seq_id, n_past + 1 + n_accepted)
+        with (
+            Model("model.gguf") as model,
+            Context(model, n_ctx=512, n_rs_seq=3) as target,
+            Context.mtp(target) as draft,
+            MtpSession(target, draft, n_seq=1, n_draft_max=3) as session,
+        ):
+            batch = Batch()
+            prompt = model.tokenize("In the beginning")
+            rows = batch.add_sequence(prompt, position=0, seq_id=0)
+            target.decode(batch)
+            session.process(batch)
+            n_past, last = len(prompt), int(target.logits(rows[-1]).argmax())
+            answer = [last]
+            while len(answer) < 20:
+                drafts = session.draft(0, n_past, last)
+                batch.clear()
+                rows = batch.add_sequence([last, *drafts], n_past, seq_id=0, outputs="all")
+                target.decode(batch)
+                session.process(batch)
+                said = [int(target.logits(row).argmax()) for row in rows]
+                right = [draft == token for draft, token in zip(drafts, said)]
+                n_accepted = [*right, False].index(False)
+                if drafts:
+                    session.accept(0, n_accepted)
+                n_past, last = n_past + 1 + n_accepted, said[n_accepted]
+                target.truncate(0, n_past)
+                answer += said[: n_accepted + 1]
+            print(model.detokenize(answer))
 
     On a model with recurrent layers, verify drafts of different lengths in decodes of their own:
     see :meth:`Context.truncate`.

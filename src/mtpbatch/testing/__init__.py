@@ -4,6 +4,9 @@
 
     from mtpbatch.testing import ScriptedBackend, open_scripted_engine
 
+    async def my_handler(engine, text):  # what the app has
+        return (await engine.generate(text)).text
+
     async def test_my_handler():
         backend = ScriptedBackend(lambda prompt: f"You said: {prompt}")
         async with open_scripted_engine(backend) as engine:
@@ -21,7 +24,7 @@ Or find out what an engine would do under a load, without a model and without wa
 
     kind = RequestKind(prompt=Fixed(200), answer=Fixed(100))
     cost = StepCost(target_pass=0.02, target_row=0.001, draft_decode=0.002, draft_row=0.0001)
-    report = simulate(OpenLoop(steady(2.0)), [kind], engine.model, cost, n_requests=10_000)
+    report = simulate(OpenLoop(steady(2.0)), [kind], engine.model, cost, n_requests=500)
     print(report.throughput, report.first_token.p99)
 """
 

@@ -68,7 +68,14 @@ _GATE_TIMEOUT = 30.0  # seconds; a test that forgets to release a step fails ins
 
 
 class VirtualClock:
-    """A clock that moves only when told to. Call it for the time in seconds."""
+    """A clock that moves only when told to. Call it for the time in seconds.
+
+    ::
+
+        clock = VirtualClock()
+        clock.advance(1.5)
+        assert clock() == 1.5
+    """
 
     def __init__(self, start: float = 0.0) -> None:
         self._now = start
@@ -91,6 +98,16 @@ class StepGate:
 
     Release it before the engine is closed; after 30 seconds the step raises
     :class:`InternalError`.
+
+    ::
+
+        backend = ScriptedBackend(lambda prompt: "Let there be light.")
+        gate = backend.hold_step(1)
+        async with open_scripted_engine(backend) as engine, anyio.create_task_group() as tasks:
+            tasks.start_soon(engine.generate, "In the beginning")
+            await gate.reached()
+            assert backend.active == {0}
+            gate.release()
     """
 
     def __init__(self) -> None:
@@ -113,6 +130,14 @@ class StepGate:
 
 class ScriptedBackend:
     """Plays a model: a :class:`~mtpbatch.backend.Backend` whose answers are known beforehand.
+
+    ::
+
+        backend = ScriptedBackend(lambda prompt: f"You said: {prompt}", step_time=0.5)
+        async with open_scripted_engine(backend) as engine:
+            done = await engine.generate("hello")
+            assert done.text == "You said: hello"
+            assert done.timings.total == 0.5 * backend.n_steps
 
     ``script`` maps the prompt's text to the answer; the end-of-generation token follows, and
     then, for requests that ignore it, the same again. Without a script every prompt has an
@@ -811,6 +836,16 @@ async def open_scripted_engine(backend: ScriptedBackend) -> AsyncIterator[Engine
     """An engine on a scripted model; use it as you would one from :meth:`Engine.open`.
 
     Times in its completions are those of ``backend.clock``.
+
+    ::
+
+        import pytest
+
+        backend = ScriptedBackend()
+        backend.fail_step(0)
+        async with open_scripted_engine(backend) as engine:
+            with pytest.raises(mtpbatch.DecodeError):
+                await engine.generate("hello")
     """
     engine = await Engine._start(lambda report: backend, clock=backend.clock)
     try:

@@ -39,7 +39,14 @@ _MASK: Final = N_LUCK - 1
 
 
 class StepCost(Struct, frozen=True):
-    """A :data:`CostModel` that is linear. All are seconds."""
+    """A :data:`CostModel` that is linear. All are seconds.
+
+    ::
+
+        cost = StepCost(target_pass=0.02, target_row=0.001, draft_decode=0.002, draft_row=0.0001)
+        drafting, verifying = cost(2, [8], [2, 2, 2])  # two sequences, each with three drafts
+        assert round(drafting, 4) == 0.0066 and round(verifying, 4) == 0.028
+    """
 
     target_pass: float
     """Each forward pass of the target."""

@@ -51,7 +51,16 @@ _NO_TEXT: Final = (b"",)  # what its tokens say; there is but one
 
 
 class Summary(Struct, frozen=True):
-    """How a figure is distributed over requests."""
+    """How a figure is distributed over requests.
+
+    ::
+
+        kind = RequestKind(prompt=Fixed(200), answer=Fixed(100))
+        cost = StepCost(target_pass=0.02, target_row=0.001, draft_decode=0.002, draft_row=0.0001)
+        report = simulate(OpenLoop(steady(2.0)), [kind], engine.model, cost, n_requests=100)
+        waited = report.first_token
+        assert waited.p50 <= waited.p90 <= waited.p99 <= waited.most
+    """
 
     mean: float
     p50: float
@@ -61,7 +70,15 @@ class Summary(Struct, frozen=True):
 
 
 class Sample(Struct, frozen=True):
-    """A moment, over all engines."""
+    """A moment, over all engines.
+
+    ::
+
+        kind = RequestKind(prompt=Fixed(200), answer=Fixed(100))
+        cost = StepCost(target_pass=0.02, target_row=0.001, draft_decode=0.002, draft_row=0.0001)
+        report = simulate(OpenLoop(steady(2.0)), [kind], engine.model, cost, n_requests=100)
+        print(max(sample.waiting for sample in report.samples), "requests waited at most")
+    """
 
     time: float
     running: int
@@ -71,7 +88,16 @@ class Sample(Struct, frozen=True):
 
 
 class SimulationReport(Struct, frozen=True, kw_only=True):
-    """What came of a simulation. Durations are seconds of the virtual clock."""
+    """What came of a simulation. Durations are seconds of the virtual clock.
+
+    ::
+
+        kind = RequestKind(prompt=Fixed(200), answer=Fixed(100))
+        cost = StepCost(target_pass=0.02, target_row=0.001, draft_decode=0.002, draft_row=0.0001)
+        report = simulate(OpenLoop(steady(2.0)), [kind], engine.model, cost, n_requests=100)
+        assert report.generated_tokens == 100 * 100
+        print(report.throughput, report.utilisation, report.first_token.p99)
+    """
 
     requests: int
     prompt_tokens: int
@@ -129,6 +155,15 @@ def simulate(
 
     The same arguments give the same report. The state of the schedulers is checked now and then;
     whatever is wrong raises :class:`~mtpbatch.InternalError`.
+
+    ::
+
+        kind = RequestKind(prompt=Fixed(200), answer=Fixed(100))
+        cost = StepCost(target_pass=0.02, target_row=0.001, draft_decode=0.002, draft_row=0.0001)
+        load = OpenLoop(steady(2.0))
+        for n in (1, 2):
+            report = simulate(load, [kind], engine.model, cost, n_requests=100, n_engines=n)
+            print(n, "engines:", report.first_token.p99)
     """
     if n_requests is None and until is None:
         raise InvalidParameterError("n_requests", "or until must be given: when do requests stop?")

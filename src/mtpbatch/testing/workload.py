@@ -27,7 +27,12 @@ def _check(rule: bool, parameter: str, words: str, value: object) -> None:
 
 
 class Fixed(Struct, frozen=True):
-    """Always ``n`` tokens."""
+    """Always ``n`` tokens.
+
+    ::
+
+        kind = RequestKind(prompt=Fixed(200), answer=Fixed(100))
+    """
 
     n: int
 
@@ -40,7 +45,12 @@ class Fixed(Struct, frozen=True):
 
 
 class Uniform(Struct, frozen=True):
-    """From ``low`` to ``high`` tokens, all equally probable."""
+    """From ``low`` to ``high`` tokens, all equally probable.
+
+    ::
+
+        kind = RequestKind(prompt=Uniform(50, 200), answer=Fixed(100))
+    """
 
     low: int
     high: int
@@ -54,7 +64,12 @@ class Uniform(Struct, frozen=True):
 
 
 class LogNormal(Struct, frozen=True):
-    """Mostly short and now and then long, as prompts and answers are: never beyond ``most``."""
+    """Mostly short and now and then long, as prompts and answers are: never beyond ``most``.
+
+    ::
+
+        kind = RequestKind(prompt=LogNormal(200, 1.0, most=2000), answer=Fixed(100))
+    """
 
     median: float
     sigma: float
@@ -83,6 +98,11 @@ class Drafts(Struct, frozen=True):
     Each position of a text has a chance that a draft for it is right, which is what the head is
     confident of as well. Whether it is right is settled by the position, not by when it is
     drafted: however drafts are chosen, they meet the same luck.
+
+    ::
+
+        prose = RequestKind(prompt=Fixed(200), answer=Fixed(100), drafts=Drafts(acceptance=0.6))
+        code = RequestKind(prompt=Fixed(200), answer=Fixed(100), drafts=Drafts(acceptance=0.9))
     """
 
     acceptance: float = 0.75
@@ -149,7 +169,13 @@ def luck_of(drafts: Drafts) -> Luck:
 
 
 class RequestKind(Struct, frozen=True, kw_only=True):
-    """Requests that are alike."""
+    """Requests that are alike.
+
+    ::
+
+        chats = RequestKind(prompt=Uniform(20, 200), answer=Fixed(100), weight=9, streaming=True)
+        batches = RequestKind(prompt=Fixed(300), answer=Fixed(20), priority=-1)
+    """
 
     prompt: Lengths
     answer: Lengths
@@ -174,7 +200,13 @@ class RequestKind(Struct, frozen=True, kw_only=True):
 
 
 class Profile(Struct, frozen=True):
-    """A level over time: pieces of ``(seconds, level)``, one after another, again and again."""
+    """A level over time: pieces of ``(seconds, level)``, one after another, again and again.
+
+    ::
+
+        day = Profile(((8 * 3600, 0.5), (16 * 3600, 4.0)))
+        arrivals = OpenLoop(day)  # of requests a second: few at night
+    """
 
     pieces: tuple[tuple[float, float], ...]
 
@@ -192,23 +224,43 @@ class Profile(Struct, frozen=True):
 
 
 def steady(level: float) -> Profile:
-    """Always the same."""
+    """Always the same.
+
+    ::
+
+        arrivals = OpenLoop(steady(2.0))  # requests a second
+    """
     return Profile(((math.inf, level),))
 
 
 def ramp(low: int, high: int, seconds: float) -> Profile:
-    """From ``low`` to ``high`` and back in steps of 1, within ``seconds``."""
+    """From ``low`` to ``high`` and back in steps of 1, within ``seconds``.
+
+    ::
+
+        arrivals = ClosedLoop(ramp(1, 16, 600.0))  # clients
+    """
     levels = [*range(low, high), *range(high, low - 1, -1)]
     return Profile(tuple((seconds / len(levels), float(level)) for level in levels))
 
 
 def square_wave(low: float, high: float, period: float) -> Profile:
-    """``low`` for half a period, then ``high``."""
+    """``low`` for half a period, then ``high``.
+
+    ::
+
+        arrivals = OpenLoop(square_wave(0.5, 4.0, period=60.0))  # requests a second
+    """
     return Profile(((period / 2, low), (period / 2, high)))
 
 
 class OpenLoop(Struct, frozen=True):
-    """Requests come whether or not earlier ones have ended, so many a second."""
+    """Requests come whether or not earlier ones have ended, so many a second.
+
+    ::
+
+        arrivals = OpenLoop(steady(2.0), variation=3.0)  # 2 requests a second, in bursts
+    """
 
     rate: Profile
     variation: float = 1.0
@@ -241,6 +293,10 @@ class ClosedLoop(Struct, frozen=True):
     """Clients that each send their next request when their last one ends.
 
     ``clients`` says how many there are; while they become fewer, some leave when a request ends.
+
+    ::
+
+        arrivals = ClosedLoop(steady(8))  # clients
     """
 
     clients: Profile
