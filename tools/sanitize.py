@@ -55,6 +55,8 @@ def build(kind: str, folder: Path) -> Path:
             *("-C", "cmake.define.CMAKE_CXX_COMPILER=g++"),
             *("-C", f"cmake.define.MTPBATCH_SANITIZE={kind}", ROOT),
         ],
+        # Constraints for isolated builds, as CI sets them, are refused for others.
+        env={name: value for name, value in os.environ.items() if name != "PIP_BUILD_CONSTRAINT"},
         check=True,
     )
     return python
