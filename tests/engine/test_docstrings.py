@@ -102,8 +102,7 @@ def test_every_public_name_has_an_example() -> None:
 
 def test_every_public_field_is_explained() -> None:
     """By the text that follows it in the source."""
-    for name in mtpbatch.__all__:
-        thing = getattr(mtpbatch, name)
+    for name, thing in documented():
         if not inspect.isclass(thing) or thing in OPTIONS:
             continue
         (declared,) = ast.parse(textwrap.dedent(inspect.getsource(thing))).body

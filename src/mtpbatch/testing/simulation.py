@@ -63,10 +63,15 @@ class Summary(Struct, frozen=True):
     """
 
     mean: float
+    """In the unit of the figure, as all of these."""
     p50: float
+    """The median."""
     p90: float
+    """What nine of ten do not exceed."""
     p99: float
+    """What 99 of 100 do not exceed."""
     most: float
+    """The greatest."""
 
 
 class Sample(Struct, frozen=True):
@@ -81,8 +86,11 @@ class Sample(Struct, frozen=True):
     """
 
     time: float
+    """Seconds of the virtual clock."""
     running: int
+    """Requests that have a sequence id."""
     waiting: int
+    """Requests in the queues."""
     tokens: int
     """Generated since the sample before."""
 
@@ -100,11 +108,17 @@ class SimulationReport(Struct, frozen=True, kw_only=True):
     """
 
     requests: int
+    """How many have ended: all."""
     prompt_tokens: int
+    """Fed as prompts: without those of snapshots, once more after a pause."""
     generated_tokens: int
+    """Of all requests, accepted drafts included."""
     drafted: int
+    """Tokens drafted by the MTP head."""
     accepted: int
+    """Of those, how many the model agreed with."""
     steps: int
+    """Decodes of the model, over all engines."""
     seconds: float
     """Until the last step ended."""
     busy: tuple[float, ...]
@@ -118,6 +132,7 @@ class SimulationReport(Struct, frozen=True, kw_only=True):
     total: Summary
     """From submission to the last token."""
     samples: tuple[Sample, ...]
+    """Every ``sample_every`` seconds."""
     stats: tuple[EngineStats, ...]
     """Of each engine, at the end."""
 

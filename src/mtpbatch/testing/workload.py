@@ -35,6 +35,7 @@ class Fixed(Struct, frozen=True):
     """
 
     n: int
+    """Tokens; at least 1."""
 
     def __post_init__(self) -> None:
         _check(self.n >= 1, "n", "must be at least 1", self.n)
@@ -53,7 +54,9 @@ class Uniform(Struct, frozen=True):
     """
 
     low: int
+    """The fewest tokens; at least 1."""
     high: int
+    """The most tokens."""
 
     def __post_init__(self) -> None:
         _check(1 <= self.low <= self.high, "low", f"must be from 1 to high={self.high}", self.low)
@@ -72,9 +75,11 @@ class LogNormal(Struct, frozen=True):
     """
 
     median: float
+    """Tokens that half of them reach; above 0."""
     sigma: float
     """Standard deviation of the logarithm: two thirds lie within a factor of e**sigma."""
     most: int
+    """Tokens; longer ones are cut to it."""
 
     def __post_init__(self) -> None:
         _check(self.median > 0, "median", "must be positive", self.median)
@@ -178,15 +183,19 @@ class RequestKind(Struct, frozen=True, kw_only=True):
     """
 
     prompt: Lengths
+    """Tokens of their prompts."""
     answer: Lengths
     """A request ends when its answer has so many tokens, or its context is full."""
     drafts: Drafts = Drafts()
+    """How well their text is drafted."""
     weight: float = 1.0
     """How often it comes, beside the other kinds."""
     temperature: float = 0.0
     """Only says by which chances a scheduler picks its drafts: see ``mtpbatch.types.Terms``."""
     priority: int = 0
+    """As that of :class:`~mtpbatch.SamplingParams`."""
     deadline: float | None = None
+    """Likewise: seconds from submission."""
     streaming: bool = False
     """Whether its tokens are waited for step by step."""
 
@@ -209,6 +218,7 @@ class Profile(Struct, frozen=True):
     """
 
     pieces: tuple[tuple[float, float], ...]
+    """Each of so many seconds, above 0, at a level of at least 0."""
 
     def __post_init__(self) -> None:
         right = all(seconds > 0 and level >= 0 for seconds, level in self.pieces)
@@ -263,6 +273,7 @@ class OpenLoop(Struct, frozen=True):
     """
 
     rate: Profile
+    """Requests a second."""
     variation: float = 1.0
     """Of the gaps between them, standard deviation / mean. 0: evenly; 1: at random (Poisson);
     more: in bursts (gamma distributed gaps)."""
@@ -292,11 +303,10 @@ class OpenLoop(Struct, frozen=True):
 class ClosedLoop(Struct, frozen=True):
     """Clients that each send their next request when their last one ends.
 
-    ``clients`` says how many there are; while they become fewer, some leave when a request ends.
-
     ::
 
         arrivals = ClosedLoop(steady(8))  # clients
     """
 
     clients: Profile
+    """How many there are; while they become fewer, some leave when a request ends."""
