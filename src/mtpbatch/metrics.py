@@ -65,6 +65,16 @@ class EngineMetrics(Watcher):
 
     Raises :class:`~mtpbatch.InvalidParameterError`, or :class:`~mtpbatch.EngineClosedError` or
     :class:`~mtpbatch.EngineDeadError` if there is nothing to watch any more.
+
+    ::
+
+        from prometheus_client import CollectorRegistry, generate_latest
+
+        from mtpbatch.metrics import EngineMetrics
+
+        with EngineMetrics(engine, CollectorRegistry(), model_name="demo") as metrics:
+            await engine.generate("def fib(n):")
+            assert b"mtpbatch_generation_tokens_total" in generate_latest(metrics.registry)
     """
 
     # State: ``_clock`` and ``_gained`` are for who has the engine's turn alone. ``_failures`` and

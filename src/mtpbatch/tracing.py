@@ -38,6 +38,13 @@ class RequestSpans(Watcher):
     ran out of time, has the finish reason "abort" or "timeout". One that failed before it could
     start takes no time. Span processors are called on the engine's thread: use one that hands spans
     over, such as the SDK's BatchSpanProcessor.
+
+    ::
+
+        from mtpbatch.tracing import RequestSpans
+
+        with engine.watch(RequestSpans(model_name="demo")):
+            await engine.generate("def fib(n):")
     """
 
     def __init__(

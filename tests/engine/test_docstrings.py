@@ -18,9 +18,14 @@ import pytest
 import mtpbatch
 import mtpbatch.native
 import mtpbatch.testing
+from mtpbatch.metrics import EngineMetrics
+from mtpbatch.server import ServerConfig, create_app
+from mtpbatch.server.page import routes
+from mtpbatch.tracing import RequestSpans
 
 PACKAGES = (mtpbatch, mtpbatch.native, mtpbatch.testing)
 METHODS_OF = (mtpbatch.Engine, mtpbatch.Generation, mtpbatch.ChatGeneration)
+OF_EXTRAS = (create_app, ServerConfig, routes, EngineMetrics, RequestSpans)
 OPTIONS = (mtpbatch.SamplingOptions, mtpbatch.EngineOptions)  # explained where the structs are
 
 
@@ -39,6 +44,8 @@ def documented() -> Iterator[tuple[str, object]]:
             thing = getattr(package, name)
             if inspect.isclass(thing) or inspect.isfunction(thing):
                 yield f"{package.__name__}.{name}", thing
+    for thing in OF_EXTRAS:
+        yield f"{thing.__module__}.{thing.__name__}", thing
     for kind in METHODS_OF:
         for name in vars(kind):
             member = getattr(kind, name)

@@ -59,6 +59,10 @@ def create_app(
     With an open engine it can be mounted into another app, for whose life the engine is that app's
     to open and to close. Make one of an engine: for its metrics it watches that until it ends::
 
+        from mtpbatch.server import create_app
+        from starlette.applications import Starlette
+
+        app = Starlette()
         async with mtpbatch.Engine.open("model.gguf") as engine:
             app.mount("/llm", create_app(engine))
 

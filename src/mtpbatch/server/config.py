@@ -8,7 +8,14 @@ from msgspec import Meta, Struct
 
 
 class ServerConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What a server tells and asks of its clients."""
+    """What a server tells and asks of its clients: keyword arguments of ``create_app``.
+
+    ::
+
+        from mtpbatch.server import create_app
+
+        app = create_app(engine, model_name="demo", api_keys=("secret",), max_body=1 << 20)
+    """
 
     model_name: Annotated[str, Meta(min_length=1)] = "mtpbatch"
     """What clients call the model."""

@@ -46,6 +46,13 @@ def routes(engine: Engine) -> list[Route]:
     ``/live/events`` tells figures and request ids, no texts. Where the app asks for an API key, ask
     for it there too: the page asks its user for the key, and sends it as ``Authorization: Bearer``.
     ``OPEN_PATHS``, which are files of the package, have to be open to everybody.
+
+    ::
+
+        from mtpbatch.server.page import routes
+        from starlette.applications import Starlette
+
+        app = Starlette(routes=routes(engine))
     """
     feed = Feed(engine)
 
