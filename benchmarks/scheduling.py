@@ -165,7 +165,7 @@ async def prefix(model: Path, rounds: int, threads: int) -> str:
         answers = {}
         for reuse in (False, True):
             async with mtpbatch.Engine.open(
-                model, n_seq=16, n_ctx=N_SHARED + N_CTX, n_threads=threads
+                model, n_seq=16, n_ctx=N_SHARED + N_CTX, n_threads=threads, kv_type="f32"
             ) as engine:
                 shared = await long_prompt(engine, N_SHARED)
                 prompts = [
@@ -184,7 +184,7 @@ async def prefix(model: Path, rounds: int, threads: int) -> str:
             ["first token, mean, s: without reuse", "with", "ratio"],
             [[spread(waits[False], 2), spread(waits[True], 2), spread(ratios, 1)]],
         )
-        + f"\n\nAll answers the same: {'yes' if same else 'no'} (the KV cache is f16)."
+        + f"\n\nAll answers the same: {'yes' if same else 'no'} (the KV cache is f32)."
     )
 
 

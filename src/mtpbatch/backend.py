@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
+from mtpbatch.exceptions import NativeDiedError
 from mtpbatch.types import (
     EngineConfig,
     GrammarSource,
@@ -184,8 +185,16 @@ class Mortal(Protocol):
     """A backend whose native part can die while the app lives on.
 
     Its :meth:`~Backend.exchange` then raises :class:`~mtpbatch.NativeDiedError`, once. From then
-    on it takes no plan and only waits, and other calls wait for the restart.
+    on it takes no plan and only waits, and other calls wait for the restart. While it has work its
+    exchanges last no more than about a second, so that the engine sees when it is stuck.
     """
+
+    def kill(self, why: str) -> NativeDiedError:
+        """Have it die, since it is stuck; the error to go on with, which says ``why``.
+
+        Called on the engine's thread.
+        """
+        ...
 
     def restart(self, report: ProgressReport) -> None:
         """Begin anew: nothing is left of sequences and snapshots; grammars stay good.

@@ -27,6 +27,7 @@ under the gate's lock; ``_stats`` is an immutable snapshot, replaced as a whole.
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import threading
 import time
@@ -59,7 +60,7 @@ from mtpbatch.generation import Generation
 from mtpbatch.intake import Intake, Live, Post, drawn_seed
 from mtpbatch.loading import Loading, model_path
 from mtpbatch.options import EngineOptions, SamplingOptions
-from mtpbatch.restarts import Restarts
+from mtpbatch.restarts import Restarts, Watchdog
 from mtpbatch.scheduler import Event, Scheduler
 from mtpbatch.speculation import draft_wish
 from mtpbatch.tokenizing import Prompt, Tokenizer, snapshot
@@ -300,7 +301,8 @@ class Engine:
         _check_seconds("stall_timeout", stall_timeout)
         self._gate.check_open()
         if (death := self._death) is not None:
-            raise NativeDiedError(death.returncode, "; the engine starts another one")
+            advice = "; the engine starts another one"
+            raise NativeDiedError(death.returncode, advice, why=death.why)
         n_requests = self._intake.n_ready
         seconds = self._clock() - max(self._intake.busy_since, self._last_step)
         if n_requests and seconds > stall_timeout:
@@ -791,6 +793,7 @@ class Engine:
 
     def _run_plans(self) -> None:
         backend, scheduler, intake = self._backend, self._scheduler, self._intake
+        watchdog = Watchdog(backend.config.step_timeout or math.inf)
         while True:
             with self._turn:
                 self._take_in_requests()
@@ -806,6 +809,10 @@ class Engine:
             if results:
                 with self._turn:
                     self._take_in_results(results)
+            silent = not results and intake.n_ready > 0
+            if watchdog.look(self._clock(), silent=silent) and isinstance(backend, Mortal):
+                seconds = backend.config.step_timeout
+                raise backend.kill(f"no step had ended for step_timeout={seconds} seconds")
 
     def _outlive(self, death: NativeDiedError, restarts: Restarts) -> None:
         """Have the native part begin anew; raise what it died of if that has been too often."""

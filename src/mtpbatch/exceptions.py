@@ -237,7 +237,8 @@ class EngineStalledError(EngineError):
     ``seconds`` is how long, ``n_requests`` how many requests have not ended.
 
     What to do: raise ``stall_timeout`` if a step of this model can take so long; otherwise
-    restart the process, since a native call that hangs cannot be ended.
+    restart the process, since a native call that hangs cannot be ended. Engines with
+    ``isolation="process"`` do that for the model's process alone, if they have a ``step_timeout``.
 
     ::
 
@@ -357,7 +358,8 @@ class NativeDiedError(NativeError):
 
     Only engines with ``isolation="process"`` raise it. They start another process and go on. Where
     none can be started any more, there is :class:`EngineDeadError`. ``returncode`` is how the
-    process ended: ``-n`` by signal n, otherwise its exit status.
+    process ended: ``-n`` by signal n, otherwise its exit status. ``why`` is why the engine killed
+    it, and empty if it ended by itself.
 
     What to do: send the request again; if the same request kills it again, refuse that request
     and report it.
@@ -370,9 +372,11 @@ class NativeDiedError(NativeError):
             done = await engine.generate("In the beginning", max_tokens=8)  # by another process
     """
 
-    def __init__(self, returncode: int, advice: str = "") -> None:
-        super().__init__(f"the process that runs the model died ({_ending(returncode)}){advice}")
+    def __init__(self, returncode: int, advice: str = "", *, why: str = "") -> None:
+        how = f"{_ending(returncode)}: {why}" if why else _ending(returncode)
+        super().__init__(f"the process that runs the model died ({how}){advice}")
         self.returncode = returncode
+        self.why = why
 
 
 def _ending(returncode: int) -> str:

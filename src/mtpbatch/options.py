@@ -95,3 +95,4 @@ class EngineOptions(TypedDict, total=False):
     max_waiting_tokens: int | None
     on_full: OnFull
     isolation: Isolation
+    step_timeout: float | None

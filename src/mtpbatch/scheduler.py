@@ -204,7 +204,9 @@ class Scheduler:
         parked = [sequence for sequence in self._waiting if sequence.request_id in self._parked]
         advice = "; the engine starts another one: send the request again"
         events = [
-            self._end_by_error(sequence, NativeDiedError(death.returncode, advice), now)
+            self._end_by_error(
+                sequence, NativeDiedError(death.returncode, advice, why=death.why), now
+            )
             for sequence in (*self._running.values(), *parked)
         ]
         waiting = list(self._waiting)

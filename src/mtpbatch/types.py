@@ -100,6 +100,9 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     aborts or crashes there, running requests end with NativeDiedError, the engine starts another
     process, and requests that wait go on waiting. What reads texts as tokens is there as well, so
     that texts are always tokenised on a helper thread."""
+    step_timeout: Annotated[float, Meta(gt=0)] | None = None
+    """Seconds without the result of a step after which a "process" is taken for stuck and killed,
+    with what that means. More than the model needs for n_batch tokens of a prompt. None: never."""
 
     def __post_init__(self) -> None:
         if isinstance(self.speculation, int) and self.speculation > self.n_draft_max:
@@ -114,6 +117,18 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
                 f"must be at least n_ctx={self.n_ctx}, got {self.n_cells}: give more cells, or "
                 f"lower n_ctx",
             )
+        if self.step_timeout is not None:
+            if not math.isfinite(self.step_timeout):
+                words = allowed(EngineConfig, "step_timeout")
+                raise InvalidParameterError(
+                    "step_timeout", f"must be {words}, got {self.step_timeout}"
+                )
+            if self.isolation != "process":
+                raise InvalidParameterError(
+                    "step_timeout",
+                    'needs isolation="process", as a step in the app\'s own process cannot be '
+                    "ended; open the engine with that, or leave it out and ask check_health()",
+                )
         for path, scale in self.lora.items():
             if not math.isfinite(scale):
                 raise InvalidParameterError(

@@ -86,6 +86,45 @@ async def test_who_runs_ends_with_the_death_and_who_waits_is_answered_after_it(
     assert "requests=4" in caplog.messages[2]
 
 
+async def test_a_stuck_process_is_killed_and_who_waits_is_answered_by_the_next() -> None:
+    backend = ScriptedBackend(lambda _: "y" * 40, n_seq=2, n_draft_max=0, step_timeout=30.0)
+    backend.hang_in_step(5)
+    async with open_scripted_engine(backend) as engine:
+        generations = await submitted(engine, backend, 3)
+        await until(lambda: backend.n_steps == 5)
+        with pytest.raises(EngineStalledError):
+            backend.clock.advance(1.0)
+            engine.check_health(stall_timeout=0.9)
+
+        def time_passes() -> bool:
+            backend.clock.advance(1.0)
+            return backend.dead
+
+        await until(time_passes)
+        for generation in generations[:2]:
+            with pytest.raises(
+                NativeDiedError, match=r"SIGKILL: no step had ended for step_timeout=30\.0 seconds"
+            ) as caught:
+                await generation
+            assert caught.value.why.startswith("no step")
+            assert caught.value.completion is not None
+            assert caught.value.completion.text in ("yyyyy", "yyyy")
+        backend.clock.advance(1.0)
+        assert (await generations[2]).text == "y" * 40
+        assert engine.stats().restarts == 1
+
+
+async def test_an_engine_without_work_is_not_stuck() -> None:
+    backend = ScriptedBackend(lambda _: "yyy", n_seq=1, step_timeout=3.0)
+    async with open_scripted_engine(backend) as engine:
+        for _ in range(3):
+            assert (await engine.generate("x")).text == "yyy"
+            for _ in range(9):
+                backend.clock.advance(1.0)
+                await anyio.sleep(0)  # for the engine's thread to look
+        assert engine.stats().restarts == 0
+
+
 async def test_parked_requests_end_as_well_for_the_executor_had_their_random_state() -> None:
     backend = ScriptedBackend(lambda _: "y" * 90, n_seq=4, n_ctx=64, n_cells=80, n_draft_max=0)
     backend.die_in_step(40)

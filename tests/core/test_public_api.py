@@ -130,7 +130,7 @@ def test_the_engines_surface() -> None:
             mtpbatch.EngineConfig,
             "n_seq n_ctx n_draft_max draft_model n_batch n_ubatch n_threads n_gpu_layers kv_type "
             "kv_unified speculation n_cells snapshot_memory max_waiting max_waiting_tokens on_full "
-            "lora isolation",
+            "lora isolation step_timeout",
         ),
         (
             mtpbatch.SamplingParams,

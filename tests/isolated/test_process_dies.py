@@ -147,6 +147,21 @@ async def test_eight_streams_end_and_those_who_waited_are_answered(
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_process_that_is_stuck_for_too_long_is_killed(demo_f32_path: Path) -> None:
+    sizes: dict[str, Any] = {"n_seq": 1, "step_timeout": 3.0}
+    async with Engine.open(demo_f32_path, **sizes, **SIZES) as engine:
+        undisturbed = await engine.generate("In the", **LONG)
+        running = engine.submit("In the", **LONG)
+        await anext(running)
+        waiting = engine.submit("In the", **LONG)
+        await stopped(engine)
+        with pytest.raises(NativeDiedError, match="SIGKILL: no step had ended for step_timeout=3"):
+            await running
+        assert (await waiting).token_ids == undisturbed.token_ids
+        assert engine.stats().restarts == 1
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_a_crash_tells_its_stack(
     demo_f32_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

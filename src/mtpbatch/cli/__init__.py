@@ -136,6 +136,7 @@ _SERVING_ENGINE_OPTIONS = _SIZE_OPTIONS | {
     "max_waiting": {"type": int, "help": "most requests that wait; more are refused with 429"},
     "max_waiting_tokens": {"type": int, "help": "most prompt tokens that wait"},
     "isolation": {"help": 'where the model runs: "none", or in a "process" of its own'},
+    "step_timeout": {"type": float, "help": "seconds without a step until that process is killed"},
 }
 _SERVER_OPTIONS: dict[str, dict[str, Any]] = {
     "model_name": {"help": "what clients call the model; default: the file's name"},

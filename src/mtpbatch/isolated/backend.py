@@ -124,6 +124,9 @@ class ProcessBackend:
             return self._exchange(process, plan, wait, timeout)
         raise self._bury(process)
 
+    def kill(self, why: str) -> NativeDiedError:
+        return self._bury(self._newest, why)
+
     def restart(self, report: ProgressReport) -> None:
         process, loaded = self._start(report)
         try:
@@ -263,9 +266,9 @@ class ProcessBackend:
         self._unanswered -= 1
         return list(process.steps.receive(Results))
 
-    def _bury(self, process: ModelProcess) -> NativeDiedError:
+    def _bury(self, process: ModelProcess, why: str = "") -> NativeDiedError:
         """There is no process from now on. What it died of."""
-        death = process.death()
+        death = process.death(why)
         with self._changed:
             self._process = None
         process.close()

@@ -67,11 +67,14 @@ class ModelProcess:
     def pid(self) -> int:
         return self._process.pid
 
-    def death(self, advice: str = "") -> NativeDiedError:
-        """Why a channel hung up. A process that lives on without is of no use, and is killed."""
+    def death(self, why: str = "") -> NativeDiedError:
+        """Why a channel hung up. A process that lives on without is of no use, and is killed.
+
+        ``why``: what it is killed for, if it is not that.
+        """
         self.kill()
         self._over.wait()
-        return NativeDiedError(self._process.returncode, advice)
+        return NativeDiedError(self._process.returncode, why=why)
 
     def kill(self) -> None:
         """Have it end at once."""

@@ -156,8 +156,8 @@ class ScriptedBackend:
     a time. ``lag=1`` lets each run before the result of the one before it is given out, as a real
     model does that is quicker than Python; larger numbers play an app that keeps Python busy.
 
-    ``n_cells``, ``snapshot_memory`` (in MiB), ``max_waiting``, ``max_waiting_tokens``, ``on_full``
-    and ``truncates`` are those of :class:`~mtpbatch.EngineConfig` and
+    ``n_cells``, ``snapshot_memory`` (in MiB), ``max_waiting``, ``max_waiting_tokens``, ``on_full``,
+    ``step_timeout`` and ``truncates`` are those of :class:`~mtpbatch.EngineConfig` and
     :class:`~mtpbatch.ModelFacts`; a model that does not truncate keeps recurrent state. A token of
     a saved sequence has 1,000 bytes, copied in no time.
 
@@ -169,7 +169,8 @@ class ScriptedBackend:
 
     :meth:`die_in_step` plays the end of a process that runs a model, as with
     ``isolation="process"``. The engine then waits, by ``clock``, and has it play on with nothing of
-    what it knew.
+    what it knew. :meth:`hang_in_step` plays a process that is stuck, which an engine with a
+    ``step_timeout`` kills.
 
     It keeps its own record of every sequence and every snapshot, and raises
     :class:`InternalError` for a plan that a real model could not execute.
@@ -194,6 +195,7 @@ class ScriptedBackend:
         max_waiting: int | None = 1024,
         max_waiting_tokens: int | None = None,
         on_full: OnFull = "wait",
+        step_timeout: float | None = None,
         truncates: bool = True,
         chat_template: str | None = _CHAT_TEMPLATE,
     ) -> None:
@@ -216,6 +218,8 @@ class ScriptedBackend:
             max_waiting=max_waiting,
             max_waiting_tokens=max_waiting_tokens,
             on_full=on_full,
+            isolation="none" if step_timeout is None else "process",
+            step_timeout=step_timeout,
         )
         assert self.config.n_cells is not None
         self.facts = ModelFacts(
@@ -239,6 +243,7 @@ class ScriptedBackend:
         self.closed = False
         self.dead = False
         """Whether it has died, and not begun anew."""
+        self._hanging_step: int | None = None  # in which it is stuck until it dies
         self._failing_saves: set[int] = set()
         self._failing_restores: set[int] = set()
         self._failing_restarts: dict[int, Exception] = {}
@@ -301,6 +306,10 @@ class ScriptedBackend:
     def die_in_step(self, index: int) -> None:
         """Have the process that runs the model die in the step of that index."""
         self.fail_step(index, NativeDiedError(-9))
+
+    def hang_in_step(self, index: int) -> None:
+        """Have the process that runs the model be stuck from the step of that index on."""
+        self._hanging_step = index
 
     def fail_restart(self, index: int, error: Exception | None = None) -> None:
         """Have the restart of that index end in ``error``, by default a :class:`ModelLoadError`."""
@@ -369,7 +378,7 @@ class ScriptedBackend:
             self._plans.append(plan)
         if not wait:
             return []
-        while len(self._results) <= self._lag and self._begins():
+        while not self._hangs and len(self._results) <= self._lag and self._begins():
             self._results.append(self._step())
         if not self._results:
             self._wakes.get()
@@ -388,6 +397,11 @@ class ScriptedBackend:
         """The request of that ticket takes part in no step that begins from now on."""
         self._cancels.put(ticket)
         self.wake()
+
+    def kill(self, why: str) -> NativeDiedError:
+        """Die at the engine's wish, stuck or not."""
+        self._die()
+        return NativeDiedError(-9, why=why)
 
     def restart(self, report: ProgressReport) -> None:
         """Begin anew after a death."""
@@ -413,6 +427,15 @@ class ScriptedBackend:
 
     def _one_answer(self, prompt_ids: Sequence[int]) -> list[int]:
         return [*self.tokenize(self._script(self.detokenize(prompt_ids))), _EOS]
+
+    @property
+    def _hangs(self) -> bool:
+        return self.n_steps == self._hanging_step
+
+    def _die(self) -> None:
+        self.dead = True
+        self._hanging_step = None
+        self._begin_with_nothing()
 
     def _begins(self) -> bool:
         """Take in what plans say beside their steps; whether there is a step to play."""
@@ -545,8 +568,7 @@ class ScriptedBackend:
         self.clock.advance(self._step_time)
         failure = self._errors.pop(index, None)
         if isinstance(failure, NativeDiedError):
-            self.dead = True
-            self._begin_with_nothing()
+            self._die()
             raise failure
         if failure is not None and not isinstance(failure, NativeError):
             raise failure
