@@ -185,12 +185,17 @@ class Mortal(Protocol):
     """A backend whose native part can die while the app lives on.
 
     Its :meth:`~Backend.exchange` then raises :class:`~mtpbatch.NativeDiedError`, once. From then
-    on it takes no plan and only waits, and other calls wait for the restart. While it has work its
-    exchanges last no more than about a second, so that the engine sees when it is stuck.
+    on it takes no plan and only waits, and other calls wait for the restart. No exchange lasts
+    longer than about a second, so that the engine can see whether it is stuck.
     """
 
+    @property
+    def mute(self) -> bool:
+        """Whether it did not answer the last exchange, work or no work."""
+        ...
+
     def kill(self, why: str) -> NativeDiedError:
-        """Have it die, since it is stuck; the error to go on with, which says ``why``.
+        """Kill it because it is stuck: what :meth:`~Backend.exchange` would raise, with ``why``.
 
         Called on the engine's thread.
         """

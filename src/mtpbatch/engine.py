@@ -27,7 +27,6 @@ under the gate's lock; ``_stats`` is an immutable snapshot, replaced as a whole.
 from __future__ import annotations
 
 import atexit
-import math
 import os
 import threading
 import time
@@ -161,6 +160,7 @@ class Engine:
         self._turn = threading.Lock()
         self._watchers = Watchers()
         self._left_behind = False
+        self._watchdog = Watchdog()  # of the native part that runs now
         self._death: NativeDiedError | None = None  # of the native part, until it is up again
         self._last_step = 0.0  # when the results of one were taken in, or some became possible
         self._ready = ThreadEvent()
@@ -303,8 +303,12 @@ class Engine:
         if (death := self._death) is not None:
             advice = "; the engine starts another one"
             raise NativeDiedError(death.returncode, advice, why=death.why)
-        n_requests = self._intake.n_ready
-        seconds = self._clock() - max(self._intake.busy_since, self._last_step)
+        seconds = 0.0
+        if self._intake.n_ready:
+            seconds = self._clock() - max(self._intake.busy_since, self._last_step)
+        # A process that is mute reads no texts either, so that none of its requests is ready.
+        seconds = max(seconds, self._watchdog.silence)
+        n_requests = len(self._intake.live)
         if n_requests and seconds > stall_timeout:
             raise EngineStalledError(seconds, stall_timeout, n_requests)
 
@@ -793,7 +797,9 @@ class Engine:
 
     def _run_plans(self) -> None:
         backend, scheduler, intake = self._backend, self._scheduler, self._intake
-        watchdog = Watchdog(backend.config.step_timeout or math.inf)
+        mortal = backend if isinstance(backend, Mortal) else None
+        step_timeout = backend.config.step_timeout
+        watchdog = self._watchdog = Watchdog()
         while True:
             with self._turn:
                 self._take_in_requests()
@@ -804,15 +810,16 @@ class Engine:
                     self._stats = scheduler.stats
                     intake.begin(plan.admit)
                     self._watchers.see(scheduler.running)
+                busy = mortal is not None and (intake.n_ready > 0 or scheduler.awaits_step)
             # With a plan on its way there may be another one to make; without, it is time to wait.
             results = backend.exchange(plan, wait=plan is None, timeout=intake.until_timeout())
             if results:
                 with self._turn:
                     self._take_in_results(results)
-            silent = not results and intake.n_ready > 0
-            if watchdog.look(self._clock(), silent=silent) and isinstance(backend, Mortal):
-                seconds = backend.config.step_timeout
-                raise backend.kill(f"no step had ended for step_timeout={seconds} seconds")
+            if mortal is not None:
+                watchdog.look(self._clock(), silent=not results and (busy or mortal.mute))
+                if step_timeout is not None and watchdog.silence > step_timeout:
+                    raise mortal.kill(f"silent for more than step_timeout={step_timeout} seconds")
 
     def _outlive(self, death: NativeDiedError, restarts: Restarts) -> None:
         """Have the native part begin anew; raise what it died of if that has been too often."""
@@ -820,7 +827,7 @@ class Engine:
         failure: MtpBatchError = death
         while not self._gate.closing:
             now = self._clock()
-            pause = restarts.died(now)
+            pause = restarts.died(now, self._watchdog.silence)
             if pause is None or not isinstance(backend, Mortal):
                 raise failure
             if self._death is None:

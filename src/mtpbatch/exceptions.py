@@ -238,7 +238,7 @@ class EngineStalledError(EngineError):
 
     What to do: raise ``stall_timeout`` if a step of this model can take so long; otherwise
     restart the process, since a native call that hangs cannot be ended. Engines with
-    ``isolation="process"`` do that for the model's process alone, if they have a ``step_timeout``.
+    ``isolation="process"`` and a ``step_timeout`` kill and restart the model's process themselves.
 
     ::
 
@@ -358,8 +358,8 @@ class NativeDiedError(NativeError):
 
     Only engines with ``isolation="process"`` raise it. They start another process and go on. Where
     none can be started any more, there is :class:`EngineDeadError`. ``returncode`` is how the
-    process ended: ``-n`` by signal n, otherwise its exit status. ``why`` is why the engine killed
-    it, and empty if it ended by itself.
+    process ended: ``-n`` by signal n, otherwise its exit status. ``why`` says that the
+    engine killed it because it was stuck, and is empty otherwise.
 
     What to do: send the request again; if the same request kills it again, refuse that request
     and report it.

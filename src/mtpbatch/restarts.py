@@ -14,7 +14,7 @@ from typing import Final
 FIRST: Final = 1.0  # seconds
 MOST: Final = 5
 WELL: Final = 60.0  # seconds
-LONGEST_LOOK: Final = 2.0  # seconds
+LONGEST_GAP: Final = 2.0  # seconds
 
 
 class Restarts:
@@ -31,9 +31,12 @@ class Restarts:
         """It runs again."""
         self._up = now
 
-    def died(self, now: float) -> float | None:
-        """It has died, or could not be started: seconds until the next try; ``None``: no more."""
-        if self._up is not None and now - self._up >= WELL:
+    def died(self, now: float, silence: float = 0.0) -> float | None:
+        """It has died, or could not be started: seconds until the next try; ``None``: no more.
+
+        In its last ``silence`` seconds it was stuck, and not well.
+        """
+        if self._up is not None and now - silence - self._up >= WELL:
             self._n_deaths = 0
         self._up = None
         self._n_deaths += 1
@@ -43,24 +46,21 @@ class Restarts:
 
 
 class Watchdog:
-    """Adds up how long a native part has given no result although it has work.
+    """Adds up how long a native part has been silent although something is expected of it.
 
     A look much later than the one before says that the whole program stood still, as when its
     container was frozen. That is no fault of the native part, which stood still as well: no more
-    than ``LONGEST_LOOK`` seconds of it count.
+    than ``LONGEST_GAP`` seconds of it count.
 
-    State: ``_last`` is when it looked last, ``None`` before the first time; ``_silence`` the
-    seconds.
+    State: ``silence``, the seconds; ``_last`` is when it looked last, ``None`` before that.
     """
 
-    def __init__(self, timeout: float) -> None:
-        self._timeout = timeout
+    def __init__(self) -> None:
+        self.silence = 0.0
         self._last: float | None = None
-        self._silence = 0.0
 
-    def look(self, now: float, *, silent: bool) -> bool:
-        """Whether it is taken for stuck. ``silent``: it has work, and has given nothing."""
-        since = 0.0 if self._last is None else min(now - self._last, LONGEST_LOOK)
+    def look(self, now: float, *, silent: bool) -> None:
+        """Whether it has been silent since the last look, with something expected of it."""
+        gap = 0.0 if self._last is None else min(now - self._last, LONGEST_GAP)
         self._last = now
-        self._silence = self._silence + since if silent else 0.0
-        return self._silence > self._timeout
+        self.silence = self.silence + gap if silent else 0.0

@@ -393,6 +393,11 @@ class Scheduler:
     # ----------------------------------------------------------------------- figures
 
     @property
+    def awaits_step(self) -> bool:
+        """Whether a plan has yet to have its first step."""
+        return self._n_ahead > 0
+
+    @property
     def stats(self) -> EngineStats:
         """The figures as they are now. A sequence id counts as free once its request ended."""
         drafted = at_least(self._n_drafting)

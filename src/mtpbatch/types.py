@@ -101,8 +101,9 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     process, and requests that wait go on waiting. What reads texts as tokens is there as well, so
     that texts are always tokenised on a helper thread."""
     step_timeout: Annotated[float, Meta(gt=0)] | None = None
-    """Seconds without the result of a step after which a "process" is taken for stuck and killed,
-    with what that means. More than the model needs for n_batch tokens of a prompt. None: never."""
+    """Seconds without the result of a step after which a "process" is taken for stuck and killed:
+    what it ran ends with NativeDiedError, and another one goes on. More than the model needs for
+    n_batch tokens of a prompt. None: never."""
 
     def __post_init__(self) -> None:
         if isinstance(self.speculation, int) and self.speculation > self.n_draft_max:

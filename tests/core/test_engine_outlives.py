@@ -24,6 +24,7 @@ from mtpbatch import (
 )
 from mtpbatch.restarts import MOST
 from mtpbatch.testing import ScriptedBackend, open_scripted_engine
+from mtpbatch.types import Plan, StepResult
 from patience import until
 
 pytestmark = pytest.mark.anyio
@@ -87,27 +88,42 @@ async def test_who_runs_ends_with_the_death_and_who_waits_is_answered_after_it(
     assert "requests=4" in caplog.messages[2]
 
 
+class Watched(ScriptedBackend):
+    """Counts how often the engine's thread has come to wait."""
+
+    n_waits = 0
+
+    def exchange(self, plan: Plan | None, *, wait: bool, **rest: Any) -> list[StepResult]:
+        self.n_waits += wait
+        return super().exchange(plan, wait=wait, **rest)
+
+    async def pass_second(self) -> None:
+        """A second passes, and the engine's thread has seen it, if it has not ended."""
+        before = self.n_waits
+        self.clock.advance(1.0)
+        await until(lambda: self.n_waits > before or self.closed)
+        await anyio.lowlevel.checkpoint()  # for what it sent
+
+
 async def test_a_stuck_process_is_killed_and_who_waits_is_answered_by_the_next() -> None:
-    backend = ScriptedBackend(lambda _: "y" * 40, n_seq=2, n_draft_max=0, step_timeout=30.0)
+    backend = Watched(lambda _: "y" * 40, n_seq=2, n_draft_max=0, step_timeout=30.0)
     backend.hang_in_step(5)
     async with open_scripted_engine(backend) as engine:
         generations = await submitted(engine, backend, 3)
         await until(lambda: backend.n_steps == 5)
-        backend.clock.advance(1.0)
-        with pytest.raises(EngineStalledError):
-            engine.check_health(stall_timeout=0.9)
-
-        def time_passes() -> bool:
-            backend.clock.advance(1.0)
-            return backend.dead
-
-        await until(time_passes)
+        for second in range(30):
+            await backend.pass_second()
+            assert not backend.dead, second
+        with pytest.raises(EngineStalledError, match="3 requests"):
+            engine.check_health(stall_timeout=29.0)
+        while not backend.dead:
+            await backend.pass_second()
         for generation in generations[:2]:
             with pytest.raises(
-                NativeDiedError, match=r"SIGKILL: no step had ended for step_timeout=30\.0 seconds"
+                NativeDiedError, match=r"SIGKILL: silent for more than step_timeout=30\.0 seconds"
             ) as caught:
                 await generation
-            assert caught.value.why.startswith("no step")
+            assert caught.value.why.startswith("silent")
             assert caught.value.completion is not None
             assert caught.value.completion.text in ("yyyyy", "yyyy")
         backend.clock.advance(1.0)
@@ -115,14 +131,38 @@ async def test_a_stuck_process_is_killed_and_who_waits_is_answered_by_the_next()
         assert engine.stats().restarts == 1
 
 
+async def test_requests_that_time_out_meanwhile_do_not_keep_a_stuck_process_alive() -> None:
+    backend = Watched(lambda _: "y" * 40, n_seq=1, step_timeout=30.0)
+    backend.hang_in_step(0)
+    async with open_scripted_engine(backend) as engine:
+        seconds = 0
+        while not backend.dead:
+            generation = engine.submit("x", timeout=10.0)
+            while generation.completion is None and not backend.dead:
+                await backend.pass_second()
+                seconds += 1
+        assert 30 < seconds < 45, "the first request alone is not known to be in a step"
+
+
+async def test_a_process_that_is_stuck_in_its_first_step_again_and_again_is_given_up() -> None:
+    backend = Watched(lambda _: "y" * 40, n_seq=1, step_timeout=100.0)
+    async with open_scripted_engine(backend) as engine:
+        for _ in range(MOST + 1):
+            backend.hang_in_step(backend.n_steps)
+            generation = engine.submit("x")
+            while generation.completion is None:
+                await backend.pass_second()
+        with pytest.raises(EngineDeadError):
+            engine.check_health()
+
+
 async def test_an_engine_without_work_is_not_stuck() -> None:
-    backend = ScriptedBackend(lambda _: "yyy", n_seq=1, step_timeout=3.0)
+    backend = Watched(lambda _: "yyy", n_seq=1, step_timeout=3.0)
     async with open_scripted_engine(backend) as engine:
         for _ in range(3):
             assert (await engine.generate("x")).text == "yyy"
             for _ in range(9):
-                backend.clock.advance(1.0)
-                await anyio.lowlevel.checkpoint()  # for the engine's thread to look
+                await backend.pass_second()
         assert engine.stats().restarts == 0
 
 

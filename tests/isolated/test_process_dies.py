@@ -26,6 +26,7 @@ import random_adapter
 from mtpbatch import (
     Engine,
     EngineDeadError,
+    EngineStalledError,
     Generation,
     InvalidParameterError,
     ModelLoadError,
@@ -155,10 +156,52 @@ async def test_a_process_that_is_stuck_for_too_long_is_killed(demo_f32_path: Pat
         await anext(running)
         waiting = engine.submit("In the", **LONG)
         await stopped(engine)
-        with pytest.raises(NativeDiedError, match="SIGKILL: no step had ended for step_timeout=3"):
+        with pytest.raises(NativeDiedError, match="SIGKILL: silent for more than step_timeout=3"):
             await running
         assert (await waiting).token_ids == undisturbed.token_ids
         assert engine.stats().restarts == 1
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_process_that_is_stuck_while_it_has_nothing_to_do_is_noticed(
+    demo_f32_path: Path,
+) -> None:
+    """Texts are read there, so that a request does not get as far as to wait for a step."""
+    sizes: dict[str, Any] = {"n_seq": 1, "step_timeout": 3.0}
+    async with Engine.open(demo_f32_path, **sizes, **SIZES) as engine:
+        expected = await engine.generate("In the", max_tokens=20)
+        await stopped(engine)
+        generation = engine.submit("In the", max_tokens=20)
+
+        def stalls() -> bool:
+            try:
+                engine.check_health(stall_timeout=1.0)
+            except EngineStalledError:
+                return True
+            return False
+
+        await until(stalls)
+        assert (await generation).token_ids == expected.token_ids
+        assert engine.stats().restarts == 1
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_nobody_waits_for_a_process_that_cannot_even_be_killed(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As when a driver holds it."""
+    monkeypatch.setattr("mtpbatch.isolated.process.CLOSING_TIME", 0.1)
+    expected = await engine.generate("In the", max_tokens=20)
+    running = engine.submit("In the", **LONG)
+    await anext(running)
+    process = await stopped(engine)
+    kill = process.kill
+    monkeypatch.setattr(process, "kill", lambda: None)
+    process.steps.cut()
+    await check_died(running)
+    assert (await engine.generate("In the", max_tokens=20)).token_ids == expected.token_ids
+    kill()
+    await until(process._over.is_set)
 
 
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 
 _LOOK_AROUND: Final = 0.05  # seconds between looks at what else there is while a model loads
 _PATIENCE: Final = 1.0  # seconds between these while an exchange is not answered
+_HEARTBEAT: Final = 0.5  # seconds after which one is answered though nothing has happened
 _MOST: Final = 2**31 - 1  # native code counts no further
 
 _Value = TypeVar("_Value")
@@ -67,7 +68,8 @@ class ProcessBackend:
     State, under ``_changed``: ``_process`` is the one that runs plans, ``None`` while there is
     none; ``_newest`` is the last one that was started, which may be loading or dead; ``_stopped``
     says that there will be no other one. ``_grammars`` are those that somebody may need.
-    ``_unanswered``, of the engine's thread, is how many exchanges the process owes an answer to.
+    ``_unanswered``, of the engine's thread, is how many exchanges the process owes an answer to,
+    and ``mute`` whether one of them was due.
 
     ``_wakes`` are for waits while there is none. Whoever wakes puts first what there is to find,
     and who waits looks after ``_process`` has changed: nothing is missed that was for the other.
@@ -95,6 +97,7 @@ class ProcessBackend:
         self._newest: ModelProcess
         self._stopped = False
         self._unanswered = 0
+        self.mute = False
         self._wakes: SimpleQueue[None] = SimpleQueue()
         self._numbers = itertools.count(1)
         self._grammars: WeakSet[Grammar] = WeakSet()
@@ -138,6 +141,7 @@ class ProcessBackend:
             process.close()
             raise
         self._unanswered = 0
+        self.mute = False
         with self._changed:
             self._process = process
             self._changed.notify_all()
@@ -254,14 +258,16 @@ class ProcessBackend:
 
         What it has not answered in time it answers later, and is not asked again meanwhile.
         """
+        patience = _PATIENCE if timeout is None else min(timeout + _LOOK_AROUND, _PATIENCE)
         if plan is not None or not self._unanswered:
             if self._unanswered:
                 process.notes.send(WAKE)  # it may wait for what does not come
-            exchange = Exchange(_portable(plan), wait, timeout, self._take_forgotten())
+            heartbeat = _HEARTBEAT if timeout is None else min(timeout, _HEARTBEAT)
+            exchange = Exchange(_portable(plan), wait, heartbeat, self._take_forgotten())
             process.steps.send(exchange)
             self._unanswered += 1
-        patience = _PATIENCE if timeout is None else min(timeout + _LOOK_AROUND, _PATIENCE)
-        if not process.steps.comes(patience):
+        self.mute = not process.steps.comes(patience)
+        if self.mute:
             return []
         self._unanswered -= 1
         return list(process.steps.receive(Results))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -70,11 +71,18 @@ class ModelProcess:
     def death(self, why: str = "") -> NativeDiedError:
         """Why a channel hung up. A process that lives on without is of no use, and is killed.
 
-        ``why``: what it is killed for, if it is not that.
+        ``why``: what it is killed for, if it is not that. A process that a driver holds may not end
+        even so: nobody waits for it any more.
         """
+        killed = not self._over.is_set()
         self.kill()
-        self._over.wait()
-        return NativeDiedError(self._process.returncode, why=why)
+        if not self._over.wait(CLOSING_TIME):
+            for channel in self._channels:
+                channel.cut()
+        returncode = self._process.returncode
+        if returncode is None:
+            returncode = -signal.SIGKILL
+        return NativeDiedError(returncode, why=why if killed else "")
 
     def kill(self) -> None:
         """Have it end at once."""
@@ -90,8 +98,9 @@ class ModelProcess:
         self.notes.hang_up()
         for channel in self._channels:
             channel.hang_up()
-        for thread in self._threads:
-            thread.join()
+        if self._over.wait(2 * CLOSING_TIME):  # else nothing can end it, nor its threads
+            for thread in self._threads:
+                thread.join()
         for channel in self._channels:
             channel.close()
 

@@ -177,6 +177,8 @@ class ScriptedBackend:
     """
 
     tokenizes_at_once = True
+    mute = False
+    """What is stuck is its model; it answers all the same."""
 
     def __init__(
         self,
