@@ -497,7 +497,7 @@ def throughput() -> Drawing:
         d.text(x + 22, y + 12, words, anchor="start", size=13)
     notes = (
         "Medians, of the better of two cache layouts each; lines: from the least to the greatest.",
-        "On a shared machine: only large differences mean anything. From docs/performance.md.",
+        "Two rounds, 2026-11-30, with nothing else on the machine. From docs/performance.md.",
     )
     for y, words in zip((410, 427), notes, strict=True):
         d.text(20, y, words, anchor="start", size=12, colour="soft")
