@@ -149,6 +149,21 @@ def test_engines_that_come_and_go_leave_nothing_behind(demo_path: Path) -> None:
     assert part.passed, part
 
 
+def test_idle_connections_are_left_open_and_hold_up_nobody(
+    demo_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How long they hold others up is not for a busy machine to say."""
+    monkeypatch.setattr(soak, "IDLE", 50)
+    monkeypatch.setattr(soak, "SLOWER", 1e9)
+
+    async def idle_connections() -> soak.Part:
+        return await soak.idle_connections(demo_path, 1, seed=3, clock=clock())
+
+    part = anyio.run(idle_connections)
+    assert part.passed, part
+    assert float(part.figures["p99 with, ms"]) > 0
+
+
 def test_the_report_says_what_was_left_undone() -> None:
     parts = [
         soak.Part("load", 9, 10, 1.0, {"preemptions": 3}),

@@ -128,7 +128,8 @@ def main() -> None:
         fixed = ["setarch", "-R"] if asked.kind == "thread" else []
         ended = subprocess.run(
             [
-                *(*fixed, python, "-u", RUN_TESTS, *QUIETLY),
+                *fixed,
+                *(python, "-u", RUN_TESTS, *QUIETLY),
                 *(f"--deselect={test}" for test in NOT_RUN[asked.kind]),
                 *(asked.arguments or DEFAULT_TESTS),
             ],

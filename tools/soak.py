@@ -2,14 +2,16 @@
 
     python tools/soak.py --minutes 60 --seed 1 --output soak
 
-Four parts, each with its promise; the report, ``soak.md`` and ``soak.json``, says what was found:
+Five parts, each with its promise; the report, ``soak.md`` and ``soak.json``, says what was found:
 
 - **state machines**: 100,000 rules over the scheduler, the engine and the server, in any order;
 - **load**: 10,000 requests of random sizes on 64 sequences with too few KV cells for all, 30 % of
   which are cancelled and 5 % time out. Each ends once, with the tokens of a run that nothing
   disturbs, or a beginning of them, but for rounding; memory stays;
 - **openings**: 1,000 engines, one after the other; memory stays;
-- **slow readers**: streams of others while some are read slowly or never.
+- **slow readers**: streams of others while some are read slowly or never;
+- **idle connections**: streams over HTTP while 1,000 connections are open on which nobody says
+  anything, and some streams are never read.
 
 ``--share 0.01`` does a hundredth of it. Time that runs out leaves parts short, and the report says
 so: a part that has not done all it should has not passed. Needs ``pip install '.[test]'``.
@@ -26,14 +28,16 @@ import importlib.resources
 import logging
 import operator
 import random
+import resource
+import socket
 import statistics
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any, Final
 
@@ -46,8 +50,11 @@ from msgspec import Struct
 ROOT: Final = Path(__file__).parents[1]
 sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "core"), str(ROOT / "tools")]
 
+from api_server import serving  # noqa: E402
 from engine_machine import EngineMachine, shorter_prompts_matter  # noqa: E402
 from mtpbatch import Completion, Engine, MtpBatchError, RequestAdmitted, RequestEnded  # noqa: E402
+from mtpbatch.server import create_app  # noqa: E402
+from patience import until  # noqa: E402
 from server_machine import ServerMachine  # noqa: E402
 from tinymtp import gguf_file  # noqa: E402
 
@@ -60,7 +67,8 @@ MACHINES: tuple[type[RuleBasedStateMachine], ...] = (
 RULES: Final = 100_000
 REQUESTS: Final = 10_000
 OPENINGS: Final = 1_000
-ROUNDS: Final = 40  # of slow readers
+ROUNDS: Final = 40  # of slow readers, and of idle connections
+IDLE: Final = 1_000  # connections
 
 N_SEQ: Final = 64
 N_CTX: Final = 256
@@ -80,7 +88,11 @@ READINGS: Final = 20  # of memory
 ROUNDING: Final = 2e-5
 TIE: Final = 2 * ROUNDING
 
-SLOWER: Final = 1.10  # what slow readers may make of others' p99
+SLOWER: Final = 1.10  # what slow readers and idle connections may make of others' p99
+
+# Shares of requests that are to end so, where some that are cancelled have ended by then.
+LEAST_CANCELLED: Final = 0.15
+LEAST_TIMED_OUT: Final = 0.02
 
 _EXAMPLE: Final = 50  # rules
 
@@ -459,6 +471,9 @@ async def load(model: Path, wanted: int, seed: int, clock: Clock) -> Part:
     violations += run.violations
     if stats.running or stats.waiting or stats.kv_cells_used:
         violations.append(f"left: {stats}")
+    for reason, least in (("abort", LEAST_CANCELLED), ("timeout", LEAST_TIMED_OUT)):
+        if run.ends[reason] < least * done - 5:  # of few there may be none
+            violations.append(f"only {run.ends[reason]} of {done} ended by {reason}")
     figures: dict[str, float | int | str] = {
         **{f"ended by {reason}": n for reason, n in sorted(run.ends.items())},
         "preemptions": stats.preemptions,
@@ -548,19 +563,118 @@ async def slow_readers(model: Path, wanted: int, seed: int, clock: Clock) -> Par
             for slow in order:
                 await one_round(slow, gaps[slow])
             done += 1
-    p99 = {slow: sorted(found)[int(0.99 * len(found))] for slow, found in gaps.items() if found}
+    figures, violations = compared(gaps, "slow readers")
+    seconds = time.monotonic() - begin
+    return Part("slow readers", done, wanted, seconds, figures, tuple(violations))
+
+
+def compared(
+    gaps: Mapping[bool, list[float]], what: str
+) -> tuple[dict[str, float | int | str], list[str]]:
+    """The 99th percentile of seconds with something and without it."""
+    p99 = {there: sorted(found)[int(0.99 * len(found))] for there, found in gaps.items() if found}
     ratio = p99[True] / p99[False] if len(p99) == 2 else 0.0
     violations = []
     if ratio > SLOWER:
-        violations.append(f"others' p99 is {ratio:.2f} of what it is without slow readers")
+        violations.append(f"others' p99 is {ratio:.2f} of what it is without {what}")
     figures: dict[str, float | int | str] = {
         "p99 without, ms": round(1000 * p99.get(False, 0.0), 2),
         "p99 with, ms": round(1000 * p99.get(True, 0.0), 2),
         "ratio": round(ratio, 3),
         "may be": SLOWER,
     }
+    return figures, violations
+
+
+# ---------------------------------------------------------------------- idle connections
+
+
+class Stream:
+    """One that is asked for over HTTP."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._reader = reader
+        self._writer = writer
+
+    @classmethod
+    async def ask(cls, port: int, seed: int, *, is_read: bool) -> Stream:
+        """Ask for one; little of it is kept between the server and who does not read it."""
+        end = socket.socket()
+        if not is_read:
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        end.setblocking(False)
+        await asyncio.get_running_loop().sock_connect(end, ("127.0.0.1", port))
+        reader, writer = await asyncio.open_connection(sock=end, limit=4096)
+        prompt = [20 + seed] * 5
+        request = {"model": "mtpbatch", "prompt": prompt, "max_tokens": 100, "ignore_eos": True}
+        body = msgspec.json.encode(request | {"stream": True})
+        head = "POST /v1/completions HTTP/1.1\r\nHost: soak\r\nConnection: close\r\n"
+        head += "Content-Type: application/json\r\n"
+        writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        await writer.drain()
+        return cls(reader, writer)
+
+    async def gaps(self) -> list[float]:
+        """Seconds between its events, once it has ended."""
+        times, line = [], b""
+        async for line in self._reader:
+            if line.startswith(b"data: "):
+                times.append(time.monotonic())
+                if b"[DONE]" in line:
+                    break
+        else:
+            raise ValueError(f"a stream broke off after {len(times)} events: {line!r}")
+        return [after - before for before, after in pairwise(times)]
+
+    def leave(self) -> None:
+        self._writer.close()
+
+
+async def idle_connections(model: Path, wanted: int, seed: int, clock: Clock) -> Part:
+    """Whoever says nothing, or does not read what it asked for, holds up nobody: rounds in turn.
+
+    The same streams run in both; a third of them is read only where nobody is idle.
+    """
+    begin = time.monotonic()
+    gaps: dict[bool, list[float]] = {False: [], True: []}
+    done = n_closed = 0
+    n_files = 2 * IDLE + 500  # both ends of a connection are in this process
+    allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if allowed < n_files:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (n_files, most))
+    async with (
+        Engine.open(model, n_seq=24, n_ctx=N_CTX) as engine,
+        serving(create_app(engine)) as url,
+    ):
+        port = int(url.rpartition(":")[2])
+
+        async def one_round(idle: bool) -> list[float]:
+            nonlocal n_closed
+            silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(IDLE * idle)]
+            n_read = 16 if idle else 24
+            streams = [await Stream.ask(port, i, is_read=i < n_read) for i in range(24)]
+            found = await asyncio.gather(*(stream.gaps() for stream in streams[:n_read]))
+            n_closed += sum(reader.at_eof() for reader, _ in silent)
+            for stream in streams:
+                stream.leave()
+            for _, writer in silent:
+                writer.close()
+            await until(lambda: not engine.stats().running)  # of those that were not read
+            return [gap for one in found[:16] for gap in one]
+
+        await one_round(True)
+        chance = random.Random(seed)
+        while done < wanted and not clock.is_over:
+            order = [False, True]
+            chance.shuffle(order)
+            for idle in order:
+                gaps[idle] += await one_round(idle)
+            done += 1
+    figures, violations = compared(gaps, "idle connections")
+    if n_closed:
+        violations.append(f"{n_closed} idle connections were closed")
     seconds = time.monotonic() - begin
-    return Part("slow readers", done, wanted, seconds, figures, tuple(violations))
+    return Part("idle connections", done, wanted, seconds, figures, tuple(violations))
 
 
 # -------------------------------------------------------------------------------- report
@@ -602,6 +716,7 @@ def soak(*, minutes: float, seed: int, share: float) -> list[Part]:
             (load, f32, wanted(REQUESTS)),
             (openings, demo, wanted(OPENINGS)),
             (slow_readers, demo, wanted(ROUNDS)),
+            (idle_connections, demo, wanted(ROUNDS)),
         )
 
         async def others() -> list[Part]:

@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         *("memory", "prefix", "speculation", "waiting"),
         *("sequence", "types", "exceptions"),
     },
-    "backend": {"types"},
+    "backend": {"types", "exceptions"},
     "_loops": set(),
     "_log": {"exceptions"},
     "_slices": {"exceptions"},
@@ -150,7 +150,16 @@ MAY_IMPORT |= {
     "scaleout/application": {"scaleout", "server", "types"},
 }
 
-IMPURE = {"anyio", "asyncio", "cffi", "ctypes", "llama_cpp", "threading", "time", "trio", "uvloop"}
+IMPURE = {
+    *("anyio", "asyncio", "cffi", "ctypes", "datetime", "llama_cpp", "threading", "time", "trio"),
+    "uvloop",
+}
+
+# Tests that sleep, and why.
+SLEEP = {
+    "core/test_tokenizing.py": "microseconds, in place of those that the code sleeps",
+    "loadtest/test_driver.py": "on a clock that jumps to the next moment at which anything happens",
+}
 
 
 def imports(module: str) -> set[str]:
@@ -221,6 +230,16 @@ def test_nothing_the_scheduler_imports_knows_time_threads_loops_or_native_code()
     for module in (*closure, "restarts"):
         outside = {name.split(".")[0] for name in imports(module)}
         assert not outside & IMPURE
+
+
+def test_no_test_sleeps() -> None:
+    found = set()
+    for path in (tests := Path(__file__).parents[1]).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            is_call = isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".sleep")
+            if is_call and ast.unparse(node).partition("sleep")[2] != "(0)":
+                found.add(path.relative_to(tests).as_posix())
+    assert found == SLEEP.keys()
 
 
 def test_importing_the_library_touches_nothing_of_the_apps() -> None:
