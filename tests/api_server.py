@@ -24,8 +24,12 @@ class _Server(uvicorn.Server):
 
 
 @asynccontextmanager
-async def serving(app: ASGIApp) -> AsyncIterator[str]:
-    """Serve an app; its URL."""
+async def serving(app: ASGIApp, *, send_buffer: int | None = None) -> AsyncIterator[str]:
+    """Serve an app; its URL.
+
+    ``send_buffer``: about so many bytes that a client has not read stay with the system; by
+    default as many as it likes, which can be megabytes.
+    """
     server = _Server(
         uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=5)
     )
@@ -38,6 +42,8 @@ async def serving(app: ASGIApp) -> AsyncIterator[str]:
             ended.set()
 
     with socket.create_server(("127.0.0.1", 0)) as listener:  # who connects waits until it is ready
+        if send_buffer is not None:  # of each connection, which takes it over
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         port = listener.getsockname()[1]
         async with anyio.create_task_group() as group:
             group.start_soon(serve)

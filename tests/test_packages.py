@@ -14,6 +14,7 @@ from packaging.utils import canonicalize_name
 import check_wheel
 import pin_requirements
 import release
+import sbom
 
 ROOT = Path(__file__).parents[1]
 BUILT = {"mtpbatch/_built_with.py", "mtpbatch/native/_ffi.abi3.so"}
@@ -59,6 +60,26 @@ def test_only_a_release_of_which_all_is_looked_up_and_sound_passes_its_audit() -
         release.audit(report(skip_reason="not found"))
     with pytest.raises(SystemExit, match="NOT AUDITED"):
         release.audit("")
+
+
+def test_an_sbom_that_misses_a_dependency_is_noticed() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pinned = dict(
+        line.partition(";")[0].strip().split("==")
+        for line in pin_requirements.CONSTRAINTS.read_text().splitlines()
+    )
+    names = [Requirement(line).name for line in project["dependencies"]]
+    assert {"llama-cpp-python", "msgspec", "numpy"} <= set(names)
+    components = [{"name": name, "version": pinned[name]} for name in names]
+
+    sbom.check(json.dumps({"components": [*components, {"name": "pip", "version": "1"}]}))
+    for index, name in enumerate(names):
+        others = [*components[:index], *components[index + 1 :]]
+        with pytest.raises(SystemExit, match=f"SBOM as asked for: {name}[^;]*: missing$"):
+            sbom.check(json.dumps({"components": others}))
+        old = {"name": name, "version": "0.0.1"}
+        with pytest.raises(SystemExit, match=rf"SBOM as asked for: {name}[^;]*: 0\.0\.1$"):
+            sbom.check(json.dumps({"components": [*others, old]}))
 
 
 def test_all_requirements_are_pinned_with_hashes() -> None:

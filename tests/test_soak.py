@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
 import soak
+from mtpbatch import Engine, Generation
 
 
 def clock() -> soak.Clock:
@@ -66,6 +67,27 @@ def test_nothing_is_lost_under_load(demo_f32_path: Path) -> None:
     assert part.passed, part
     assert part.done == 60
     assert part.figures["ended by abort"]
+
+
+@pytest.mark.usefixtures("_short")
+def test_too_few_cancellations_and_time_outs_are_reported(
+    demo_f32_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody gives a request up. Of 60 both may be missing, of 300 not."""
+    monkeypatch.setattr(Generation, "cancel", lambda self: None)
+    monkeypatch.setattr(soak, "MOST_TOKENS", 1)
+
+    submit = Engine.submit
+    monkeypatch.setattr(
+        Engine,
+        "submit",
+        lambda self, prompt, timeout=None, **params: submit(self, prompt, **params),
+    )
+    part = anyio.run(load, demo_f32_path, 300)
+    assert part.violations == (
+        "only 0 of 300 ended by abort",
+        "only 0 of 300 ended by timeout",
+    )
 
 
 @pytest.mark.usefixtures("_short")
@@ -168,6 +190,21 @@ def test_idle_connections_are_left_open_and_hold_up_nobody(
     part = anyio.run(idle_connections)
     assert part.passed, part
     assert float(part.figures["p99 with, ms"]) > 0
+    assert part.figures["streams for which the server waits"] == 8
+
+
+def test_streams_that_the_server_gets_rid_of_unread_are_reported(
+    demo_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(soak, "IDLE", 1)
+    monkeypatch.setattr(soak, "SLOWER", 1e9)
+    monkeypatch.setattr(soak, "SYSTEM_KEEPS", 1 << 20)
+
+    async def idle_connections() -> soak.Part:
+        return await soak.idle_connections(demo_path, 1, seed=3, clock=clock())
+
+    (violation,) = anyio.run(idle_connections).violations
+    assert violation == "the server waits for 0 of 8 clients that do not read"
 
 
 def test_the_report_says_what_was_left_undone() -> None:

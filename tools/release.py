@@ -15,13 +15,12 @@ import argparse
 import json
 import subprocess
 import sys
-import tempfile
-import venv
 from pathlib import Path
 from typing import Final
 
 import check_wheel
-from pin_requirements import CONSTRAINTS, PINNED
+import sbom
+from pin_requirements import PINNED
 
 ROOT: Final = Path(__file__).parents[1]
 
@@ -46,23 +45,6 @@ def audit(report: str) -> None:
         )
 
 
-def write_sbom(wheel: Path, path: Path) -> None:
-    """Write down what installing a wheel brings."""
-    with tempfile.TemporaryDirectory() as folder:
-        venv.create(folder)
-        python = Path(folder) / "bin" / "python"
-        pip = (sys.executable, "-m", "pip", "--python", python)
-        subprocess.run([*pip, "install", "-q", "-c", CONSTRAINTS, wheel], check=True)
-        subprocess.run(
-            [
-                *(sys.executable, "-m", "cyclonedx_py", "environment", python),
-                *("--pyproject", ROOT / "pyproject.toml", "--output-reproducible"),
-                *("--output-format", "JSON", "--output-file", path),
-            ],
-            check=True,
-        )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, nargs="?", default=ROOT / "dist")
@@ -72,7 +54,7 @@ def main() -> None:
     subprocess.run([sys.executable, "-m", "build", "--outdir", folder, ROOT], check=True)
     wheel = max(folder.glob("mtpbatch-*.whl"), key=lambda path: path.stat().st_mtime)
     check_wheel.check(wheel)
-    write_sbom(wheel, folder / "sbom.cdx.json")
+    sbom.write(wheel, folder / "sbom.cdx.json")
     print(f"{wheel.name} and its sbom.cdx.json are in {folder}")
 
     looked_up = subprocess.run(

@@ -11,7 +11,7 @@ Five parts, each with its promise; the report, ``soak.md`` and ``soak.json``, sa
 - **openings**: 1,000 engines, one after the other; memory stays;
 - **slow readers**: streams of others while some are read slowly or never;
 - **idle connections**: streams over HTTP while 1,000 connections are open on which nobody says
-  anything, and some streams are never read.
+  anything, and the server waits for clients that never read their streams.
 
 ``--share 0.01`` does a hundredth of it. Time that runs out leaves parts short, and the report says
 so: a part that has not done all it should has not passed. Needs ``pip install '.[test]'``.
@@ -46,6 +46,7 @@ import msgspec
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis.stateful import RuleBasedStateMachine, get_state_machine_test
 from msgspec import Struct
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 ROOT: Final = Path(__file__).parents[1]
 sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "core"), str(ROOT / "tools")]
@@ -69,6 +70,8 @@ REQUESTS: Final = 10_000
 OPENINGS: Final = 1_000
 ROUNDS: Final = 40  # of slow readers, and of idle connections
 IDLE: Final = 1_000  # connections
+UNREAD: Final = 8  # streams over HTTP beside them, of 24
+SYSTEM_KEEPS: Final = 4096  # bytes of what they do not read; uvicorn keeps 64 KiB
 
 N_SEQ: Final = 64
 N_CTX: Final = 256
@@ -597,17 +600,18 @@ class Stream:
         self._writer = writer
 
     @classmethod
-    async def ask(cls, port: int, seed: int, *, is_read: bool) -> Stream:
-        """Ask for one; little of it is kept between the server and who does not read it."""
+    async def ask(cls, port: int, seed: int, *, is_large: bool) -> Stream:
+        """Ask for one of 200 events, of 0.2 KB each, or 0.8 KB."""
         end = socket.socket()
-        if not is_read:
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        if is_large:
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SYSTEM_KEEPS)
         end.setblocking(False)
         await asyncio.get_running_loop().sock_connect(end, ("127.0.0.1", port))
-        reader, writer = await asyncio.open_connection(sock=end, limit=4096)
+        reader, writer = await asyncio.open_connection(sock=end, limit=SYSTEM_KEEPS)
         prompt = [20 + seed] * 5
-        request = {"model": "mtpbatch", "prompt": prompt, "max_tokens": 100, "ignore_eos": True}
-        body = msgspec.json.encode(request | {"stream": True})
+        request = {"model": "mtpbatch", "prompt": prompt, "max_tokens": 200, "ignore_eos": True}
+        logprobs = {"logprobs": 20} if is_large else {}
+        body = msgspec.json.encode(request | {"stream": True} | logprobs)
         head = "POST /v1/completions HTTP/1.1\r\nHost: soak\r\nConnection: close\r\n"
         head += "Content-Type: application/json\r\n"
         writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
@@ -630,49 +634,82 @@ class Stream:
         self._writer.close()
 
 
+class Sending:
+    """An app, and how many of its answers wait for their clients to read."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self.n_waiting = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def counted(message: Message) -> None:
+            # uvicorn lets no other task go on in here unless it waits for the client.
+            self.n_waiting += 1
+            try:
+                await send(message)
+            finally:
+                self.n_waiting -= 1
+
+        await self._app(scope, receive, counted)
+
+
+def allow_files(n: int) -> None:
+    """Let this process have so many open."""
+    allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if allowed < n:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (n, most))
+        except ValueError:
+            raise SystemExit(f"{n} files have to be open at once, of {most}: ulimit -Hn") from None
+
+
 async def idle_connections(model: Path, wanted: int, seed: int, clock: Clock) -> Part:
     """Whoever says nothing, or does not read what it asked for, holds up nobody: rounds in turn.
 
-    The same streams run in both; a third of them is read only where nobody is idle.
+    The same streams run in both; the large ones are read only where nobody is idle.
     """
     begin = time.monotonic()
     gaps: dict[bool, list[float]] = {False: [], True: []}
     done = n_closed = 0
-    n_files = 2 * IDLE + 500  # both ends of a connection are in this process
-    allowed, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if allowed < n_files:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (n_files, most))
-    async with (
-        Engine.open(model, n_seq=24, n_ctx=N_CTX) as engine,
-        serving(create_app(engine)) as url,
-    ):
-        port = int(url.rpartition(":")[2])
+    n_waiting = UNREAD  # the least of all rounds
+    allow_files(2 * IDLE + 500)  # both ends of a connection are in this process
+    async with Engine.open(model, n_seq=24, n_ctx=N_CTX) as engine:
+        app = Sending(create_app(engine))
 
-        async def one_round(idle: bool) -> list[float]:
-            nonlocal n_closed
+        async def one_round(port: int, idle: bool) -> list[float]:
+            nonlocal n_closed, n_waiting
             silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(IDLE * idle)]
-            n_read = 16 if idle else 24
-            streams = [await Stream.ask(port, i, is_read=i < n_read) for i in range(24)]
-            found = await asyncio.gather(*(stream.gaps() for stream in streams[:n_read]))
-            n_closed += sum(reader.at_eof() for reader, _ in silent)
-            for stream in streams:
-                stream.leave()
-            for _, writer in silent:
-                writer.close()
+            streams = [await Stream.ask(port, i, is_large=i < UNREAD) for i in range(24)]
+            try:
+                read = streams[UNREAD:] if idle else streams
+                found = await asyncio.gather(*(stream.gaps() for stream in read))
+                n_closed += sum(reader.at_eof() for reader, _ in silent)
+                if idle:
+                    n_waiting = min(n_waiting, app.n_waiting)
+            finally:
+                for stream in streams:
+                    stream.leave()
+                for _, writer in silent:
+                    writer.close()
             await until(lambda: not engine.stats().running)  # of those that were not read
-            return [gap for one in found[:16] for gap in one]
+            return [gap for one in found[-(24 - UNREAD) :] for gap in one]
 
-        await one_round(True)
-        chance = random.Random(seed)
-        while done < wanted and not clock.is_over:
-            order = [False, True]
-            chance.shuffle(order)
-            for idle in order:
-                gaps[idle] += await one_round(idle)
-            done += 1
+        async with serving(app, send_buffer=SYSTEM_KEEPS) as url:
+            port = int(url.rpartition(":")[2])
+            await one_round(port, True)
+            chance = random.Random(seed)
+            while done < wanted and not clock.is_over:
+                order = [False, True]
+                chance.shuffle(order)
+                for idle in order:
+                    gaps[idle] += await one_round(port, idle)
+                done += 1
     figures, violations = compared(gaps, "idle connections")
+    figures["streams for which the server waits"] = n_waiting
     if n_closed:
         violations.append(f"{n_closed} idle connections were closed")
+    if n_waiting < UNREAD:
+        violations.append(f"the server waits for {n_waiting} of {UNREAD} clients that do not read")
     seconds = time.monotonic() - begin
     return Part("idle connections", done, wanted, seconds, figures, tuple(violations))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Set
 from pathlib import Path
 
 import pytest
@@ -155,10 +156,21 @@ IMPURE = {
     "uvloop",
 }
 
-# Tests that sleep, and why.
-SLEEP = {
-    "core/test_tokenizing.py": "microseconds, in place of those that the code sleeps",
-    "loadtest/test_driver.py": "on a clock that jumps to the next moment at which anything happens",
+# Where a thread sleeps or the calendar is asked, and why.
+WALL_CLOCK = {
+    "_slices.py": {"time.sleep": "so that another thread gets the GIL, for 50 microseconds"},
+    "chat/template.py": {"datetime.datetime.now": "templates ask for today's date"},
+    "loadtest/bench.py": {"datetime.datetime.now": "the report says when it was measured"},
+    "server/app.py": {"time.time": "OpenAI's answers say when the model was created"},
+    "server/endpoint.py": {"time.time": "OpenAI's answers say when they were created"},
+    "tracing.py": {"time.time_ns": "spans begin and end at times of day"},
+}
+
+# Tests that sleep or ask the calendar, and why.
+WALL_CLOCK_IN_TESTS = {
+    "chat/test_template.py": {"datetime.datetime.now": "the date that the template has to give"},
+    "core/test_tokenizing.py": {"time.sleep": "in place of the code's, as short"},
+    "loadtest/test_driver.py": {"anyio.sleep": "on a clock that jumps to whatever happens next"},
 }
 
 
@@ -232,14 +244,75 @@ def test_nothing_the_scheduler_imports_knows_time_threads_loops_or_native_code()
         assert not outside & IMPURE
 
 
-def test_no_test_sleeps() -> None:
-    found = set()
-    for path in (tests := Path(__file__).parents[1]).rglob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            is_call = isinstance(node, ast.Call) and ast.unparse(node.func).endswith(".sleep")
-            if is_call and ast.unparse(node).partition("sleep")[2] != "(0)":
-                found.add(path.relative_to(tests).as_posix())
-    assert found == SLEEP.keys()
+def full_names(tree: ast.AST) -> set[str]:
+    """What a program names of modules it imports, in full, whatever it calls them.
+
+    A call with the argument 0 is left out: such a sleep lets others go on.
+    """
+    modules: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            modules |= {alias.asname or alias.name: alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            modules |= {
+                alias.asname or alias.name: f"{node.module}.{alias.name}" for alias in node.names
+            }
+    at_once = {
+        id(node.func)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and [ast.unparse(each) for each in node.args] == ["0"]
+    }
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name | ast.Attribute) and id(node) not in at_once:
+            first, dot, rest = ast.unparse(node).partition(".")
+            names.add(modules.get(first, first) + dot + rest)
+    return names
+
+
+def wall_clock(folder: Path, *, also: Set[str] = frozenset()) -> dict[str, set[str]]:
+    """By file: where a thread sleeps or the calendar is asked."""
+    asked = also | {
+        *("time.sleep", "time.time", "time.time_ns", "time.localtime", "time.gmtime"),
+        *("time.ctime", "time.strftime"),
+        *("datetime.datetime.now", "datetime.datetime.utcnow", "datetime.datetime.today"),
+        "datetime.date.today",
+    }
+    found = {
+        path.relative_to(folder).as_posix(): full_names(ast.parse(path.read_text("utf-8"))) & asked
+        for path in folder.rglob("*.py")
+    }
+    return {name: names for name, names in found.items() if names}
+
+
+def test_nothing_sleeps_or_asks_the_calendar_but_for_a_reason() -> None:
+    listed = {name: set(reasons) for name, reasons in WALL_CLOCK.items()}
+    assert wall_clock(PACKAGE) == listed
+
+
+def test_no_test_sleeps_but_for_a_reason() -> None:
+    sleeps = {"anyio.sleep", "asyncio.sleep", "trio.sleep"}
+    listed = {name: set(reasons) for name, reasons in WALL_CLOCK_IN_TESTS.items()}
+    assert wall_clock(Path(__file__).parents[1], also=sleeps) == listed
+
+
+@pytest.mark.parametrize(
+    ("program", "names"),
+    [
+        ("import time\ntime.sleep(1)", {"time.sleep"}),
+        ("import time as clock\nnow = clock.time", {"time.time"}),
+        ("from asyncio import sleep as nap\nnap(0.1)", {"asyncio.sleep"}),
+        ("from datetime import datetime\ndatetime.now()", {"datetime.datetime.now"}),
+        ("import asyncio\nasyncio.sleep(0)", set()),
+        ("import time\ntime.monotonic()", set()),
+    ],
+)
+def test_sleeps_and_clocks_are_found_whatever_they_are_called(
+    tmp_path: Path, program: str, names: set[str]
+) -> None:
+    (tmp_path / "program.py").write_text(program)
+    found = wall_clock(tmp_path, also={"asyncio.sleep"})
+    assert found == ({"program.py": names} if names else {})
 
 
 def test_importing_the_library_touches_nothing_of_the_apps() -> None:
