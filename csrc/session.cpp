@@ -160,15 +160,9 @@ Session::SequenceState & Session::sequence(llama_seq_id seq_id) {
 void Session::reset(llama_seq_id seq_id) {
     auto & s = sequence(seq_id);
     draft_->truncate(seq_id, 0);
-    s.n_past  = 0;
-    s.ignored = false;
+    s = {};  // buffers too: after a long sequence they are megabytes, and each id would keep its longest
     s.decoded.assign(n_heads_, 0);
-    s.waiting.clear();
-    s.waiting_hidden.clear();
     s.hidden.assign(n_embd_, 0);
-    s.drafted_from = -1;
-    s.n_drafted    = 0;
-    s.n_verified   = 0;
 }
 
 void Session::ignore(llama_seq_id seq_id) {

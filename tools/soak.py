@@ -81,7 +81,8 @@ QUESTIONS: Final = 100
 MOST_TOKENS: Final = 120
 MEAN_TOKENS: Final = 40
 TEXT: Final = Path(__file__).read_text()  # prompts are parts of it
-SNAPSHOTS: Final = 4  # MiB for them: what is kept beside each is not reported, some kilobytes
+SNAPSHOTS: Final = 4  # MiB for them
+USUAL: Final = 32  # prompts that fill that
 WARM_UP: Final = 500  # requests, which fill that
 READINGS: Final = 20  # of memory
 
@@ -172,8 +173,9 @@ class Memory:
         self._libc.mallopt(_MMAP_THRESHOLD, 32 << 20)  # less is not rounded up to pages
         self._readings: list[tuple[int, int, int, int]] = []
 
-    def read(self, n_done: int, n_wanted: int = 0) -> None:
-        """After so many units of work; bytes that the engine says it keeps do not count."""
+    def read(self, n_done: int, n_wanted: int = 0) -> int:
+        """After so many units of work: bytes that are allocated in C and C++, without those that
+        the engine says it keeps."""
         gc.collect()
         self._libc.malloc_trim(0)
         info = self._libc.mallinfo2()
@@ -182,9 +184,9 @@ class Memory:
         )
         # Those of files come and go as the machine needs its memory.
         pages = sum(1024 * int(status[name].split()[0]) for name in ("RssAnon", "VmSwap"))
-        self._readings.append(
-            (n_done, info.used + info.mapped - n_wanted, sys.getallocatedblocks(), pages)
-        )
+        n_bytes: int = info.used + info.mapped - n_wanted
+        self._readings.append((n_done, n_bytes, sys.getallocatedblocks(), pages))
+        return n_bytes
 
     def growth(self) -> Growth:
         """What stays of the second half of the work: caches and buffers fill in the first."""
@@ -420,6 +422,13 @@ class Load:
         return n_ended
 
 
+async def keep_the_usual(engine: Engine) -> None:
+    """Let all snapshots be of the same prompts each time, so that readings of memory compare: what
+    is kept beside a snapshot, its tokens among that, is not reported."""
+    for token_id in range(USUAL):
+        await engine.generate([token_id] * (N_CTX - 2), max_tokens=1, ignore_eos=True)
+
+
 class Ends:
     """A watcher that counts the ends of each request."""
 
@@ -460,13 +469,15 @@ async def load(model: Path, wanted: int, seed: int, clock: Clock) -> Part:
     ) as engine:
         run, ends = Load(engine, asked, seed), Ends()
         await run.all(WARM_UP, clock)
+        await keep_the_usual(engine)
         memory.read(0, engine.stats().snapshot_bytes)
-        with engine.watch(ends):
-            for i in range(READINGS):
+        for i in range(READINGS):
+            with engine.watch(ends):
                 n = await run.all(wanted * (i + 1) // READINGS - wanted * i // READINGS, clock)
-                run.violations += ends.take(n)
-                done += n
-                memory.read(done, engine.stats().snapshot_bytes)
+            run.violations += ends.take(n)
+            done += n
+            await keep_the_usual(engine)
+            memory.read(done, engine.stats().snapshot_bytes)
         stats = engine.stats()
     async with Undisturbed.open(model) as undisturbed:
         ties = await run.ties(undisturbed)
