@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 from collections.abc import Sequence as Items
 from typing import Final
 
@@ -54,13 +56,13 @@ class Cost:
     def doubt(self, one: tuple[float, float], other: tuple[float, float]) -> float:
         """Variance of the logarithm of what one takes, over what the other takes: each is so many
         passes, with so many rows in all."""
-        sizes = {_size(*one), _size(*other)}
-        if len(sizes) == 1:
+        size, other_size = _size(*one), _size(*other)
+        if size == other_size:
             return 0.0
-        weights = [2 * self._root * rows / (n + self._root**2 * rows) for n, rows in (one, other)]
-        return (weights[0] - weights[1]) ** 2 * self._var_root + sum(
-            self._sizes.get(size, self._UNKNOWN)[1] for size in sizes
-        )
+        weight, other_weight = self._weight(*one), self._weight(*other)
+        _, var_size = self._sizes.get(size, self._UNKNOWN)
+        _, var_other_size = self._sizes.get(other_size, self._UNKNOWN)
+        return (weight - other_weight) ** 2 * self._var_root + var_size + var_other_size
 
     def parts(self, passes: float, rows: float) -> tuple[float, float]:
         """Seconds of a pass, and of a row, where there are so many."""
@@ -78,13 +80,14 @@ class Cost:
         if seconds <= 0:
             return
         root, size = self._root, _size(passes, rows)
-        in_passes = passes + root**2 * rows
+        in_passes = passes + root * root * rows
         if not self._pass:
             self._pass = seconds / in_passes
-        weight = 2 * root * rows / in_passes  # of the root in the logarithm of the seconds
+        weight = self._weight(passes, rows)
         added, var_added = self._sizes.get(size, self._UNKNOWN)
         surprise = math.log(seconds / (self._pass * in_passes)) - added
-        surprise = min(max(surprise, -self._SURPRISE), self._SURPRISE)
+        if abs(surprise) > self._SURPRISE:
+            surprise = math.copysign(self._SURPRISE, surprise)
         self._noise += self._NOISE_PACE * (surprise * surprise - self._noise)
         noise = max(self._noise, self._LEAST_NOISE)
         drift_pass, drift_root = self._DRIFT
@@ -103,10 +106,14 @@ class Cost:
         self._var_root -= gain_root * with_root
         self._covar -= gain_pass * with_root
 
+    def _weight(self, passes: float, rows: float) -> float:
+        """Of the root in the logarithm of the seconds: how much that grows with it."""
+        return 2 * self._root * rows / (passes + self._root**2 * rows)
+
 
 def _size(passes: float, rows: float) -> int:
     """The class of a pass's rows: two classes each time they double."""
-    return round(2 * math.log2(max(1.0, rows / passes))) if passes else 0
+    return round(2 * math.log2(rows / passes)) if rows > passes > 0 else 0
 
 
 class CostModel:
@@ -161,7 +168,7 @@ class CostModel:
         ``lengths[n]`` is how many sequences verified a draft of n tokens; 0 counts those that
         decoded one token. ``n_prompt`` rows were of prompts.
         """
-        rows = sum(count * (1 + length) for length, count in enumerate(lengths))
+        rows = sum(map(operator.mul, lengths, itertools.count(1)))
         target_time = result.target_time + result.sample_time  # both go by rows
         counts = self._is_undisturbed(sum(lengths), n_prompt)
         if result.n_draft_decodes and counts:
@@ -191,8 +198,8 @@ class CostModel:
 
     def _passes(self, lengths: Items[int], rows: int) -> int:
         """Forward passes that the decodes of a step take."""
-        if self._recurrent:  # each length is one, or more
-            sizes = [count * (1 + length) for length, count in enumerate(lengths) if count]
-        else:
-            sizes = [rows] if rows else []
-        return sum(-(-size // self._n_ubatch) for size in sizes)
+        if not self._recurrent:
+            return -(-rows // self._n_ubatch)
+        # Each length is one, or more.
+        sizes = [count * (1 + length) for length, count in enumerate(lengths) if count]
+        return sum([-(-size // self._n_ubatch) for size in sizes])

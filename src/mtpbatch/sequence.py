@@ -38,7 +38,7 @@ class Sequence:
     ``cached_tokens``, ``_n_accepting`` and ``drafted``, the times ``admitted``, ``first_token`` and
     ``ended``, and ``finish_reason``. It changes only in :meth:`admit`, :meth:`take_chunk`,
     :meth:`absorb`, :meth:`pause`, :meth:`start_again`, :meth:`resume` and :meth:`end`, and only the
-    scheduler that holds the sequence calls these; its speculator settles the ``habit``. Times are
+    scheduler that holds the sequence calls these; its speculator updates the ``habit``. Times are
     seconds of the caller's clock; everything else is fixed when the sequence is made.
     """
 

@@ -17,10 +17,11 @@ accepted every second time.
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Collection, Iterable
 from collections.abc import Sequence as Items
-from itertools import accumulate
-from typing import Final, Protocol, TypeAlias
+from itertools import accumulate, compress
+from typing import Final, Protocol
 
 import msgspec
 from msgspec import Struct
@@ -91,12 +92,13 @@ class Habit:
     little. A sequence begins with everybody's and soon follows its own.
 
     State: those three, ``behind``, the tokens that the head has to take in before it drafts, and
-    what came since they were last brought up to date; :meth:`note` and :meth:`settle` change it.
+    what came since they were last brought up to date; :meth:`note`, :meth:`update`, and
+    :meth:`follow`, of everybody's, change it.
     """
 
     __slots__ = (
         *("reached", "gained", "acceptance", "behind", "memory", "_weight", "_n_tried"),
-        *("_allowed", "_drafted", "_gained", "_n_refused", "_ahead", "_doubts"),
+        *("_allowed", "_drafted", "_gained", "_n_refused", "_doubts"),
     )
     _PRIOR: Final = 4.0  # steps, and drafts, that what it begins with counts as
     _FADES: Final = 4.0  # turns
@@ -111,9 +113,7 @@ class Habit:
         self.memory = memory  # steps that count at most
         self._weight = [self._PRIOR] * len(self.reached)  # steps that count so far
         self._n_tried = self._PRIOR  # drafts that do
-        # If they were asked for since the figures changed.
-        self._ahead: list[tuple[float, float, float]] | None = None
-        self._doubts: dict[float, list[float]] = {}
+        self._doubts: dict[float, list[float]] = {}  # asked for since the figures changed
         self._forget()
 
     @classmethod
@@ -146,6 +146,14 @@ class Habit:
             self._doubts[n_steps] = list(accumulate(by_depth, initial=0.0))
         return self._doubts[n_steps][depth]
 
+    def _forget(self) -> None:
+        n_counts = len(self.reached) + 1
+        self._n_refused = 0
+        self._allowed = [0] * n_counts
+        self._drafted = [0] * n_counts
+        self._gained = [0] * n_counts
+        self._doubts.clear()
+
     def note(self, allowed: int, drafted: int, accepted: int) -> None:
         """Take in a step that may draft ``allowed`` tokens."""
         self.behind = 1 + accepted if drafted else self.behind + 1
@@ -155,65 +163,44 @@ class Habit:
             self._gained[accepted] += 1
             self._n_refused += drafted > accepted
 
-    def settle(self, others: Habit) -> None:
-        """Bring the figures up to date, and ``others``, which is everybody's, with them."""
-        if not any(self._allowed):
-            return
-        self._outdate()
-        others._outdate()
-        n_steps = n_drafted = n_gained = accepted = 0
+    def follow(self, others: Collection[Habit]) -> None:
+        """Take in what came to others since they were brought up to date."""
+        self._allowed = _totals([other._allowed for other in others])
+        self._drafted = _totals([other._drafted for other in others])
+        self._gained = _totals([other._gained for other in others])
+        self._n_refused = sum([other._n_refused for other in others])
+        self.update()
+
+    def update(self) -> None:
+        """Bring the figures up to date."""
+        weights, memory = self._weight, self.memory
+        n_steps = n_drafted = n_gained = n_accepted = 0
         # From the deepest on: a step that reached a depth reached those before it. At a depth that
         # was not allowed there is nothing to learn.
-        for d in range(len(self.reached) - 1, -1, -1):
+        for d in range(len(weights) - 1, -1, -1):
             n_steps += self._allowed[d + 1]
+            if not n_steps:
+                continue
             n_drafted += self._drafted[d + 1]
             n_gained += self._gained[d + 1]
-            if n_steps:
-                accepted += n_gained
-                reached, gained = min(1.0, n_drafted / n_steps), min(1.0, n_gained / n_steps)
-                self._take(d, n_steps, reached, gained)
-                others._take(d, n_steps, reached, gained)
-        tried = accepted + self._n_refused
-        if tried:
-            self._take_tried(tried, accepted)
-            others._take_tried(tried, accepted)
+            n_accepted += n_gained
+            weight = weights[d] + n_steps
+            if weight > memory:
+                weight = memory
+            weights[d] = weight
+            pace = n_steps / weight if n_steps < weight else 1.0
+            reached = n_drafted / n_steps if n_drafted < n_steps else 1.0
+            gained = n_gained / n_steps if n_gained < n_steps else 1.0
+            self.reached[d] += (reached - self.reached[d]) * pace
+            self.gained[d] += (gained - self.gained[d]) * pace
+        if not n_steps:
+            return
+        n_tried = n_accepted + self._n_refused
+        if n_tried:
+            self._n_tried = min(self._n_tried + n_tried, memory)
+            pace = min(1.0, n_tried / self._n_tried)
+            self.acceptance += (n_accepted / n_tried - self.acceptance) * pace
         self._forget()
-
-    @property
-    def ahead(self) -> list[tuple[float, float, float]]:
-        """Of a step that may draft so many tokens: how many are accepted, verified, drafted."""
-        if self._ahead is None:
-            gained = accumulate(self.gained, initial=0.0)
-            verified = list(accumulate(self.reached, initial=0.0))
-            drafted = [0.0, *(1 + n for n in verified[:-1])]
-            self._ahead = list(zip(gained, verified, drafted, strict=True))
-        return self._ahead
-
-    def _outdate(self) -> None:
-        self._ahead = None
-        self._doubts.clear()
-
-    def _take(self, d: int, n_steps: int, reached: float, gained: float) -> None:
-        """Of one depth: steps, and the shares of them that reached and that gained it."""
-        weight = self._weight[d] + n_steps
-        if weight > self.memory:
-            weight = self.memory
-        self._weight[d] = weight
-        pace = n_steps / weight if n_steps < weight else 1.0
-        self.reached[d] += (reached - self.reached[d]) * pace
-        self.gained[d] += (gained - self.gained[d]) * pace
-
-    def _take_tried(self, tried: int, accepted: int) -> None:
-        self._n_tried = min(self._n_tried + tried, self.memory)
-        pace = min(1.0, tried / self._n_tried)
-        self.acceptance += (accepted / tried - self.acceptance) * pace
-
-    def _forget(self) -> None:
-        n_counts = len(self.reached) + 1
-        self._n_refused = 0
-        self._allowed = [0] * n_counts
-        self._drafted = [0] * n_counts
-        self._gained = [0] * n_counts
 
 
 class Calibration:
@@ -236,15 +223,15 @@ class Calibration:
 
     def observe(self, trials: Iterable[tuple[int, int, int]]) -> None:
         """Take in what a step says of its drafts: class, how many, accepted."""
-        for i, tried, accepted in trials:
-            fade = min(1.0, self._MEMORY / (self._tried[i] + tried))
-            self._tried[i] = (self._tried[i] + tried) * fade
-            self._accepted[i] = (self._accepted[i] + accepted) * fade
+        for i, n_tried, n_accepted in trials:
+            tried, accepted = self._tried[i] + n_tried, self._accepted[i] + n_accepted
+            fade = self._MEMORY / tried if tried > self._MEMORY else 1.0
+            self._tried[i], self._accepted[i] = tried * fade, accepted * fade
 
     @property
     def chances(self) -> tuple[float, ...]:
         """By class: of greedy requests, then of those with a temperature."""
-        return tuple(a / t for a, t in zip(self._accepted, self._tried, strict=True))
+        return tuple([a / t for a, t in zip(self._accepted, self._tried, strict=True)])
 
 
 # --------------------------------------------------------------------------- the decision
@@ -259,10 +246,6 @@ class Drafter(Protocol):
     def wish(self) -> DraftWish: ...
     @property
     def habit(self) -> Habit: ...
-
-
-# Of a drafter: its request's id, its wish, and of its habit ``reached`` and ``ahead``.
-_Drafter: TypeAlias = tuple[str, DraftWish, Items[float], Items[tuple[float, float, float]]]
 
 
 class Choice(Struct, frozen=True):
@@ -294,31 +277,68 @@ class Choice(Struct, frozen=True):
         )
 
 
-class _Outlook:
-    """What one depth would come to in a step: sums over the sequences, then what follows."""
+class _Drafting(Struct, frozen=True, gc=False):
+    """Sequences that may draft up to so many tokens in a step, and what is ahead of them in all."""
 
-    __slots__ = (
-        *("depth", "tokens", "rows", "passes", "seconds", "left_out"),
-        *("draft_rows", "n_draft_decodes", "n_draft_rows"),
-        *("n_sequences", "n_drafting", "n_verifying"),
-    )
+    limit: int
+    n: int
+    accepted: float
+    verified: list[float]
+    """With a limit of 0, 1, 2, …, up to this one."""
 
-    def __init__(self, depth: int, n_decodes: int) -> None:
-        self.depth = depth
-        self.n_sequences = 0
-        self.n_drafting = 0
-        self.n_verifying = 0.0  # of these, those that find something worth it
-        self.tokens = 0.0
-        self.draft_rows = [0.0] * n_decodes  # by decode of the draft context
-        self.left_out: list[str] = []
-        self.rows = 0.0
-        self.passes = 1.0
-        self.n_draft_decodes = 0.0
-        self.n_draft_rows = 0.0
-        self.seconds = 0.0
+
+class _Ahead:
+    """What is ahead of sequences: ``accepted[n][i]`` of the i-th one if it may draft n tokens, and
+    ``verified``. In columns, for each review sums them several times."""
+
+    __slots__ = ("accepted", "n", "verified")
+
+    def __init__(self, habits: Collection[Habit]) -> None:
+        self.n = len(habits)
+        none = (0.0,) * self.n
+        gained = zip(*[habit.gained for habit in habits], strict=True)
+        reached = zip(*[habit.reached for habit in habits], strict=True)
+        self.accepted = [none, *accumulate(gained, _plus)]
+        self.verified = [none, *accumulate(reached, _plus)]
+
+    def pays(self, limit: int, terms: Terms) -> list[bool]:
+        """For whom it pays to draft up to a limit, which is not 0."""
+        row, draft = terms.target_row, terms.draft_row
+        columns = self.accepted[limit], self.verified[limit], self.verified[limit - 1]
+        # Who verifies the draft before drafts another one.
+        return [gain > row * n + draft * (1 + m) for gain, n, m in zip(*columns, strict=True)]
+
+    def all(self, limit: int) -> _Drafting:
+        """All of them, with a limit."""
+        verified = [sum(column) for column in self.verified[: limit + 1]]
+        return _Drafting(limit, self.n, sum(self.accepted[limit]), verified)
+
+    def some(self, limit: int, who: Items[bool]) -> _Drafting:
+        """Some of them, with a limit."""
+        verified = [sum(compress(column, who)) for column in self.verified[: limit + 1]]
+        return _Drafting(limit, sum(who), sum(compress(self.accepted[limit], who)), verified)
+
+
+class _Outlook(Struct, gc=False):
+    """What a step with drafts of one depth would come to."""
+
+    depth: int
+    n_sequences: int
+    n_drafting: int
+    n_verifying: float
+    """Of these, those that find something worth it."""
+    tokens: float
+    rows: float
+    passes: float
+    n_draft_decodes: float
+    n_draft_rows: float
+    seconds: float
+    left_out: frozenset[str] = frozenset()
+    """As that of a :class:`Choice`."""
 
     @property
     def speed(self) -> float:
+        """Tokens per second."""
         return self.tokens / self.seconds if self.seconds else 0.0
 
 
@@ -342,7 +362,7 @@ class Speculator:
     any were seen to draft. And what :meth:`review` decides: the ``choice`` in force; ``_credit``,
     seconds that trials may still lose; ``_load``, about as many sequences as have run since the
     step ``_load_since``; ``_next_trial``, the step before which there is none, and ``_pause``, the
-    steps from that one to the next.
+    steps from that one to the next; of very many sequences, whose turn it is (``_next_in_turn``).
     """
 
     _STEPS: Final = 2  # between reviews, while about as many sequences run
@@ -367,6 +387,7 @@ class Speculator:
     _KEPT: Final = 1.5
     _SHARED_MEMORY: Final = (16.0, 12.0)  # steps of sequences: so many, and for each that runs
     _OWN_MEMORY: Final = 24.0  # steps of one
+    _IN_A_REVIEW: Final = 64  # sequences whose steps are taken in: of all of them it takes too long
 
     def __init__(self, facts: ModelFacts) -> None:
         self._depths = range(facts.n_draft_max + 1)
@@ -386,6 +407,7 @@ class Speculator:
         self._n_steps_reviewed = 0
         self._since_review = 0.0
         self._n_reviewed = 0  # sequences at the last review
+        self._next_in_turn = 0
         self._load = 0
         self._load_since = 0
         self._next_trial = 0
@@ -429,7 +451,7 @@ class Speculator:
 
     def learn(self, habit: Habit, n_generated: int) -> None:
         """Take in the last steps of a sequence that has ended, with so many tokens."""
-        habit.settle(self.everybody)
+        self.everybody.follow([habit])
         self._answers.take(max(1, n_generated))
 
     def review(self, sequences: Collection[Drafter]) -> bool:
@@ -452,8 +474,7 @@ class Speculator:
             self._n_begun = 0
         if not any(sequence.wish.adaptive for sequence in sequences):
             return False  # what was noted of others waits until one comes, or they end
-        for sequence in sequences:
-            sequence.habit.settle(self.everybody)
+        self._take_in([sequence.habit for sequence in sequences])
         if not self.costs.step:  # nothing but prompts was timed yet
             return False
         new_load = not 0.5 <= len(sequences) / max(1, self._load) <= 2
@@ -464,14 +485,11 @@ class Speculator:
         now = outlooks[self.choice.depth]
         # Of a load that is new nothing is certain, nor of the present depth.
         wary, stays = (0.0, 1.0) if new_load else (self._WARY, self._STAYS)
-        behind = sum(s.habit.behind for s in sequences if s.wish.adaptive)
+        catching_up = self._catching_up(sum(s.habit.behind for s in sequences if s.wish.adaptive))
 
         def at_worst(then: _Outlook) -> float:
             """Tokens per second if things turn out badly."""
-            seconds = then.seconds
-            if then.depth:
-                seconds += self._catching_up(behind)
-            speed = then.tokens / seconds
+            speed = then.tokens / (then.seconds + catching_up if then.depth else then.seconds)
             if then is now:
                 return speed
             return speed * math.exp(-wary * self._doubt(then, now)) / stays
@@ -482,8 +500,8 @@ class Speculator:
         choice = Choice(
             outlook.depth,
             self._terms(outlook),
-            frozenset(outlook.left_out),
-            keep_prompts=any(self._may_draft(then, outlook) for then in outlooks),
+            outlook.left_out,
+            keep_prompts=outlook.depth > 0 or self._may_draft(outlooks),
         )
         if choice.depth != self.choice.depth:
             self._pause = self._PAUSES[0]
@@ -495,11 +513,20 @@ class Speculator:
         self.choice = choice
         return True
 
-    def _may_draft(self, then: _Outlook, now: _Outlook) -> bool:
-        """Whether it drafts, or would if what is uncertain turned out well."""
-        if then is now:
-            return now.depth > 0
-        return then.speed * math.exp(self._doubt(then, now)) > now.speed
+    def _take_in(self, habits: list[Habit]) -> None:
+        """Bring habits up to date, and everybody's with them; of many some, each time others."""
+        if len(habits) > self._IN_A_REVIEW:
+            first = self._next_in_turn % len(habits)
+            self._next_in_turn = first + self._IN_A_REVIEW
+            habits = (habits + habits)[first : first + self._IN_A_REVIEW]
+        self.everybody.follow(habits)
+        for habit in habits:
+            habit.update()
+
+    def _may_draft(self, outlooks: list[_Outlook]) -> bool:
+        """Whether drafts would pay if what is uncertain turned out well."""
+        now, *others = outlooks
+        return any(then.speed * math.exp(self._doubt(then, now)) > now.speed for then in others)
 
     def _catching_up(self, behind: int) -> float:
         """Seconds that it adds to a step to take in so many tokens before."""
@@ -522,65 +549,68 @@ class Speculator:
         """By what steps of another size take."""
         return math.sqrt(self.costs.target.doubt((then.passes, then.rows), (now.passes, now.rows)))
 
-    def _outlooks(self, sequences: Iterable[Drafter], terms: Terms) -> list[_Outlook]:
+    def _outlooks(self, sequences: Collection[Drafter], terms: Terms) -> list[_Outlook]:
         """What a step would come to, by depth. Those draft for whom it pays, unless it is better
         that all do."""
-        drafters = _drafters(sequences)
-        outlooks = [self._outlook(depth, drafters, terms) for depth in self._depths]
-        for depth, outlook in enumerate(outlooks):
-            if outlook.left_out:
-                with_all = self._outlook(depth, drafters, None)
-                outlooks[depth] = max(outlook, with_all, key=lambda one: one.speed)
+        adaptive = [s for s in sequences if s.wish.adaptive]
+        ahead = _Ahead([s.habit for s in adaptive])
+        fixed = []
+        if ahead.n < len(sequences):
+            for limit in self._depths[1:]:
+                wish = DraftWish(limit, adaptive=False)
+                these = [s.habit for s in sequences if s.wish == wish]
+                if these:
+                    fixed.append(_Ahead(these).all(limit))
+        outlooks = []
+        for depth in self._depths:
+            best = self._outlook(depth, len(sequences), [*fixed, ahead.all(depth)])
+            if depth and not all(pays := ahead.pays(depth, terms)):
+                drafting = [*fixed, ahead.some(depth, pays)]
+                outlook = self._outlook(depth, len(sequences), drafting)
+                others = compress(adaptive, map(operator.not_, pays))
+                outlook.left_out = frozenset([s.request_id for s in others])
+                best = max(outlook, best, key=lambda one: one.speed)
+            outlooks.append(best)
         return outlooks
 
-    def _outlook(self, depth: int, drafters: Items[_Drafter], terms: Terms | None) -> _Outlook:
-        target_row, draft_row = (terms.target_row, terms.draft_row) if terms else (-1.0, -1.0)
-        outlook = _Outlook(depth, self._depths[-1])
+    def _outlook(self, depth: int, n_sequences: int, drafting: Iterable[_Drafting]) -> _Outlook:
+        """Of so many sequences, some of which draft."""
         n_drafting = 0
-        verifying = tokens = rows = 0.0
-        draft_rows = outlook.draft_rows
-        for request_id, wish, reached, ahead in drafters:
-            adaptive = wish.adaptive
-            limit = depth if adaptive and depth < wish.limit else wish.limit
-            if not limit:
-                continue
-            gain, own_rows, own_draft_rows = ahead[limit]
-            if adaptive and gain <= target_row * own_rows + draft_row * own_draft_rows:
-                outlook.left_out.append(request_id)
-                continue
-            n_drafting += 1
-            verifying += reached[0]
-            tokens += gain
-            rows += own_rows
-            draft_rows[0] += 1 + gain  # what was accepted last is decoded as well
-            for d in range(1, limit):
-                draft_rows[d] += reached[d - 1]
-        outlook.n_sequences = len(drafters)
-        outlook.n_drafting = n_drafting
-        outlook.n_verifying = verifying
-        outlook.tokens = tokens + len(drafters)
-        outlook.rows = rows + len(drafters)
-        outlook.passes = self._passes(outlook)
+        n_verifying = 0.0
+        tokens = rows = float(n_sequences)
+        draft_rows = [0.0] * self._depths[-1]  # by decode of the draft context
+        for some in drafting:
+            if some.limit:
+                n_drafting += some.n
+                n_verifying += some.verified[1]
+                tokens += some.accepted
+                rows += some.verified[-1]
+                draft_rows[0] += some.n + some.accepted  # what was accepted last is decoded as well
+                for d in range(1, some.limit):
+                    draft_rows[d] += some.verified[d] - some.verified[d - 1]
+        passes = self._passes(depth, n_sequences, n_drafting, n_verifying)
         # A decode of less than a row happens that often.
-        outlook.n_draft_decodes = sum(min(1.0, n) for n in draft_rows)
-        outlook.n_draft_rows = sum(draft_rows)
+        n_draft_decodes = sum([n if n < 1 else 1.0 for n in draft_rows])
+        n_draft_rows = sum(draft_rows)
         if n_drafting:  # the prompts that were before so many tokens are taken in as well
             prompts = self._prompts.value / self._answers.value
-            outlook.n_draft_rows += self._KEPT * prompts * (tokens + n_drafting)
-        outlook.seconds = self.costs.target.of(outlook.passes, outlook.rows) + self.costs.drafting(
-            outlook.n_draft_decodes, outlook.n_draft_rows
+            n_draft_rows += self._KEPT * prompts * (tokens - n_sequences + n_drafting)
+        seconds = self.costs.target.of(passes, rows)
+        seconds += self.costs.drafting(n_draft_decodes, n_draft_rows)
+        return _Outlook(
+            *(depth, n_sequences, n_drafting, n_verifying, tokens, rows, passes),
+            *(n_draft_decodes, n_draft_rows, seconds),
         )
-        return outlook
 
-    def _passes(self, outlook: _Outlook) -> float:
+    def _passes(self, depth: int, n_sequences: int, n_drafting: int, n_verifying: float) -> float:
         """Passes of the target, as far as drafts make a difference."""
-        if not self._recurrent or not outlook.n_drafting:
+        if not self._recurrent or not n_drafting:
             return 1.0
         # Who does not draft takes part in a pass of its own, if anybody else finds something worth
         # it; and drafts are cut to few lengths.
-        others = outlook.n_sequences - outlook.n_drafting
-        n_lengths = self._n_lengths[outlook.depth] if outlook.n_drafting > 1 else 1.0
-        return max(n_lengths, 1 + min(1.0, others) * min(1.0, outlook.n_verifying))
+        others = n_sequences - n_drafting
+        n_lengths = self._n_lengths[depth] if n_drafting > 1 else 1.0
+        return max(n_lengths, 1 + min(1.0, others) * min(1.0, n_verifying))
 
     def _terms(self, outlook: _Outlook) -> Terms:
         """The prices where a step is as an outlook says."""
@@ -606,6 +636,8 @@ class Speculator:
         least, most = self._LASTS
         lasts = now.seconds * min(max(self._n_steps - self._load_since, least), most)
         self._credit = min(self._credit, self._MOST_TRIALS * now.seconds)
+        if self._credit < self._PLANS:
+            return choice
         # Who has little to catch up with loses least.
         adaptive = sorted((s for s in sequences if s.wish.adaptive), key=lambda s: s.habit.behind)
         best = loses = 0.0
@@ -645,15 +677,14 @@ class Speculator:
         """How much better a depth would be, as a logarithm, if drafts were mostly right."""
         if depth < now.depth:
             return 0.0
-        good = self._good
-        drafters = [(s.request_id, s.wish, good.reached, good.ahead) for s in sequences]
-        speed = self._outlook(depth, drafters, None).speed
+        ahead = _Ahead([self._good] * len(sequences))
+        speed = self._outlook(depth, ahead.n, [ahead.all(depth)]).speed
         return max(0.0, math.log(speed / now.speed)) if speed else 0.0
 
     def _loss(self, depth: int, now: _Outlook, subjects: Items[Drafter]) -> float:
         """Seconds that a trial is expected to lose."""
-        drafters = _drafters(subjects)
-        then, usual = (self._outlook(d, drafters, None) for d in (depth, now.depth))
+        ahead = _Ahead([s.habit for s in subjects])
+        then, usual = (self._outlook(d, ahead.n, [ahead.all(d)]) for d in (depth, now.depth))
         lost = then.seconds - usual.seconds - (then.tokens - usual.tokens) / now.speed
         lost *= self._trial_steps(len(subjects))
         if not now.depth:
@@ -675,8 +706,13 @@ class _Mean:
         self.value += (value - self.value) / self._n
 
 
-def _drafters(sequences: Iterable[Drafter]) -> list[_Drafter]:
-    return [(s.request_id, s.wish, s.habit.reached, s.habit.ahead) for s in sequences]
+def _totals(counts: list[list[int]]) -> list[int]:
+    """Of several counts of the same, their sums."""
+    return list(map(sum, zip(*counts, strict=True)))
+
+
+def _plus(some: tuple[float, ...], others: tuple[float, ...]) -> tuple[float, ...]:
+    return tuple(map(operator.add, some, others))
 
 
 def _hope(mean: float, deviation: float) -> float:
@@ -698,7 +734,7 @@ def _prices(terms: Terms) -> tuple[float, ...]:
 
 
 def _alike(some: Items[float], others: Items[float], absolute: float, relative: float) -> bool:
-    return all(
+    return some == others or all(
         abs(one - other) <= absolute + relative * max(one, other)
         for one, other in zip(some, others, strict=True)
     )

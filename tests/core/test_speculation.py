@@ -163,7 +163,8 @@ def test_a_habit_follows_what_came_and_forgets_what_came_long_ago() -> None:
     everybody, own = Habit.guess(3, 400.0), Habit.guess(3, 24.0)
     for drafted, accepted in [(3, 3)] * 100 + [(3, 1)] * 100:
         own.note(3, drafted, accepted)
-        own.settle(everybody)
+        everybody.follow([own])
+        own.update()
     assert own.reached == pytest.approx([1.0, 1.0, 1.0])
     assert own.gained == pytest.approx([1.0, 0.0, 0.0], abs=0.03)
     assert own.acceptance == pytest.approx(0.5, abs=0.05)
@@ -176,7 +177,8 @@ def test_steps_that_may_not_draft_so_deep_say_nothing_of_the_depth() -> None:
     for _ in range(50):
         own.note(1, 1, 1)
         own.note(0, 0, 0)
-    own.settle(everybody)
+    everybody.follow([own])
+    own.update()
     assert own.gained[0] == pytest.approx(1.0, abs=0.1)
     assert own.gained[1:] == before[1:]
 
@@ -186,7 +188,8 @@ def test_a_sequence_begins_with_everybodys_habit() -> None:
     one = everybody.copy(24.0, 10)
     for _ in range(200):
         one.note(2, 2, 2)
-    one.settle(everybody)
+    everybody.follow([one])
+    one.update()
     assert everybody.copy(24.0, 7).gained == pytest.approx([1.0, 1.0], abs=0.05)
     assert everybody.copy(24.0, 7).behind == 7
 
@@ -307,6 +310,19 @@ def test_who_drafts_badly_is_left_out_while_others_draft() -> None:
         if turn > 200 and speculator.choice.trial is None:
             assert (wishes[0] == 3 and wishes[1] == 0) or speculator.choice.left_out == {"bad"}
     assert speculator.choice.left_out == {"bad"}
+
+
+def test_of_very_many_each_is_looked_at_in_turn() -> None:
+    speculator = Speculator(facts(1))
+    habit = speculator.everybody
+    many = [Drafting(str(n), DraftWish(1, adaptive=True), habit.copy(24.0, 10)) for n in range(150)]
+    for _ in range(80):
+        for sequence in many:
+            sequence.habit.note(1, 1, 0)
+        speculator.observe(step(300, drafts=150), [0, 150], 0)
+        speculator.review(many)
+    assert max(sequence.habit.gained[0] for sequence in many) < 0.05
+    assert speculator.everybody.gained[0] < 0.05
 
 
 def test_what_a_request_did_counts_though_it_ended_before_a_review() -> None:
