@@ -213,7 +213,10 @@ class SimulatedExecutor:
         for ticket in plan.forget:
             del self._parked[ticket], self._luck[ticket]
         for admission in plan.admit:
-            self._take(admission.seq_id, _Played(admission, *self._luck[admission.ticket]))
+            self._take(
+                admission.seq_id,
+                _Played(admission, *self._luck[admission.ticket], self._facts.n_draft_max),
+            )
         for resume in plan.resume:
             played = self._parked.pop(resume.ticket)
             if not resume.snapshot:  # else it goes on with all it had, pairs that wait included
@@ -314,7 +317,7 @@ class SimulatedExecutor:
             target_time=target_time,
             sample_time=0.0,
             saved=saved,
-            trials=drafts.trials,
+            trials=drafts.counts,
         )
 
     def _draft_all(self) -> _Drafts:
@@ -355,8 +358,10 @@ class SimulatedExecutor:
                 played.waiting = 0
             else:
                 played.waiting += 1
-        drafts = _Drafts([0] * len(going), [], on_terms=bool(drafting))
+        drafts = _Drafts([0] * len(going), [], chances=[[1.0] for _ in going])
+        lengths, chances = drafts.lengths, drafts.chances
         acceptance = terms.greedy + terms.sampled
+        target_row, draft_row = terms.target_row, terms.draft_row
         # Where each length is a pass, all go equally deep and are cut afterwards.
         level = self._facts.recurrent
         while drafting:
@@ -365,26 +370,25 @@ class SimulatedExecutor:
             gain, bound, left = 0.0, False, []
             for i in drafting:
                 _, entry, played = going[i]
-                chances = drafts.chances[i]
-                confidence = played.confidence(depth)
-                chance = (chances[-1] if chances else 1.0) * acceptance[confidence]
-                if entry.selective and chance < terms.target_row and not level:
+                selective = entry.selective
+                confidence = played.confidences[depth][(played.place + depth) & _MASK]
+                chance = chances[i][-1] * acceptance[played.first_class + confidence]
+                if selective and chance < target_row and not level:
                     continue
-                chances.append(chance)
-                drafts.confidences[i].append(confidence)
-                drafts.lengths[i] += 1
-                if drafts.lengths[i] == limits[i]:
+                chances[i].append(chance)
+                lengths[i] = depth + 1
+                if depth + 1 == limits[i]:
                     continue
-                if not entry.selective:
+                if not selective:
                     bound = True
                     left.append(i)
                     continue
-                more = chance * entry.expected - terms.target_row
+                more = chance * entry.expected - target_row
                 if level:
-                    gain += max(more, 0.0) - terms.draft_row
+                    gain += (more if more > 0 else 0.0) - draft_row
                     left.append(i)
-                elif more > terms.draft_row:
-                    gain += more - terms.draft_row
+                elif more > draft_row:
+                    gain += more - draft_row
                     left.append(i)
             if gain < terms.draft_decode and (level or not bound):
                 left = [i for i in left if not going[i][1].selective]
@@ -416,16 +420,22 @@ class SimulatedExecutor:
     def _verify(self, drafts: _Drafts, results: list[EntryResult]) -> bool:
         """Let who goes on have its accepted drafts and one token more; whether anyone ended."""
         ends_any = False
-        for i, (index, _, played) in enumerate(self._going):
-            n = drafts.lengths[i]
+        trials = drafts.trials
+        for (index, _, played), n in zip(self._going, drafts.lengths, strict=True):
             n_accepted = 0
             if n:
-                needs, left, place = played.luck.needs, played.luck.left, played.place
-                while n_accepted < n and needs[(place + n_accepted) & _MASK] < left[n_accepted]:
+                needs, left = played.luck.needs, played.luck.left
+                for k in range(n):
+                    place = (played.place + k) & _MASK
+                    right = needs[place] < left[k]
+                    if trials is not None:
+                        confidence = played.first_class + played.confidences[k][place]
+                        n_tried, n_right = trials.get(confidence, (0, 0))
+                        trials[confidence] = n_tried + 1, n_right + right
+                    if not right:
+                        break
                     n_accepted += 1
                 played.waiting += n_accepted
-                if drafts.confidences:
-                    drafts.count_trials(i, n_accepted)
             played.n_held += 1 + n_accepted
             results[index] = self._outcome(played, n, n_accepted)
             ends_any |= not played.remaining
@@ -455,9 +465,12 @@ class SimulatedExecutor:
 class _Played:
     """A request that is being run."""
 
-    __slots__ = ("luck", "n_held", "place", "remaining", "sampled", "ticket", "waiting")
+    __slots__ = (
+        *("confidences", "first_class", "luck", "n_held", "place", "remaining", "ticket"),
+        "waiting",
+    )
 
-    def __init__(self, admission: Admission, luck: Luck, place: int) -> None:
+    def __init__(self, admission: Admission, luck: Luck, place: int, n_draft_max: int) -> None:
         self.ticket = admission.ticket
         self.n_held = admission.n_reused
         """Tokens in its memory."""
@@ -467,12 +480,9 @@ class _Played:
         self.remaining = admission.max_tokens
         self.waiting = 0
         """Tokens that the MTP head has yet to take in."""
-        self.sampled = admission.params.temperature > 0
-
-    def confidence(self, depth: int) -> int:
-        """How confident the head is of its draft at a depth, as an index of trials."""
-        confidence = self.luck.confidences(depth)[(self.place + depth) & _MASK]
-        return confidence + N_CONFIDENCES if self.sampled else confidence
+        self.confidences = [luck.confidences(depth) for depth in range(n_draft_max)]
+        """The head's, by depth and place: classes, from ``first_class`` on."""
+        self.first_class = N_CONFIDENCES if admission.params.temperature > 0 else 0
 
 
 _Part: TypeAlias = tuple[int, PlanEntry, _Played]
@@ -482,34 +492,24 @@ _Part: TypeAlias = tuple[int, PlanEntry, _Played]
 class _Drafts:
     """What is drafted in a step. The lists but for ``rows`` are parallel to who goes on."""
 
-    __slots__ = ("_tried", "chances", "confidences", "lengths", "rows")
+    __slots__ = ("chances", "lengths", "rows", "trials")
 
-    def __init__(self, lengths: list[int], rows: list[int], *, on_terms: bool = False) -> None:
+    def __init__(
+        self, lengths: list[int], rows: list[int], chances: list[list[float]] | None = None
+    ) -> None:
         self.lengths = lengths
         self.rows = rows
         """Of each draft decode."""
-        self.confidences: list[list[int]] = [[] for _ in lengths] if on_terms else []
-        """Of the drafts, if the plan has terms."""
-        self.chances: list[list[float]] = [[] for _ in lengths] if on_terms else []
-        """That each of them and all before it are accepted."""
-        self._tried: dict[int, list[int]] = {}
+        self.chances = chances or []
+        """If the plan has terms: that the first 0, 1, 2, … of them are accepted."""
+        self.trials: dict[int, tuple[int, int]] | None = None if chances is None else {}
+        """How many the model was asked for, and how many were right, by confidence."""
 
     @property
-    def trials(self) -> tuple[tuple[int, int, int], ...]:
-        return tuple((c, n, n_accepted) for c, (n, n_accepted) in sorted(self._tried.items()))
-
-    def count_trials(self, i: int, n_accepted: int) -> None:
-        """Note which of its drafts were right, as far as the model was asked."""
-        for k, confidence in enumerate(self.confidences[i][: n_accepted + 1]):
-            trial = self._tried.setdefault(confidence, [0, 0])
-            trial[0] += 1
-            trial[1] += k < n_accepted
-
-    def cut(self, i: int, length: int) -> None:
-        """Verify only the first of its drafts."""
-        self.lengths[i] = length
-        del self.confidences[i][length:]
-        del self.chances[i][length:]
+    def counts(self) -> tuple[tuple[int, int, int], ...]:
+        """``trials``, as a result has them."""
+        trials = self.trials or {}
+        return tuple([(confidence, *trials[confidence]) for confidence in sorted(trials)])
 
 
 def _even_out(drafts: _Drafts, entries: list[PlanEntry], terms: Terms, *, feeds: bool) -> None:
@@ -521,7 +521,7 @@ def _even_out(drafts: _Drafts, entries: list[PlanEntry], terms: Terms, *, feeds:
     worths: dict[int, list[float]] = {}  # of selective drafts, by how much of them is verified
     for i, length in enumerate(drafts.lengths):
         if length and entries[i].selective:
-            gains = (chance - terms.target_row for chance in drafts.chances[i])
+            gains = (chance - terms.target_row for chance in drafts.chances[i][1:])
             worths[i] = list(accumulate(gains, initial=0.0))
         else:
             anyway.add(length)
@@ -539,7 +539,7 @@ def _even_out(drafts: _Drafts, entries: list[PlanEntry], terms: Terms, *, feeds:
     lengths = range(max(drafts.lengths, default=0) + 1)
     best = max(combinations_with_replacement(lengths, 2), key=lambda pair: gain(*pair))
     for i in worths:
-        drafts.cut(i, cut(i, *best))
+        drafts.lengths[i] = cut(i, *best)
 
 
 def _follows_a_step(plan: Plan) -> bool:
