@@ -3,9 +3,10 @@
     python -m benchmarks.idle_heads src/mtpbatch/models/demo.gguf wide.gguf
 
 Two engines on the same model take turns, one opened without heads (n_draft_max=0) and one with
-them, in which no request drafts (speculation=0). Closed loop; a round's ratio is that of its two
-runs. On models with recurrent layers the second keeps states to take drafts back to, for which
-llama.cpp builds a larger graph whether anybody drafts or not.
+them, in which no request drafts (speculation=0). Closed loop; a round's ratios are those of its two
+runs: of tokens per second, and of the time that llama.cpp takes to decode. On models with recurrent
+layers the second keeps states to take drafts back to, for which llama.cpp builds a larger graph
+whether anybody drafts or not.
 """
 
 from __future__ import annotations
@@ -18,13 +19,13 @@ import anyio
 
 import mtpbatch
 from benchmarks import command_line
-from benchmarks.engine_process import generate_with
+from benchmarks.engine_process import generate_with, spent
 from benchmarks.report import spread, table
-from benchmarks.workload import N_CTX, closed_loop
+from benchmarks.workload import N_CTX, Load, closed_loop
 
 
-async def speeds(model: Path, n_draft_max: int, options: argparse.Namespace) -> dict[int, float]:
-    """Tokens per second by the number of clients."""
+async def loads(model: Path, n_draft_max: int, options: argparse.Namespace) -> dict[int, Load]:
+    """What clients got, by their number."""
     async with mtpbatch.Engine.open(
         model,
         n_seq=max(options.concurrency),
@@ -34,8 +35,14 @@ async def speeds(model: Path, n_draft_max: int, options: argparse.Namespace) -> 
     ) as engine:
         generate = generate_with(engine, 0)
         await closed_loop(generate, max(options.concurrency), 8)
-        loads = {c: await closed_loop(generate, c, options.tokens) for c in options.concurrency}
-        return {clients: load.speed for clients, load in loads.items()}
+
+        def parts() -> dict[str, float]:
+            return spent(engine.stats())
+
+        return {
+            clients: await closed_loop(generate, clients, options.tokens, parts)
+            for clients in options.concurrency
+        }
 
 
 def main() -> None:
@@ -47,18 +54,25 @@ def main() -> None:
     print(f"{command_line.in_one_line(command_line.conditions())}; threads: {options.threads}\n")
     rows = []
     for model in options.models:
-        without: list[dict[int, float]] = []
-        idle: list[dict[int, float]] = []
+        without: list[dict[int, Load]] = []
+        idle: list[dict[int, Load]] = []
         for turn in range(options.rounds):
             print(f"{model.name}, round {turn + 1} of {options.rounds}", file=sys.stderr)
             runs = [(0, without), (3, idle)]
             for n_draft_max, of_depth in runs if turn % 2 == 0 else reversed(runs):
-                of_depth.append(anyio.run(speeds, model, n_draft_max, options))
+                of_depth.append(anyio.run(loads, model, n_draft_max, options))
         for clients in options.concurrency:
-            a, b = ([speed[clients] for speed in of_depth] for of_depth in (without, idle))
-            ratios = [y / x for x, y in zip(a, b, strict=True)]
-            rows.append([model.name, str(clients), spread(a), spread(b), spread(ratios, 3)])
-    print(table(["model", "at once", "without heads, tokens/s", "idle heads", "ratio"], rows))
+            pairs = [(a[clients], b[clients]) for a, b in zip(without, idle, strict=True)]
+            rows.append(
+                [
+                    *(model.name, str(clients)),
+                    *(spread([load.speed for load in side]) for side in zip(*pairs, strict=True)),
+                    spread([b.speed / a.speed for a, b in pairs], 3),
+                    spread([b.parts["target"] / a.parts["target"] for a, b in pairs], 3),
+                ]
+            )
+    head = ["model", "at once", "without heads, tokens/s", "idle heads", "ratio", "decoding: ratio"]
+    print(table(head, rows))
 
 
 if __name__ == "__main__":
