@@ -400,8 +400,8 @@ class Speculator:
         terms = Terms(0.0, 0.0, 0.0, 0.0, chances[:N_CONFIDENCES], chances[N_CONFIDENCES:])
         self.choice = Choice(facts.n_draft_max, terms)
         self._n_lengths = [1.0] * len(self._depths)
-        self._prompts = _Mean(0.0, 0)
-        self._answers = _Mean(self._PAYS_WITHIN, 1)
+        self._prompts = PerRequest(0.0)
+        self._answers = PerRequest(self._PAYS_WITHIN)
         self._credit = math.inf
         self._n_steps = 0
         self._n_steps_reviewed = 0
@@ -418,7 +418,8 @@ class Speculator:
     def new_habit(self, n_prompt: int) -> Habit:
         """For a sequence that begins, with so many tokens of a prompt to be computed."""
         self._n_begun += 1
-        self._prompts.take(n_prompt)
+        self._prompts.add(n_prompt)
+        self._prompts.count()
         if not self.choice.depth:  # of these nothing is seen
             self.everybody.fade(1 / max(1, self._n_reviewed))
         return self.everybody.copy(self._OWN_MEMORY, n_prompt)
@@ -434,9 +435,12 @@ class Speculator:
             return self._adaptive[0]
         return self._adaptive[choice.depth]
 
-    def observe(self, result: StepResult, lengths: Items[int], n_prompt: int) -> None:
-        """Take in a step: see :meth:`CostModel.observe`."""
+    def observe(
+        self, result: StepResult, lengths: Items[int], n_prompt: int, n_generated: int
+    ) -> None:
+        """Take in a step that generated so many tokens: see :meth:`CostModel.observe`."""
         self.costs.observe(result, lengths, n_prompt)
+        self._answers.add(n_generated)
         if self.choice.trial is None:
             present = [n for n, count in enumerate(lengths) if count]
             longest = present[-1] if present else 0
@@ -449,10 +453,10 @@ class Speculator:
         self._since_review += seconds
         self._n_steps += 1
 
-    def learn(self, habit: Habit, n_generated: int) -> None:
-        """Take in the last steps of a sequence that has ended, with so many tokens."""
+    def learn(self, habit: Habit) -> None:
+        """Take in the last steps of a sequence that has ended."""
         self.everybody.follow([habit])
-        self._answers.take(max(1, n_generated))
+        self._answers.count()
 
     def review(self, sequences: Collection[Drafter]) -> bool:
         """Choose anew if it is time to; whether the choice is another one now."""
@@ -692,18 +696,31 @@ class Speculator:
         return max(lost, 0.0) + self._PLANS
 
 
-class _Mean:
-    """What values are on average, the last some dozens of them."""
+class PerRequest:
+    """Tokens that come to each of the last some dozens of requests.
+
+    Of answers those count as well that have not ended. So it shows at once that they have become
+    longer, and not only when they have ended.
+    """
 
     _MEMORY: Final = 32
 
-    def __init__(self, guess: float, n: int) -> None:
-        self.value = guess
-        self._n = n  # values that the guess counts as
+    def __init__(self, guess: float) -> None:
+        self._n_tokens = guess
+        self._n = 1.0
 
-    def take(self, value: float) -> None:
-        self._n = min(self._n + 1, self._MEMORY)
-        self.value += (value - self.value) / self._n
+    def add(self, n_tokens: int) -> None:
+        self._n_tokens += n_tokens
+
+    def count(self) -> None:
+        """One more request."""
+        kept = 1 - 1 / self._MEMORY
+        self._n_tokens *= kept
+        self._n = kept * self._n + 1
+
+    @property
+    def value(self) -> float:
+        return max(1.0, self._n_tokens / self._n)
 
 
 def _totals(counts: list[list[int]]) -> list[int]:

@@ -18,6 +18,7 @@ from mtpbatch.speculation import (
     Choice,
     DraftWish,
     Habit,
+    PerRequest,
     Speculator,
     draft_wish,
 )
@@ -305,7 +306,7 @@ def test_who_drafts_badly_is_left_out_while_others_draft() -> None:
         lengths = [0] * 4
         for limit in wishes:
             lengths[limit] += 1
-        speculator.observe(step(2 + sum(wishes), drafts=sum(wishes)), lengths, 0)
+        speculator.observe(step(2 + sum(wishes), drafts=sum(wishes)), lengths, 0, 2 + wishes[0])
         speculator.review([good, bad])
         if turn > 200 and speculator.choice.trial is None:
             assert (wishes[0] == 3 and wishes[1] == 0) or speculator.choice.left_out == {"bad"}
@@ -319,7 +320,7 @@ def test_of_very_many_each_is_looked_at_in_turn() -> None:
     for _ in range(80):
         for sequence in many:
             sequence.habit.note(1, 1, 0)
-        speculator.observe(step(300, drafts=150), [0, 150], 0)
+        speculator.observe(step(300, drafts=150), [0, 150], 0, 150)
         speculator.review(many)
     assert max(sequence.habit.gained[0] for sequence in many) < 0.05
     assert speculator.everybody.gained[0] < 0.05
@@ -331,7 +332,7 @@ def test_what_a_request_did_counts_though_it_ended_before_a_review() -> None:
         habit = speculator.new_habit(10)
         for _ in range(5):
             habit.note(1, 1, 0)
-        speculator.learn(habit, 20)
+        speculator.learn(habit)
     assert speculator.new_habit(10).gained[0] < 0.1
 
 
@@ -367,7 +368,7 @@ def test_fixed_wishes_are_left_alone() -> None:
         Drafting(str(n), DraftWish(n, adaptive=False), speculator.new_habit(1)) for n in (0, 2)
     ]
     for _ in range(50):
-        speculator.observe(step(4), [1, 0, 1, 0], 0)
+        speculator.observe(step(4), [1, 0, 1, 0], 0, 2)
         assert not speculator.review(fixed)
     assert [speculator.wish_for(s).limit for s in fixed] == [0, 2]
 
@@ -375,7 +376,7 @@ def test_fixed_wishes_are_left_alone() -> None:
 def test_before_anything_was_timed_it_drafts_as_deep_as_it_can() -> None:
     speculator = Speculator(facts(3))
     [new] = [Drafting("new", DraftWish(3, adaptive=True), speculator.new_habit(10))]
-    speculator.observe(StepResult(1, (), 10, 1, 0, 0, 0.0, 0.0, 0.1, 0.0), [0, 0, 0, 0], 10)
+    speculator.observe(StepResult(1, (), 10, 1, 0, 0, 0.0, 0.0, 0.1, 0.0), [0, 0, 0, 0], 10, 0)
     assert not speculator.review([new])
     assert speculator.wish_for(new) == DraftWish(3, adaptive=True)
 
@@ -413,7 +414,9 @@ def test_reviews_survive_whatever_steps_take(data: st.DataObject) -> None:
         seconds = data.draw(st.sampled_from([0.0, 1e-6, 1e-3, 1.0, 1e3]))
         rows = sum(n * (1 + d) for d, n in enumerate(lengths))
         result = StepResult(1, (), rows, 1, rows, 1, 0.0, seconds, seconds, seconds)
-        speculator.observe(result, lengths, data.draw(st.integers(0, 3)))
+        speculator.observe(
+            result, lengths, data.draw(st.integers(0, 3)), data.draw(st.integers(0, 9))
+        )
         speculator.review(running)
         terms = speculator.choice.terms
         for price in (terms.target_row, terms.target_pass, terms.draft_row, terms.draft_decode):
@@ -471,6 +474,7 @@ class Crowd:
         choice = self.speculator.choice
         lengths = [0] * (self._depth + 1)
         rows = [0] * self._depth  # of each decode of the head
+        n_tokens = 0
         for number, sequence in enumerate(self.sequences):
             allowed = self.speculator.wish_for(sequence).limit
             length = min(allowed, self.stops_at.get(number, allowed))
@@ -478,12 +482,13 @@ class Crowd:
                 rows[d] += 1 if d else max(1, sequence.habit.behind)
             accepted = min(length, self._right(self.turn + number))
             sequence.habit.note(allowed, length, accepted)
-            self.n_tokens += 1 + accepted
+            n_tokens += 1 + accepted
             lengths[length] += 1
         self.turn += 1
-        return choice, self._take(lengths, [n_rows for n_rows in rows if n_rows])
+        self.n_tokens += n_tokens
+        return choice, self._take(lengths, [n_rows for n_rows in rows if n_rows], n_tokens)
 
-    def _take(self, lengths: list[int], drafted: list[int]) -> float:
+    def _take(self, lengths: list[int], drafted: list[int], n_tokens: int) -> float:
         rows = sum(count * (1 + length) for length, count in enumerate(lengths))
         n_passes = sum(count > 0 for count in lengths) if self._recurrent else 1
         draft_time = self.draft * (len(drafted) + self.ROW * sum(drafted))
@@ -492,14 +497,14 @@ class Crowd:
             *(1, (), rows, n_passes, sum(drafted), len(drafted), 0.0, draft_time, target_time, 0.0),
             trials=self.trials,
         )
-        self.speculator.observe(result, lengths, 0)
+        self.speculator.observe(result, lengths, 0, n_tokens)
         self.speculator.review(self.sequences)
         return draft_time + target_time
 
-    def end(self, n_generated: int) -> None:
-        """All requests end, each with so many tokens."""
+    def end(self) -> None:
+        """All requests end."""
         for sequence in self.sequences:
-            self.speculator.learn(sequence.habit, n_generated)
+            self.speculator.learn(sequence.habit)
         self.sequences.clear()
 
     def run(self, n: int, n_steps: int) -> list[Choice]:
@@ -645,9 +650,23 @@ def test_the_prompts_that_the_head_takes_in_are_part_of_what_drafts_cost(
     crowd = Crowd(always, draft=2e-3, n_prompt=n_prompt)
     for _ in range(3):
         crowd.run(2, 12)
-        crowd.end(20)
+        crowd.end()
     crowd.run(2, 2)
     assert crowd.speculator.choice.depth == depth
+
+
+def test_answers_that_have_become_longer_count_before_they_end() -> None:
+    """Else a prompt would be spread over as few tokens as those before had, and drafts be dear."""
+    answers = PerRequest(64)
+    for _ in range(100):
+        answers.add(8)
+        answers.count()
+    assert answers.value == pytest.approx(8, rel=0.1)
+    answers.add(16 * 90)  # of 16 at once
+    assert answers.value > 48
+    for _ in range(200):
+        answers.count()  # they are cancelled before they begin
+    assert answers.value == 1
 
 
 def test_a_draft_is_not_worth_it_where_the_head_takes_as_long_as_the_model() -> None:
