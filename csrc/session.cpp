@@ -160,9 +160,10 @@ Session::SequenceState & Session::sequence(llama_seq_id seq_id) {
 void Session::reset(llama_seq_id seq_id) {
     auto & s = sequence(seq_id);
     draft_->truncate(seq_id, 0);
-    s = {};  // buffers too: after a long sequence they are megabytes, and each id would keep its longest
-    s.decoded.assign(n_heads_, 0);
-    s.hidden.assign(n_embd_, 0);
+    SequenceState fresh;
+    fresh.decoded.assign(n_heads_, 0);
+    fresh.hidden.assign(n_embd_, 0);
+    s = std::move(fresh);  // buffers too: each id would keep those of its longest sequence, megabytes
 }
 
 void Session::ignore(llama_seq_id seq_id) {

@@ -19,8 +19,10 @@ import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
+import loops
 import soak
 from mtpbatch import Engine, Generation
+from mtpbatch.native import Context, Model, MtpSession
 
 
 def clock() -> soak.Clock:
@@ -48,6 +50,20 @@ def test_a_machine_that_breaks_a_promise_is_reported_with_its_seed(
     assert not part.passed
     assert part.violations[0].startswith("Broken, seed 3: AssertionError('a request is lost")
     assert "lose(n=9)" in part.violations[0]
+
+
+def test_a_sequence_that_begins_again_frees_its_buffers(demo_path: Path) -> None:
+    """The rows that waited for the heads, which of a long prompt are megabytes on real models."""
+    n, memory = 1500, soak.Memory()
+    model = Model(demo_path)
+    target = Context(model, n_seq=2, n_ctx=2048, n_rs_seq=3, kv_type="f32", n_threads=1)
+    session = MtpSession(target, Context.mtp(target), 2, 3)
+    for seq_id, prompt in ((0, [60] * n), (1, [60] * 5)):
+        loops.feed(target, seq_id, prompt, session)
+    before = memory.read(0)
+    target.truncate(0, 0)
+    loops.feed(target, 0, [60] * 5, session)
+    assert before - memory.read(1) >= n * model.n_embd * 4
 
 
 async def load(model: Path, n: int) -> soak.Part:

@@ -387,7 +387,7 @@ class Scheduler:
         self._generated_tokens += n_generated
         for n_drafted, count in enumerate(verifying):
             self._n_drafting[n_drafted] += count
-        self._speculator.observe(result, verifying, n_prompt, n_generated)
+        self._speculator.observe(result, verifying, n_prompt)
         return events
 
     # ----------------------------------------------------------------------- figures
@@ -905,7 +905,7 @@ class Scheduler:
             self._forgotten.append(sequence.ticket)
             self._snapshots.drop(parked.snapshot)
         elif request_id in self._running:
-            self._speculator.learn(sequence.habit)
+            self._speculator.learn(sequence.habit, len(sequence.token_ids))
             self._save_at_end(sequence)
             self._released.append(_id(sequence))
             self._stop_running(sequence)

@@ -92,8 +92,8 @@ class Habit:
     little. A sequence begins with everybody's and soon follows its own.
 
     State: those three, ``behind``, the tokens that the head has to take in before it drafts, and
-    what came since they were last brought up to date; :meth:`note`, :meth:`update`, and
-    :meth:`follow`, of everybody's, change it.
+    what came since they were last brought up to date. :meth:`note` and :meth:`update` change it,
+    and everybody's :meth:`follow` and :meth:`fade`; ``memory`` is whose it is to decide.
     """
 
     __slots__ = (
@@ -243,6 +243,8 @@ class Drafter(Protocol):
     @property
     def request_id(self) -> str: ...
     @property
+    def token_ids(self) -> list[int]: ...
+    @property
     def wish(self) -> DraftWish: ...
     @property
     def habit(self) -> Habit: ...
@@ -289,7 +291,7 @@ class _Drafting(Struct, frozen=True, gc=False):
 
 class _Ahead:
     """What is ahead of sequences: ``accepted[n][i]`` of the i-th one if it may draft n tokens, and
-    ``verified``. In columns, for each review sums them several times."""
+    ``verified``. In columns, as each review sums them several times. Of one sequence at least."""
 
     __slots__ = ("accepted", "n", "verified")
 
@@ -305,7 +307,7 @@ class _Ahead:
         """For whom it pays to draft up to a limit, which is not 0."""
         row, draft = terms.target_row, terms.draft_row
         columns = self.accepted[limit], self.verified[limit], self.verified[limit - 1]
-        # Who verifies the draft before drafts another one.
+        # One more is drafted than is verified of what comes before it.
         return [gain > row * n + draft * (1 + m) for gain, n, m in zip(*columns, strict=True)]
 
     def all(self, limit: int) -> _Drafting:
@@ -358,7 +360,8 @@ class Speculator:
 
     State: what :meth:`observe` learns from results: ``costs``, ``calibration``, ``everybody``'s
     habit, and ``_n_lengths``, how many lengths drafts have in a step, that of none included, by the
-    greatest of them; ``_prompts`` and ``_answers``, how long these are; ``_n_begun`` requests since
+    greatest of them; ``_prompts`` and ``_answers``, how long these are, from requests that begin
+    and end, and ``_answer``, that with those under way; ``_n_begun`` requests since
     any were seen to draft. And what :meth:`review` decides: the ``choice`` in force; ``_credit``,
     seconds that trials may still lose; ``_load``, about as many sequences as have run since the
     step ``_load_since``; ``_next_trial``, the step before which there is none, and ``_pause``, the
@@ -400,8 +403,9 @@ class Speculator:
         terms = Terms(0.0, 0.0, 0.0, 0.0, chances[:N_CONFIDENCES], chances[N_CONFIDENCES:])
         self.choice = Choice(facts.n_draft_max, terms)
         self._n_lengths = [1.0] * len(self._depths)
-        self._prompts = PerRequest(0.0)
-        self._answers = PerRequest(self._PAYS_WITHIN)
+        self._prompts = _Mean(0.0, 0)
+        self._answers = _Mean(self._PAYS_WITHIN, 1)
+        self._answer = self._answers.value
         self._credit = math.inf
         self._n_steps = 0
         self._n_steps_reviewed = 0
@@ -418,8 +422,7 @@ class Speculator:
     def new_habit(self, n_prompt: int) -> Habit:
         """For a sequence that begins, with so many tokens of a prompt to be computed."""
         self._n_begun += 1
-        self._prompts.add(n_prompt)
-        self._prompts.count()
+        self._prompts.take(n_prompt)
         if not self.choice.depth:  # of these nothing is seen
             self.everybody.fade(1 / max(1, self._n_reviewed))
         return self.everybody.copy(self._OWN_MEMORY, n_prompt)
@@ -435,12 +438,9 @@ class Speculator:
             return self._adaptive[0]
         return self._adaptive[choice.depth]
 
-    def observe(
-        self, result: StepResult, lengths: Items[int], n_prompt: int, n_generated: int
-    ) -> None:
-        """Take in a step that generated so many tokens: see :meth:`CostModel.observe`."""
+    def observe(self, result: StepResult, lengths: Items[int], n_prompt: int) -> None:
+        """Take in a step: see :meth:`CostModel.observe`."""
         self.costs.observe(result, lengths, n_prompt)
-        self._answers.add(n_generated)
         if self.choice.trial is None:
             present = [n for n, count in enumerate(lengths) if count]
             longest = present[-1] if present else 0
@@ -453,10 +453,10 @@ class Speculator:
         self._since_review += seconds
         self._n_steps += 1
 
-    def learn(self, habit: Habit) -> None:
-        """Take in the last steps of a sequence that has ended."""
+    def learn(self, habit: Habit, n_generated: int) -> None:
+        """Take in the last steps of a sequence that has ended, with so many tokens."""
         self.everybody.follow([habit])
-        self._answers.count()
+        self._answers.take(max(1, n_generated))
 
     def review(self, sequences: Collection[Drafter]) -> bool:
         """Choose anew if it is time to; whether the choice is another one now."""
@@ -478,7 +478,10 @@ class Speculator:
             self._n_begun = 0
         if not any(sequence.wish.adaptive for sequence in sequences):
             return False  # what was noted of others waits until one comes, or they end
-        self._take_in([sequence.habit for sequence in sequences])
+        self._take_in(sequences)
+        # That answers have become longer is seen before these have ended.
+        n_tokens = sum([len(sequence.token_ids) for sequence in sequences])
+        self._answer = self._answers.raised_by(len(sequences), n_tokens)
         if not self.costs.step:  # nothing but prompts was timed yet
             return False
         new_load = not 0.5 <= len(sequences) / max(1, self._load) <= 2
@@ -517,12 +520,16 @@ class Speculator:
         self.choice = choice
         return True
 
-    def _take_in(self, habits: list[Habit]) -> None:
-        """Bring habits up to date, and everybody's with them; of many some, each time others."""
+    def _take_in(self, sequences: Iterable[Drafter]) -> None:
+        """Bring habits up to date, and everybody's with them. Of very many sequences those on
+        trial, and some of the others, each time the next ones."""
+        habits = [sequence.habit for sequence in sequences]
         if len(habits) > self._IN_A_REVIEW:
+            tried = [s.habit for s in sequences if s.request_id in self.choice.on_trial]
             first = self._next_in_turn % len(habits)
             self._next_in_turn = first + self._IN_A_REVIEW
-            habits = (habits + habits)[first : first + self._IN_A_REVIEW]
+            in_turn = (habits + habits)[first : self._next_in_turn]
+            habits = list(dict.fromkeys(tried + in_turn))
         self.everybody.follow(habits)
         for habit in habits:
             habit.update()
@@ -534,7 +541,7 @@ class Speculator:
 
     def _catching_up(self, behind: int) -> float:
         """Seconds that it adds to a step to take in so many tokens before."""
-        return self.costs.drafting(1, behind) / min(self._PAYS_WITHIN, self._answers.value)
+        return self.costs.drafting(1, behind) / min(self._PAYS_WITHIN, self._answer)
 
     # How uncertain it is how much faster one depth is than another: standard deviations of the
     # logarithm.
@@ -597,7 +604,7 @@ class Speculator:
         n_draft_decodes = sum([n if n < 1 else 1.0 for n in draft_rows])
         n_draft_rows = sum(draft_rows)
         if n_drafting:  # the prompts that were before so many tokens are taken in as well
-            prompts = self._prompts.value / self._answers.value
+            prompts = self._prompts.value / self._answer
             n_draft_rows += self._KEPT * prompts * (tokens - n_sequences + n_drafting)
         seconds = self.costs.target.of(passes, rows)
         seconds += self.costs.drafting(n_draft_decodes, n_draft_rows)
@@ -696,31 +703,24 @@ class Speculator:
         return max(lost, 0.0) + self._PLANS
 
 
-class PerRequest:
-    """Tokens that come to each of the last some dozens of requests.
-
-    Of answers those count as well that have not ended. So it shows at once that they have become
-    longer, and not only when they have ended.
-    """
+class _Mean:
+    """What values are on average, the last some dozens of them."""
 
     _MEMORY: Final = 32
 
-    def __init__(self, guess: float) -> None:
-        self._n_tokens = guess
-        self._n = 1.0
+    def __init__(self, guess: float, n: int) -> None:
+        self.value = guess
+        self._n = n  # values that the guess counts as
 
-    def add(self, n_tokens: int) -> None:
-        self._n_tokens += n_tokens
+    def take(self, value: float) -> None:
+        self._n = min(self._n + 1, self._MEMORY)
+        self.value += (value - self.value) / self._n
 
-    def count(self) -> None:
-        """One more request."""
-        kept = 1 - 1 / self._MEMORY
-        self._n_tokens *= kept
-        self._n = kept * self._n + 1
-
-    @property
-    def value(self) -> float:
-        return max(1.0, self._n_tokens / self._n)
+    def raised_by(self, n: int, total: float) -> float:
+        """With ``n`` more that come to so much at least: higher, if they are higher than this."""
+        if total <= n * self.value:
+            return self.value
+        return (self._n * self.value + total) / (self._n + n)
 
 
 def _totals(counts: list[list[int]]) -> list[int]:

@@ -18,7 +18,6 @@ from mtpbatch.speculation import (
     Choice,
     DraftWish,
     Habit,
-    PerRequest,
     Speculator,
     draft_wish,
 )
@@ -284,6 +283,7 @@ class Drafting:
         self.request_id = request_id
         self.wish = wish
         self.habit = habit
+        self.token_ids: list[int] = []
 
 
 def step(rows: int, *, drafts: int = 0) -> StepResult:
@@ -306,7 +306,7 @@ def test_who_drafts_badly_is_left_out_while_others_draft() -> None:
         lengths = [0] * 4
         for limit in wishes:
             lengths[limit] += 1
-        speculator.observe(step(2 + sum(wishes), drafts=sum(wishes)), lengths, 0, 2 + wishes[0])
+        speculator.observe(step(2 + sum(wishes), drafts=sum(wishes)), lengths, 0)
         speculator.review([good, bad])
         if turn > 200 and speculator.choice.trial is None:
             assert (wishes[0] == 3 and wishes[1] == 0) or speculator.choice.left_out == {"bad"}
@@ -320,7 +320,7 @@ def test_of_very_many_each_is_looked_at_in_turn() -> None:
     for _ in range(80):
         for sequence in many:
             sequence.habit.note(1, 1, 0)
-        speculator.observe(step(300, drafts=150), [0, 150], 0, 150)
+        speculator.observe(step(300, drafts=150), [0, 150], 0)
         speculator.review(many)
     assert max(sequence.habit.gained[0] for sequence in many) < 0.05
     assert speculator.everybody.gained[0] < 0.05
@@ -332,7 +332,7 @@ def test_what_a_request_did_counts_though_it_ended_before_a_review() -> None:
         habit = speculator.new_habit(10)
         for _ in range(5):
             habit.note(1, 1, 0)
-        speculator.learn(habit)
+        speculator.learn(habit, 20)
     assert speculator.new_habit(10).gained[0] < 0.1
 
 
@@ -368,7 +368,7 @@ def test_fixed_wishes_are_left_alone() -> None:
         Drafting(str(n), DraftWish(n, adaptive=False), speculator.new_habit(1)) for n in (0, 2)
     ]
     for _ in range(50):
-        speculator.observe(step(4), [1, 0, 1, 0], 0, 2)
+        speculator.observe(step(4), [1, 0, 1, 0], 0)
         assert not speculator.review(fixed)
     assert [speculator.wish_for(s).limit for s in fixed] == [0, 2]
 
@@ -376,7 +376,7 @@ def test_fixed_wishes_are_left_alone() -> None:
 def test_before_anything_was_timed_it_drafts_as_deep_as_it_can() -> None:
     speculator = Speculator(facts(3))
     [new] = [Drafting("new", DraftWish(3, adaptive=True), speculator.new_habit(10))]
-    speculator.observe(StepResult(1, (), 10, 1, 0, 0, 0.0, 0.0, 0.1, 0.0), [0, 0, 0, 0], 10, 0)
+    speculator.observe(StepResult(1, (), 10, 1, 0, 0, 0.0, 0.0, 0.1, 0.0), [0, 0, 0, 0], 10)
     assert not speculator.review([new])
     assert speculator.wish_for(new) == DraftWish(3, adaptive=True)
 
@@ -414,9 +414,7 @@ def test_reviews_survive_whatever_steps_take(data: st.DataObject) -> None:
         seconds = data.draw(st.sampled_from([0.0, 1e-6, 1e-3, 1.0, 1e3]))
         rows = sum(n * (1 + d) for d, n in enumerate(lengths))
         result = StepResult(1, (), rows, 1, rows, 1, 0.0, seconds, seconds, seconds)
-        speculator.observe(
-            result, lengths, data.draw(st.integers(0, 3)), data.draw(st.integers(0, 9))
-        )
+        speculator.observe(result, lengths, data.draw(st.integers(0, 3)))
         speculator.review(running)
         terms = speculator.choice.terms
         for price in (terms.target_row, terms.target_pass, terms.draft_row, terms.draft_decode):
@@ -474,7 +472,6 @@ class Crowd:
         choice = self.speculator.choice
         lengths = [0] * (self._depth + 1)
         rows = [0] * self._depth  # of each decode of the head
-        n_tokens = 0
         for number, sequence in enumerate(self.sequences):
             allowed = self.speculator.wish_for(sequence).limit
             length = min(allowed, self.stops_at.get(number, allowed))
@@ -482,13 +479,13 @@ class Crowd:
                 rows[d] += 1 if d else max(1, sequence.habit.behind)
             accepted = min(length, self._right(self.turn + number))
             sequence.habit.note(allowed, length, accepted)
-            n_tokens += 1 + accepted
+            sequence.token_ids += [0] * (1 + accepted)
+            self.n_tokens += 1 + accepted
             lengths[length] += 1
         self.turn += 1
-        self.n_tokens += n_tokens
-        return choice, self._take(lengths, [n_rows for n_rows in rows if n_rows], n_tokens)
+        return choice, self._take(lengths, [n_rows for n_rows in rows if n_rows])
 
-    def _take(self, lengths: list[int], drafted: list[int], n_tokens: int) -> float:
+    def _take(self, lengths: list[int], drafted: list[int]) -> float:
         rows = sum(count * (1 + length) for length, count in enumerate(lengths))
         n_passes = sum(count > 0 for count in lengths) if self._recurrent else 1
         draft_time = self.draft * (len(drafted) + self.ROW * sum(drafted))
@@ -497,14 +494,14 @@ class Crowd:
             *(1, (), rows, n_passes, sum(drafted), len(drafted), 0.0, draft_time, target_time, 0.0),
             trials=self.trials,
         )
-        self.speculator.observe(result, lengths, 0, n_tokens)
+        self.speculator.observe(result, lengths, 0)
         self.speculator.review(self.sequences)
         return draft_time + target_time
 
     def end(self) -> None:
         """All requests end."""
         for sequence in self.sequences:
-            self.speculator.learn(sequence.habit)
+            self.speculator.learn(sequence.habit, len(sequence.token_ids))
         self.sequences.clear()
 
     def run(self, n: int, n_steps: int) -> list[Choice]:
@@ -657,16 +654,28 @@ def test_the_prompts_that_the_head_takes_in_are_part_of_what_drafts_cost(
 
 def test_answers_that_have_become_longer_count_before_they_end() -> None:
     """Else a prompt would be spread over as few tokens as those before had, and drafts be dear."""
-    answers = PerRequest(64)
-    for _ in range(100):
-        answers.add(8)
-        answers.count()
-    assert answers.value == pytest.approx(8, rel=0.1)
-    answers.add(16 * 90)  # of 16 at once
-    assert answers.value > 48
+    crowd = Crowd(never, draft=0.012)
+    for _ in range(20):
+        crowd.run(4, 8)
+        crowd.end()
+    crowd.run(4, 4)
+    assert crowd.speculator._answer == pytest.approx(8, rel=0.1)
+    crowd.run(16, 44)
+    assert crowd.speculator._answer == pytest.approx((32 * 8 + 16 * 45) / (32 + 16), rel=0.1)
+    crowd.run(16, 4000)
+    assert crowd.speculator._answer > 1000
+
+
+def test_of_very_many_those_on_trial_are_all_looked_at() -> None:
+    crowd = Crowd(always, depth=2)
+    n_trials = 0
     for _ in range(200):
-        answers.count()  # they are cancelled before they begin
-    assert answers.value == 1
+        trial = crowd.speculator.choice.on_trial
+        crowd.step(150)
+        if trial and crowd.speculator.choice.on_trial != trial:
+            n_trials += 1
+            assert all(not any(s.habit._allowed) for s in crowd.sequences if s.request_id in trial)
+    assert n_trials
 
 
 def test_a_draft_is_not_worth_it_where_the_head_takes_as_long_as_the_model() -> None:

@@ -77,7 +77,7 @@ async def test_the_blocks_of_a_page_run(page: Path, folder: Path) -> None:
 async def test_the_service_of_the_ten_minutes_survives_a_client_that_leaves(folder: Path) -> None:
     steps = blocks(ROOT / "docs" / "start" / "ten-minutes.md")
     wanted = [b for b in steps if b.title == "app.py" or re.search("^uvicorn|head -c", b.code)]
-    async with reading(folder, wanted) as reader, httpx.AsyncClient() as client:
+    async with reading(folder, wanted) as reader, httpx.AsyncClient(timeout=60) as client:
         url = f"http://127.0.0.1:{reader.port}/stats"
 
         async def ended() -> bool:

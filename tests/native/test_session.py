@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 import loops
-import soak
 from mtpbatch.exceptions import (
     ContextError,
     MtpAcceptError,
@@ -728,19 +727,6 @@ def test_everything_can_be_closed_in_any_order(tiny_path: Path, order: tuple[int
     assert target.closed
     assert draft.closed
     assert session.closed
-
-
-def test_a_sequence_that_begins_again_frees_its_buffers(tiny: Model) -> None:
-    """The rows that waited for the heads, which of a long prompt are megabytes on real models."""
-    n, memory = 1500, soak.Memory()
-    target, draft = make_pair(tiny, n_seq=2, n_ctx=2048)
-    session = MtpSession(target, draft, 2, DEPTH)
-    for seq_id, prompt in ((0, [60] * n), (1, PROMPT)):
-        loops.feed(target, seq_id, prompt, session)
-    before = memory.read(0)
-    target.truncate(0, 0)
-    loops.feed(target, 0, PROMPT, session)
-    assert before - memory.read(1) >= n * tiny.n_embd * 4
 
 
 def resident_kib() -> int:

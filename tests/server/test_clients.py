@@ -569,7 +569,7 @@ async def test_mounted_in_fastapi_beside_routes_of_its_own() -> None:
 
     async with (
         serving(app) as url,
-        httpx.AsyncClient(base_url=url) as plain,
+        httpx.AsyncClient(base_url=url, timeout=30) as plain,
         openai.AsyncOpenAI(base_url=f"{url}/llm/v1", api_key="key", max_retries=0) as client,
     ):
         assert (await plain.get("/running")).json() == 0
@@ -590,7 +590,7 @@ async def test_alone_it_opens_its_engine_when_it_starts_and_closes_it_when_it_en
 ) -> None:
     caplog.set_level("INFO", "mtpbatch")
     app = create_app(EngineConfig(n_seq=2, n_ctx=256, n_threads=1), demo_path)
-    async with serving(app) as url, httpx.AsyncClient(base_url=url) as client:
+    async with serving(app) as url, httpx.AsyncClient(base_url=url, timeout=30) as client:
         assert (await client.get("/health")).status_code == 200
         body = {"prompt": PROMPT, "max_tokens": 2, "ignore_eos": True}
         done = await client.post("/v1/completions", json=body)
@@ -602,7 +602,7 @@ async def test_alone_it_opens_its_engine_when_it_starts_and_closes_it_when_it_en
 async def test_alone_it_can_be_started_again(demo_path: Path) -> None:
     app = create_app(EngineConfig(n_seq=1, n_ctx=64, n_threads=1), demo_path)
     for _ in range(2):
-        async with serving(app) as url, httpx.AsyncClient(base_url=url) as client:
+        async with serving(app) as url, httpx.AsyncClient(base_url=url, timeout=30) as client:
             assert (await client.get("/health")).status_code == 200
 
 
@@ -615,7 +615,7 @@ async def test_alone_it_makes_spans_where_the_process_has_configured_them(
     monkeypatch.setattr("opentelemetry.trace.get_tracer_provider", lambda: provider)
     config = EngineConfig(n_seq=1, n_ctx=64, n_threads=1)
     app = create_app(config, demo_path, model_name="tiny")
-    async with serving(app) as url, httpx.AsyncClient(base_url=url) as client:
+    async with serving(app) as url, httpx.AsyncClient(base_url=url, timeout=30) as client:
         await client.post("/v1/completions", json={"prompt": PROMPT, "max_tokens": 3})
     [span] = exporter.get_finished_spans()
     assert span.attributes is not None
