@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import sys
 from collections import Counter
@@ -81,6 +82,17 @@ async def test_time_is_bounded_and_the_process_ends(tiny_path: Path) -> None:
     with pytest.raises(ModelLoadError, match=r"takes more than 0.001 s"):
         await mtpbatch.probe_model(tiny_path, timeout=0.001)
     await until(lambda: _children() <= before)
+
+
+@pytest.mark.parametrize("backend", ["asyncio", "trio"])
+def test_a_start_that_is_given_up_leaves_nothing_open(tiny_path: Path, backend: str) -> None:
+    async def give_up() -> None:
+        with pytest.raises(ModelLoadError, match=r"takes more than 0.001 s"):
+            await mtpbatch.probe_model(tiny_path, timeout=0.001)
+
+    for _ in range(10):
+        anyio.run(give_up, backend=backend)
+    gc.collect()  # what is open or not waited for warns
 
 
 @pytest.mark.anyio

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import signal
@@ -12,9 +13,10 @@ from typing import Final
 
 import anyio
 import msgspec
+from anyio.abc import ByteReceiveStream
 
 from mtpbatch._process import interpreter, same_imports
-from mtpbatch.exceptions import InvalidParameterError, ModelLoadError
+from mtpbatch.exceptions import InternalError, InvalidParameterError, ModelLoadError
 from mtpbatch.probing.messages import Found, Probe
 from mtpbatch.types import EngineConfig, parse
 
@@ -75,22 +77,41 @@ async def probe_model(
         files = map(Path, filter(None, [probe.model, probe.draft_model, *probe.lora]))
         memory = 2 * sum(map(_size, files)) + _MORE_MEMORY
     with anyio.move_on_after(timeout):
-        process = await anyio.run_process(
-            command(python, memory),
-            input=msgspec.json.encode(probe) + b"\n",
-            check=False,
-            env=environment(),
-        )
+        status, out, words = await _run(command(python, memory), msgspec.json.encode(probe) + b"\n")
         try:
-            found = msgspec.json.decode(process.stdout, type=Found)
+            found = msgspec.json.decode(out, type=Found)
         except msgspec.DecodeError:  # nothing, as a rule
-            words = process.stderr.decode("utf-8", "replace")
-            how = how_it_ended(process.returncode, words)
+            how = how_it_ended(status, words.decode("utf-8", "replace"))
             raise ModelLoadError(f"{probe.model}: {how}") from None
         if found.error is not None:
             raise ModelLoadError(found.error)
         return
     raise ModelLoadError(f"{probe.model}: takes more than {timeout:g} s to load and try out")
+
+
+async def _run(arguments: list[str], text: bytes) -> tuple[int, bytes, bytes]:
+    """Run a program that reads a text: its status, and what it wrote as output and errors.
+
+    As ``anyio.run_process``, but its start cannot be cancelled: on asyncio that leaves pipes open,
+    and a process of which nobody takes in that it has ended.
+    """
+    with anyio.CancelScope(shield=True):
+        process = await anyio.open_process(arguments, env=environment())
+    if process.stdin is None or process.stdout is None or process.stderr is None:
+        raise InternalError("a process was started without pipes")
+    out, errors = bytearray(), bytearray()
+
+    async def read(stream: ByteReceiveStream, into: bytearray) -> None:
+        async for part in stream:
+            into += part
+
+    async with process, anyio.create_task_group() as group:
+        group.start_soon(read, process.stdout, out)
+        group.start_soon(read, process.stderr, errors)
+        with contextlib.suppress(anyio.BrokenResourceError):  # it has ended already
+            await process.stdin.send(text)
+        await process.stdin.aclose()
+    return await process.wait(), bytes(out), bytes(errors)
 
 
 def command(python: str, memory: int) -> list[str]:
