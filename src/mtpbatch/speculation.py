@@ -325,10 +325,8 @@ class _Outlook(Struct, gc=False):
     """What a step with drafts of one depth would come to."""
 
     depth: int
-    n_sequences: int
     n_drafting: int
-    n_verifying: float
-    """Of these, those that find something worth it."""
+    """Sequences."""
     tokens: float
     rows: float
     passes: float
@@ -360,9 +358,9 @@ class Speculator:
 
     State: what :meth:`observe` learns from results: ``costs``, ``calibration``, ``everybody``'s
     habit, and ``_n_lengths``, how many lengths drafts have in a step, that of none included, by the
-    greatest of them; ``_prompts`` and ``_answers``, how long these are, from requests that begin
-    and end, and ``_answer``, that with those under way; ``_n_begun`` requests since
-    any were seen to draft. And what :meth:`review` decides: the ``choice`` in force; ``_credit``,
+    greatest of them; ``_prompts`` and ``_answers``, how long these are of requests that begin and
+    end, and ``_answer``, how long answers are with those under way; ``_n_begun`` requests since any
+    were seen to draft. And what :meth:`review` decides: the ``choice`` in force; ``_credit``,
     seconds that trials may still lose; ``_load``, about as many sequences as have run since the
     step ``_load_since``; ``_next_trial``, the step before which there is none, and ``_pause``, the
     steps from that one to the next; of very many sequences, whose turn it is (``_next_in_turn``).
@@ -587,7 +585,7 @@ class Speculator:
     def _outlook(self, depth: int, n_sequences: int, drafting: Iterable[_Drafting]) -> _Outlook:
         """Of so many sequences, some of which draft."""
         n_drafting = 0
-        n_verifying = 0.0
+        n_verifying = 0.0  # of these, those that find something worth it
         tokens = rows = float(n_sequences)
         draft_rows = [0.0] * self._depths[-1]  # by decode of the draft context
         for some in drafting:
@@ -609,8 +607,7 @@ class Speculator:
         seconds = self.costs.target.of(passes, rows)
         seconds += self.costs.drafting(n_draft_decodes, n_draft_rows)
         return _Outlook(
-            *(depth, n_sequences, n_drafting, n_verifying, tokens, rows, passes),
-            *(n_draft_decodes, n_draft_rows, seconds),
+            *(depth, n_drafting, tokens, rows, passes, n_draft_decodes, n_draft_rows, seconds)
         )
 
     def _passes(self, depth: int, n_sequences: int, n_drafting: int, n_verifying: float) -> float:
