@@ -77,6 +77,21 @@ def test_the_description_holds_whatever_is_sent(
     send()
 
 
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/v1/completions", {"prompt": "a"}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}]}),
+    ],
+)
+def test_the_description_holds_of_a_stream(address: str, path: str, asked: dict[str, Any]) -> None:
+    """Few of the requests above both ask for one and get it."""
+    operation = schemathesis.openapi.from_url(f"http://{address}/openapi.json")[path]["POST"]
+    case = operation.Case(body=asked | {"max_tokens": 3, "stream": True})
+    response = case.call_and_validate(timeout=60)
+    assert response.content.count(b"data: ") > 1
+
+
 REQUEST = (
     b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
     b"Content-Length: 31\r\n\r\n" + json.dumps({"prompt": "a", "max_tokens": 1}).encode()

@@ -62,7 +62,15 @@ async def test_requests_and_answers_are_as_the_description_has_them() -> None:
             if "text/event-stream" in responses["200"]["content"]:
                 stream = await client.post(path, json=body | {"stream": True})
                 assert stream.headers["content-type"] == "text/event-stream"
-                assert json.loads(stream.text.split("\n\n")[0].removeprefix("data: "))["choices"]
+                item = responses["200"]["content"]["text/event-stream"]["itemSchema"]
+                told, end = item["properties"]["data"]["anyOf"]
+                *events, last, nothing = stream.text.split("\n\n")
+                assert (last.removeprefix("data: "), nothing) == (end["const"], "")
+                assert len(events) > 2
+                for event in events:
+                    value = json.loads(event.removeprefix("data: "))
+                    assert valid(document, told["contentSchema"], value)
+                    assert not valid(document, told["contentSchema"], value | {"choices": "a"})
         for path in ("/v1/models", "/v1/models/{model}", "/health"):
             response = await client.get(path.format(model="mtpbatch"))
             content = document["paths"][path]["get"]["responses"]["200"]["content"]

@@ -60,11 +60,19 @@ def description(*, has_keys: bool) -> dict[str, Any]:
         error = {"application/json": {"schema": by_kind[ErrorBody]}}
         return {"description": _STATUSES[status], "content": error}
 
+    def stream(event: type[Struct]) -> dict[str, Any]:
+        said = {"anyOf": [by_kind[event], by_kind[ErrorBody]]}
+        json = {"contentMediaType": "application/json", "contentSchema": said}
+        data = {"type": "string", "anyOf": [json, {"const": "[DONE]"}]}
+        # OpenAPI has this word from 3.2 on. It is what readers of 3.1 look for as well, and few of
+        # them take a document that calls itself 3.2.
+        item = {"type": "object", "required": ["data"], "properties": {"data": data}}
+        return {"itemSchema": item}
+
     def answers(kind: type[Struct], event: type[Struct] | None, *errors: str) -> dict[str, Any]:
         content: dict[str, Any] = {"application/json": {"schema": by_kind[kind]}}
         if event is not None:
-            # OpenAPI has no word for a stream of events; this is what each of them holds.
-            content["text/event-stream"] = {"schema": {"type": "string"}}
+            content["text/event-stream"] = stream(event)
         return {
             "200": {"description": "The answer.", "content": content},
             **{status: told(status) for status in errors},
