@@ -256,7 +256,7 @@ def compare(
     """Measure all depths, in turn at each load."""
     changes = shapes(max(options.concurrency), options.stage) if options.stage else {}
     stages = itertools.chain.from_iterable(changes.values())
-    most = max(*options.concurrency, *(clients for clients, _ in stages))
+    most = max([*options.concurrency, *(clients for clients, _ in stages)])
     n_draft_max = max(options.depths)
     processes = {
         depth: Process(
