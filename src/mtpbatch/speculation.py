@@ -128,10 +128,12 @@ class Habit:
         habit.behind = behind
         return habit
 
-    def fade(self, n_turns: float) -> None:
-        """All sequences were replaced so many times: what was known of them counts less."""
+    def fade(self, depth: int, n_turns: float) -> None:
+        """All sequences were replaced so many times, and none drafted deeper than so: what was
+        known of deeper drafts counts less."""
         kept = math.exp(-n_turns / self._FADES)
-        self._weight = [self._PRIOR + (w - self._PRIOR) * kept for w in self._weight]
+        for d in range(depth, len(self._weight)):
+            self._weight[d] = self._PRIOR + (self._weight[d] - self._PRIOR) * kept
         self._doubts.clear()
 
     def doubt(self, depth: int, n_steps: float = math.inf) -> float:
@@ -351,19 +353,21 @@ class Speculator:
 
     How long a step of another depth takes, and how much would be accepted, is tried out with a few
     sequences or with all, for two steps or three, if what that may find out is worth more than it
-    costs: little is known and the depth may well be better, or requests have begun since drafts
-    were seen last, whose texts may be of another kind; and it looks as if there was time to use it,
-    because about as many sequences have run for some time. What trials are expected to lose is at
-    most half a hundredth of the time, and while load and depth stay as they are, they become rarer.
+    costs: little is known and the depth may well be better, or requests have begun since deeper
+    drafts were seen last, whose texts may be of another kind; and it looks as if there was time to
+    use it, because about as many sequences have run for some time. What trials are expected to lose
+    is at most half a hundredth of the time, and while load and depth stay as they are, they become
+    rarer.
 
     State: what :meth:`observe` learns from results: ``costs``, ``calibration``, ``everybody``'s
     habit, and ``_n_lengths``, how many lengths drafts have in a step, that of none included, by the
     greatest of them; ``_prompts`` and ``_answers``, how long these are of requests that begin and
     end, and ``_answer``, how long answers are with those under way; ``_n_begun`` requests since any
-    were seen to draft. And what :meth:`review` decides: the ``choice`` in force; ``_credit``,
-    seconds that trials may still lose; ``_load``, about as many sequences as have run since the
-    step ``_load_since``; ``_next_trial``, the step before which there is none, and ``_pause``, the
-    steps from that one to the next; of very many sequences, whose turn it is (``_next_in_turn``).
+    were seen to draft deeper. And what :meth:`review` decides: the ``choice`` in force;
+    ``_credit``, seconds that trials may still lose; ``_load``, about as many sequences as have run
+    since the step ``_load_since``; ``_next_trial``, the step before which there is none, and
+    ``_pause``, the steps from that one to the next; of very many sequences, whose turn it is
+    (``_next_in_turn``).
     """
 
     _STEPS: Final = 2  # between reviews, while about as many sequences run
@@ -379,7 +383,7 @@ class Speculator:
     _PLANS: Final = 3e-4  # seconds that the plans of a trial cost
     _PAUSES: Final = (4, 128)  # steps between trials, at first and in the end
     _OTHER_TEXT: Final = 0.05  # how probably a request has a text of another kind than those before
-    _GOOD_TEXT: Final = 0.9  # of the first drafts of one that drafts are good at, so many are right
+    _GOOD_TEXT: Final = 0.9  # of the next drafts of one that drafts are good at, so many are right
     _LASTS: Final = (256, 1024)  # steps that a load is taken to go on, at least and at most
     _PAYS_WITHIN: Final = 64  # steps
     _LENGTHS_PACE: Final = 0.05
@@ -414,15 +418,14 @@ class Speculator:
         self._load_since = 0
         self._next_trial = 0
         self._n_begun = 0
-        self._good = Habit.guess(facts.n_draft_max, acceptance=self._GOOD_TEXT)
         self._pause = self._PAUSES[0]
 
     def new_habit(self, n_prompt: int) -> Habit:
         """For a sequence that begins, with so many tokens of a prompt to be computed."""
         self._n_begun += 1
         self._prompts.take(n_prompt)
-        if not self.choice.depth:  # of these nothing is seen
-            self.everybody.fade(1 / max(1, self._n_reviewed))
+        # Deeper drafts of it are not seen.
+        self.everybody.fade(self.choice.depth, 1 / max(1, self._n_reviewed))
         return self.everybody.copy(self._OWN_MEMORY, n_prompt)
 
     def wish_for(self, sequence: Drafter) -> DraftWish:
@@ -472,8 +475,9 @@ class Speculator:
         self._since_review = 0.0
         steps, steps_each = self._SHARED_MEMORY
         self.everybody.memory = steps + steps_each * len(sequences)
-        if self.choice.depth or self.choice.trial:  # new requests show what they have
-            self._n_begun = 0
+        deepest = self.choice.depth == self._depths[-1]
+        if deepest or (self.choice.trial or 0) > self.choice.depth:
+            self._n_begun = 0  # new requests show what they have
         if not any(sequence.wish.adaptive for sequence in sequences):
             return False  # what was noted of others waits until one comes, or they end
         self._take_in(sequences)
@@ -651,11 +655,12 @@ class Speculator:
         best = loses = 0.0
         trial: tuple[int, list[Drafter]] | None = None
         other = 1 - (1 - self._OTHER_TEXT) ** self._n_begun
+        ahead = _Ahead([s.habit for s in adaptive])
         for then in outlooks:
             if then is now:
                 continue
             better = math.log(then.speed / now.speed / self._STAYS)
-            changed = other * self._better_if_good(then.depth, now, adaptive) if other else 0.0
+            changed = other * self._better_if_good(then.depth, now.depth, ahead) if other else 0.0
             for n in {min(self._TRIED_WITH, len(adaptive)), len(adaptive)}:
                 subjects = adaptive[:n]
                 n_steps = n * self._trial_steps(n)
@@ -681,13 +686,21 @@ class Speculator:
         """Steps of a trial, so that some drafts are seen; while one runs another has begun."""
         return 2 if n_subjects > 1 else 3
 
-    def _better_if_good(self, depth: int, now: _Outlook, sequences: Items[Drafter]) -> float:
-        """How much better a depth would be, as a logarithm, if drafts were mostly right."""
-        if depth < now.depth:
+    def _better_if_good(self, depth: int, present: int, ahead: _Ahead) -> float:
+        """How much better a depth would be, as a logarithm, if the drafts that are deeper than the
+        present ones were mostly right."""
+        if depth < present:
             return 0.0
-        ahead = _Ahead([self._good] * len(sequences))
-        speed = self._outlook(depth, ahead.n, [ahead.all(depth)]).speed
-        return max(0.0, math.log(speed / now.speed)) if speed else 0.0
+        some = ahead.all(present)
+        right = some.accepted - ahead.all(present - 1).accepted if present else float(ahead.n)
+        accepted, verified = some.accepted, some.verified.copy()
+        for _ in range(present, depth):
+            right *= self._GOOD_TEXT
+            accepted += right
+            verified.append(verified[-1] + ahead.n)
+        good = _Drafting(depth, ahead.n, accepted, verified)
+        then, usual = (self._outlook(one.limit, ahead.n, [one]) for one in (good, some))
+        return max(0.0, math.log(then.speed / usual.speed)) if then.speed and usual.speed else 0.0
 
     def _loss(self, depth: int, now: _Outlook, subjects: Items[Drafter]) -> float:
         """Seconds that a trial is expected to lose."""
