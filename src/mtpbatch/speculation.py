@@ -655,12 +655,12 @@ class Speculator:
         best = loses = 0.0
         trial: tuple[int, list[Drafter]] | None = None
         other = 1 - (1 - self._OTHER_TEXT) ** self._n_begun
-        ahead = _Ahead([s.habit for s in adaptive])
+        better_if_good = self._better_if_good(now.depth, adaptive) if other else {}
         for then in outlooks:
             if then is now:
                 continue
             better = math.log(then.speed / now.speed / self._STAYS)
-            changed = other * self._better_if_good(then.depth, now.depth, ahead) if other else 0.0
+            changed = other * better_if_good.get(then.depth, 0.0)
             for n in {min(self._TRIED_WITH, len(adaptive)), len(adaptive)}:
                 subjects = adaptive[:n]
                 n_steps = n * self._trial_steps(n)
@@ -686,21 +686,22 @@ class Speculator:
         """Steps of a trial, so that some drafts are seen; while one runs another has begun."""
         return 2 if n_subjects > 1 else 3
 
-    def _better_if_good(self, depth: int, present: int, ahead: _Ahead) -> float:
-        """How much better a depth would be, as a logarithm, if the drafts that are deeper than the
-        present ones were mostly right."""
-        if depth < present:
-            return 0.0
+    def _better_if_good(self, present: int, sequences: Items[Drafter]) -> dict[int, float]:
+        """By depth, how much better than the present one it would be, as a logarithm, if the drafts
+        that are deeper than that were mostly right."""
+        ahead = _Ahead([s.habit for s in sequences])
         some = ahead.all(present)
+        usual = self._outlook(present, ahead.n, [some]).speed
         right = some.accepted - ahead.all(present - 1).accepted if present else float(ahead.n)
-        accepted, verified = some.accepted, some.verified.copy()
-        for _ in range(present, depth):
+        found = {}
+        for depth in self._depths[1 + present :]:
             right *= self._GOOD_TEXT
-            accepted += right
-            verified.append(verified[-1] + ahead.n)
-        good = _Drafting(depth, ahead.n, accepted, verified)
-        then, usual = (self._outlook(one.limit, ahead.n, [one]) for one in (good, some))
-        return max(0.0, math.log(then.speed / usual.speed)) if then.speed and usual.speed else 0.0
+            verified = [*some.verified, some.verified[-1] + ahead.n]
+            some = _Drafting(depth, ahead.n, some.accepted + right, verified)
+            speed = self._outlook(depth, ahead.n, [some]).speed
+            if speed and usual:
+                found[depth] = max(0.0, math.log(speed / usual))
+        return found
 
     def _loss(self, depth: int, now: _Outlook, subjects: Items[Drafter]) -> float:
         """Seconds that a trial is expected to lose."""
