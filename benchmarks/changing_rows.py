@@ -4,8 +4,8 @@
 
 llama.cpp takes the graph of its last pass again if the next one has as many rows, and builds
 another one otherwise. Drafts of a fixed length always have as many; those that stop where they no
-longer pay do not. Passes of one sequence with always so many rows, and with two numbers of them in
-turn, follow each other within a round. Keep the machine quiet.
+longer pay do not. One sequence decodes two numbers of rows, ten passes of one and ten of the other,
+and then in turn: as many of each, at about the same length of context. Keep the machine quiet.
 """
 
 from __future__ import annotations
@@ -20,49 +20,44 @@ from benchmarks.report import spread, table
 from mtpbatch.native import Batch, Context, Model
 
 ROWS = (1, 2, 4)
-N_PASSES = 60
-N_WARM_UP = 8
+N_PASSES = 60  # of either number
+IN_A_ROW = 10
 
 
-def milliseconds(context: Context, rows: tuple[int, ...]) -> dict[int, float]:
-    """Of a pass, by its rows: the median of those that have so many, in turn."""
+def milliseconds(context: Context, pair: tuple[int, int], in_a_row: int) -> dict[int, float]:
+    """Of a pass, by its rows: the median, where so many have the same number."""
     context.truncate(0, 0)
     batch = Batch()
-    times: dict[int, list[float]] = {n: [] for n in rows}
-    for _ in range(N_WARM_UP + N_PASSES):
-        for n in rows:
-            batch.clear()
-            batch.add_sequence([40] * n, position=context.length(0), seq_id=0, outputs="all")
-            begun = time.perf_counter()
-            context.decode(batch)
-            times[n].append(1e3 * (time.perf_counter() - begun))
-    return {n: statistics.median(some[N_WARM_UP:]) for n, some in times.items()}
+    times: dict[int, list[float]] = {n: [] for n in pair}
+    for n in (N_PASSES // in_a_row) * [n for n in pair for _ in range(in_a_row)]:
+        batch.clear()
+        batch.add_sequence([40] * n, position=context.length(0), seq_id=0, outputs="all")
+        begun = time.perf_counter()
+        context.decode(batch)
+        times[n].append(1e3 * (time.perf_counter() - begun))
+    return {n: statistics.median(some) for n, some in times.items()}
 
 
 def measure(path: Path, threads: int, rounds: int) -> list[list[str]]:
     """A row of the table for each number of rows and each other one that comes between."""
-    n_ctx = 2 * max(ROWS) * (N_WARM_UP + N_PASSES)
-    alone: dict[int, list[float]] = {n: [] for n in ROWS}
-    in_turn: dict[tuple[int, int], list[float]] = {
-        pair: [] for pair in itertools.permutations(ROWS, 2)
-    }
+    pairs = list(itertools.combinations(ROWS, 2))
+    in_a_row: dict[tuple[int, int], list[dict[int, float]]] = {pair: [] for pair in pairs}
+    in_turn: dict[tuple[int, int], list[dict[int, float]]] = {pair: [] for pair in pairs}
+    n_ctx = 2 * max(ROWS) * N_PASSES
     with Model(path) as model, Context(model, n_ctx=n_ctx, n_threads=threads) as context:
-        for _ in range(rounds):
-            for n in ROWS:
-                alone[n].append(milliseconds(context, (n,))[n])
-            for pair in itertools.combinations(ROWS, 2):
-                for n, took in milliseconds(context, pair).items():
-                    other = pair[0] if n == pair[1] else pair[1]
-                    in_turn[n, other].append(took)
-    return [
-        [
-            *(path.name, str(n), str(other)),
-            spread(alone[n], 2),
-            spread(some, 2),
-            spread([two - one for one, two in zip(alone[n], some, strict=True)], 2),
-        ]
-        for (n, other), some in in_turn.items()
-    ]
+        milliseconds(context, pairs[0], 1)  # to warm up
+        for _, pair in itertools.product(range(rounds), pairs):
+            in_a_row[pair].append(milliseconds(context, pair, IN_A_ROW))
+            in_turn[pair].append(milliseconds(context, pair, 1))
+    rows = []
+    for pair in pairs:
+        for n, other in (pair, pair[::-1]):
+            one = [took[n] for took in in_a_row[pair]]
+            two = [took[n] for took in in_turn[pair]]
+            more = [b - a for a, b in zip(one, two, strict=True)]
+            figures = [spread(some, 2) for some in (one, two, more)]
+            rows.append([path.name, str(n), str(other), *figures])
+    return rows
 
 
 def main() -> None:
@@ -75,8 +70,8 @@ def main() -> None:
     rows = [
         row for path in options.models for row in measure(path, options.threads, options.rounds)
     ]
-    head = ["model", "rows", "rows of the passes between"]
-    print(table([*head, "always as many, ms", "in turn, ms", "more, ms"], rows))
+    head = ["model", "rows", "other rows", "ten in a row, ms", "in turn, ms", "more, ms"]
+    print(table(head, rows))
 
 
 if __name__ == "__main__":
