@@ -22,7 +22,9 @@ A request that has not been known to sample anything is not parked but starts ag
 id is released, and results that still come for it are void. The same seed gives the same tokens.
 
 **Snapshots** are kept within a number of bytes. Those of parked requests stay until they have gone
-on, those of prompts make room for others, the one used longest ago first.
+on, those of prompts make room for others, the one used longest ago first. How large one is shows
+when it has been taken; before that it is estimated by those that were. So those of parked requests
+keep to the budget as well as the estimate is right. A prompt's that turns out too large is dropped.
 """
 
 from __future__ import annotations
@@ -42,6 +44,11 @@ from mtpbatch.types import ModelFacts
 _ROOM: Final = 16
 _LEAST_AHEAD: Final = 1  # with less, steps would wait for Python
 _MEMORY: Final = 0.9  # what is left of a measurement after the next one
+_SCATTER: Final = 1 / 16  # of their mean: lengths that differ less say little of what a token takes
+# How many times too high estimates may be at first, and with each refusal so many times more: 35
+# are refused before one is tried, and the worse it looks the more.
+_DOUBT: Final = 0.5
+_MORE_DOUBT: Final = 1.02
 
 
 class _HandedOver(Struct, gc=False):
@@ -208,31 +215,55 @@ class _Rate:
 
 
 class _Sizes:
-    """Bytes of a snapshot by its tokens: a line through the shortest and the longest one seen."""
+    """Bytes of a snapshot by its tokens: a line through those that were seen, recent ones counting
+    most.
+
+    A snapshot has a part that is always there and one for each token, neither below nothing. The
+    less the lengths differ that were seen, the more others are taken to have the most they can:
+    longer ones in proportion to their tokens, shorter ones as much as these.
+
+    State: ``_tokens`` and ``_bytes`` are means, ``_spread`` and ``_joint`` the sums of squares and
+    of products of what differs from them, and ``_weight`` is how many count.
+    """
 
     def __init__(self) -> None:
-        self._shortest: tuple[int, int] | None = None
-        self._longest: tuple[int, int] | None = None
+        self._weight = 0.0
+        self._tokens = 0.0
+        self._bytes = 0.0
+        self._spread = 0.0
+        self._joint = 0.0
+
+    @property
+    def known(self) -> bool:
+        """Whether any was measured."""
+        return self._weight > 0
 
     def measured(self, n_tokens: int, n_bytes: int) -> None:
-        point = (n_tokens, n_bytes)
-        self._shortest = min(self._shortest or point, point)
-        self._longest = max(self._longest or point, point)
+        before = self._weight * _MEMORY
+        self._weight = before + 1
+        more_tokens, more_bytes = n_tokens - self._tokens, n_bytes - self._bytes
+        self._tokens += more_tokens / self._weight
+        self._bytes += more_bytes / self._weight
+        count = more_tokens * before / self._weight
+        self._spread = self._spread * _MEMORY + count * more_tokens
+        self._joint = self._joint * _MEMORY + count * more_bytes
 
     def estimate(self, n_tokens: int) -> int:
         """0 before the first measurement."""
-        if self._shortest is None or self._longest is None:
+        if not self.known:
             return 0
-        (n, n_bytes), (m, m_bytes) = self._shortest, self._longest
-        if n == m:
-            return m_bytes * max(n_tokens, m) // max(1, m)
-        return max(0, n_bytes + (m_bytes - n_bytes) * (n_tokens - n) // (m - n))
+        in_proportion = self._bytes / self._tokens
+        guess = in_proportion if n_tokens > self._tokens else 0.0
+        scatter = (self._tokens * _SCATTER) ** 2
+        per_token = (self._joint + guess * scatter) / (self._spread + scatter)
+        per_token = min(max(per_token, 0.0), in_proportion)
+        return round(self._bytes + per_token * (n_tokens - self._tokens))
 
 
 class _Snapshot(Struct, gc=False):
     n_tokens: int
     n_bytes: int
-    """Estimated until it is reported."""
+    """Estimated until it is reported; 0 if it is only tried."""
 
 
 class Snapshots:
@@ -241,7 +272,9 @@ class Snapshots:
     State: ``_cached`` are those of prompts, the one used longest ago first, and ``_kept`` those of
     parked requests; together they have ``_n_bytes``, as far as that is known. ``_dropped`` are
     those that the next plan drops. Numbers are never used twice. Rates and sizes are what was
-    measured.
+    measured. These may be wrong, and nothing would show it while all is refused because of them. So
+    prompts' that seem to take up to ``_doubt`` times what they may are tried: with each one that is
+    refused that is more, and after a trial it is what it was at first.
     """
 
     def __init__(self, budget: int) -> None:
@@ -253,6 +286,7 @@ class Snapshots:
         self._n_taken = 0
         self._sizes = _Sizes()
         self._copying = _Rate()
+        self._doubt = _DOUBT
 
     @property
     def enabled(self) -> bool:
@@ -266,24 +300,38 @@ class Snapshots:
 
     # --------------------------------------------------------------- taken and dropped
 
+    def would_take(self, n_tokens: int, token_seconds: float) -> bool:
+        """Whether :meth:`take` would take a snapshot now."""
+        return (
+            self.enabled
+            and self._has_room(min(self.size(n_tokens), self._budget))
+            and self._excess(n_tokens, token_seconds) <= max(1.0, self._doubt)
+        )
+
     def take(self, n_tokens: int, token_seconds: float) -> int:
         """The number for a snapshot of a prompt; 0 if it is not worth it, or has no room.
 
         It may cost a quarter of what it may spare. ``token_seconds``: how long a token of a prompt
         takes; 0 before that is known.
         """
-        if not self.enabled or not self._is_cheap(n_tokens, token_seconds * n_tokens, times=4):
+        if not self.would_take(n_tokens, token_seconds):
+            self._doubt *= _MORE_DOUBT
             return 0
-        return self._take(n_tokens, self._cached)
+        if self._excess(n_tokens, token_seconds) > 1:
+            self._doubt = _DOUBT
+        return self._add(n_tokens, self._cached)
 
     def keep(self, n_tokens: int, seconds: float) -> int:
         """The number for the snapshot of a parked request; 0 if it is not worth it, or has no room.
 
         It is saved and restored, which may take so many ``seconds``; 0: nobody knows how many.
         """
-        if not self.enabled or not self._is_cheap(n_tokens, seconds, times=2):
+        n_bytes = self.size(n_tokens)
+        if not self.enabled or not self._has_room(n_bytes):
             return 0
-        return self._take(n_tokens, self._kept)
+        if self._share_of(seconds, n_bytes, times=2) > 1:
+            return 0
+        return self._add(n_tokens, self._kept)
 
     def use(self, number: int) -> None:
         """A prompt's snapshot is restored once more."""
@@ -315,6 +363,8 @@ class Snapshots:
         self._sizes.measured(snapshot.n_tokens, n_bytes)
         self._n_bytes += n_bytes - snapshot.n_bytes
         snapshot.n_bytes = n_bytes
+        if number in self._cached and not self._has_room(n_bytes):
+            self.drop(number)  # and no other for it
         self._make_room(0)
 
     def copied(self, n_bytes: int, seconds: float) -> None:
@@ -338,15 +388,24 @@ class Snapshots:
 
     # ------------------------------------------------------------------------- details
 
-    def _is_cheap(self, n_tokens: int, seconds: float, *, times: int) -> bool:
-        """Whether copying it so many times takes no longer than that; at first, one tries."""
-        copying = self._copying.seconds(self.size(n_tokens))
-        return not seconds or copying * times <= seconds
-
-    def _take(self, n_tokens: int, into: dict[int, _Snapshot]) -> int:
+    def _excess(self, n_tokens: int, token_seconds: float) -> float:
+        """How many times what a prompt's snapshot may take it takes, of time or memory."""
         n_bytes = self.size(n_tokens)
-        if sum(s.n_bytes for s in self._kept.values()) + n_bytes > self._budget:
-            return 0
+        share = self._share_of(token_seconds * n_tokens, n_bytes, times=4)
+        return max(share, n_bytes / self._budget)
+
+    def _share_of(self, seconds: float, n_bytes: int, *, times: int) -> float:
+        """What copying it so many times takes of that; at first nothing, so that one tries."""
+        return self._copying.seconds(n_bytes) * times / seconds if seconds else 0.0
+
+    def _has_room(self, n_bytes: int) -> bool:
+        """Whether it fits beside those of parked requests."""
+        return sum(s.n_bytes for s in self._kept.values()) + n_bytes <= self._budget
+
+    def _add(self, n_tokens: int, into: dict[int, _Snapshot]) -> int:
+        n_bytes = self.size(n_tokens)
+        if n_bytes > self._budget:
+            n_bytes = 0  # it is tried: nothing has to go until its size is known
         self._make_room(n_bytes)
         self._n_taken += 1
         into[self._n_taken] = _Snapshot(n_tokens, n_bytes)

@@ -726,11 +726,97 @@ def test_snapshots_keep_to_their_budget_and_parked_requests_come_first() -> None
     assert snapshots.take(100, 0.0) > parked, "a number is used once"
 
 
+def measure(snapshots: Snapshots, n_tokens: int, n_bytes: int) -> None:
+    snapshots.report(take_in_time(snapshots, n_tokens), n_bytes)
+
+
+def take_in_time(snapshots: Snapshots, n_tokens: int, token_seconds: float = 0.0) -> int:
+    """A prompt's snapshot, which may be refused some times."""
+    asked = (snapshots.take(n_tokens, token_seconds) for _ in range(5000))
+    return next(number for number in asked if number)
+
+
 def test_the_size_of_a_snapshot_is_a_part_that_is_always_there_and_one_for_each_token() -> None:
     snapshots = Snapshots(10**6)
     for n_tokens, n_bytes in ((100, 1100), (400, 1400), (200, 1200)):
-        snapshots.report(snapshots.take(n_tokens, 0.0), n_bytes)
-    assert [snapshots.size(n) for n in (50, 100, 300, 1000)] == [1050, 1100, 1300, 2000]
+        measure(snapshots, n_tokens, n_bytes)
+    sizes = [snapshots.size(n) for n in (50, 100, 300, 1000)]
+    assert sizes == pytest.approx([1050, 1100, 1300, 2000], rel=0.05)
+
+
+def test_one_length_alone_does_not_say_which_part_is_which() -> None:
+    snapshots = Snapshots(10**6)
+    measure(snapshots, 100, 1000)
+    assert [snapshots.size(n) for n in (50, 200)] == [1000, 2000], "the most that they can have"
+
+
+def test_lengths_that_hardly_differ_say_little_of_long_ones() -> None:
+    """All tokens of the second wait for the MTP head, of the first none: it is half as large."""
+    snapshots = Snapshots(10**7)
+    for n_tokens, n_bytes in ((100, 100_000), (101, 202_000)):
+        measure(snapshots, n_tokens, n_bytes)
+    assert 3000 * 1000 <= snapshots.size(3000) <= 3000 * 2000
+    assert snapshots.take(3000, 0.0), "there is room for it"
+
+
+LENGTHS = st.integers(1, 10**5)
+
+
+@settings(max_examples=50)
+@given(
+    before=st.lists(st.tuples(LENGTHS, st.integers(1, 10**10)), max_size=20),
+    lengths=st.lists(LENGTHS, min_size=1, max_size=4, unique=True),
+    always=st.integers(1, 10**8),
+    each=st.integers(0, 10**4),
+)
+def test_sizes_come_right_whatever_was_measured_before(
+    before: list[tuple[int, int]], lengths: list[int], always: int, each: int
+) -> None:
+    snapshots = Snapshots(10**12)
+    for n_tokens, n_bytes in before:
+        measure(snapshots, n_tokens, n_bytes)
+    for _ in range(400 // len(lengths)):
+        for n_tokens in lengths:
+            measure(snapshots, n_tokens, always + each * n_tokens)
+    longest = always + each * max(lengths)
+    for n_tokens in (*lengths, sum(lengths) // len(lengths)):
+        assert abs(snapshots.size(n_tokens) - (always + each * n_tokens)) <= 0.1 * longest
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    sizes=st.lists(st.tuples(LENGTHS, st.integers(1, 10**9)), max_size=5),
+    copies=st.lists(st.tuples(st.integers(1, 10**9), st.floats(0.0, 100.0)), max_size=5),
+    n_tokens=st.integers(64, 5000),
+)
+def test_nothing_is_refused_for_ever_because_of_what_was_measured_before(
+    sizes: list[tuple[int, int]], copies: list[tuple[int, float]], n_tokens: int
+) -> None:
+    snapshots = Snapshots(10**6)
+    for length, n_bytes in sizes:
+        measure(snapshots, length, n_bytes)
+    for n_bytes, seconds in copies:
+        snapshots.copied(n_bytes, seconds)
+    for _ in range(300):  # it has room, and is cheap
+        number = take_in_time(snapshots, n_tokens, 0.001)
+        snapshots.report(number, 100 * n_tokens)
+        snapshots.copied(100 * n_tokens, 1e-9 * 100 * n_tokens)
+        snapshots.check_integrity()
+    assert all(snapshots.take(n_tokens, 0.001) for _ in range(10)), "from then on none is refused"
+
+
+def test_what_is_tried_and_turns_out_too_large_takes_nothing_from_others() -> None:
+    snapshots = Snapshots(1000)
+    measure(snapshots, 100, 400)
+    assert not snapshots.would_take(1000, 0.0)
+    assert not snapshots.take(1000, 0.0)
+    tried = take_in_time(snapshots, 1000)
+    assert not snapshots.take_dropped()
+    snapshots.check_integrity()
+    assert not any(snapshots.take(1000, 0.0) for _ in range(35)), "one is enough for a while"
+    snapshots.report(tried, 4000)
+    assert snapshots.take_dropped() == (tried,)
+    assert snapshots.n_bytes == 400
 
 
 def test_what_costs_more_to_copy_than_to_compute_is_computed() -> None:
