@@ -24,7 +24,8 @@ id is released, and results that still come for it are void. The same seed gives
 **Snapshots** are kept within a number of bytes. Those of parked requests stay until they have gone
 on, those of prompts make room for others, the one used longest ago first. How large one is shows
 when it has been taken; before that it is estimated by those that were. So those of parked requests
-keep to the budget as well as the estimate is right. A prompt's that turns out too large is dropped.
+keep to the budget as well as the estimate is right, and before there is any estimate only one of
+them is taken at a time. A prompt's that turns out too large is dropped.
 """
 
 from __future__ import annotations
@@ -329,6 +330,8 @@ class Snapshots:
         n_bytes = self.size(n_tokens)
         if not self.enabled or not self._has_room(n_bytes):
             return 0
+        if self._kept and not self._sizes.known:
+            return 0  # there may be no room beside that one
         if self._share_of(seconds, n_bytes, times=2) > 1:
             return 0
         return self._add(n_tokens, self._kept)

@@ -80,7 +80,8 @@ class EngineConfig(Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
     Needs kv_unified."""
     snapshot_memory: Annotated[int, Meta(ge=0)] = 1024
     """MiB of host memory for states of sequences: prompts' beginnings that may come again, and
-    paused requests, which are computed again if they do not fit. 0: none."""
+    paused requests, which are computed again if they do not fit; but how large the first
+    one is shows only when it has been saved. 0: none."""
     kv_unified: bool = True
     """One pool of KV cells for all sequences, instead of an equal share for each. Always equal
     shares where a model with sliding-window attention or with chained heads drafts."""

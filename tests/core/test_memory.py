@@ -209,6 +209,23 @@ def test_a_parked_request_whose_state_is_lost_is_computed_again(what: str) -> No
     assert not backend.snapshots
 
 
+def test_the_first_pauses_exceed_the_memory_for_states_by_no_more_than_one() -> None:
+    """The executor is so far ahead that nobody has heard how large the first state is."""
+    backend = ScriptedBackend(
+        lambda _: "x" * 200, n_seq=8, n_ctx=128, n_cells=256, n_draft_max=0, lag=20
+    )
+    record = Recorder(backend, 20_000)  # 1,000 bytes a token
+    for number in range(10):
+        record.add(unlike(number, 3), max_tokens=56, ignore_eos=True)
+    most: list[int] = []
+    while record.scheduler.stats.running or record.scheduler.stats.waiting:
+        run_step(record.scheduler, backend)
+        kept = [len(s.token_ids) * 1000 for s in backend._snapshots.values() if s is not None]
+        most = max(most, kept, key=sum)
+    assert record.scheduler.stats.preemptions > 1
+    assert sum(most) > 20_000 >= sum(most) - max(most)
+
+
 def test_a_parked_request_can_be_cancelled() -> None:
     backend = ScriptedBackend(lambda _: "x" * 200, n_seq=2, n_ctx=64, n_cells=64, n_draft_max=0)
     record = Recorder(backend)
@@ -342,6 +359,7 @@ def moved(record: Recorder) -> list[dict[int, int]]:
 @pytest.mark.parametrize("lag", [0, 1, 7])
 def test_who_is_left_on_scattered_ids_moves_together(lag: int) -> None:
     record = scattered(lag=lag)
+    measure(record.scheduler._snapshots, 200, 200_000)
     expected = answers(record)
     assert record.run() == expected, "and no token is lost"
     assert moved(record) == [{5: 1, 10: 2, 15: 3}]
@@ -350,6 +368,13 @@ def test_who_is_left_on_scattered_ids_moves_together(lag: int) -> None:
     dropped = [p.number for p in record.plans if set(p.drop) >= {s.snapshot for s in plan.park}]
     assert dropped, "what it took in host memory is given back"
     assert record.scheduler.stats.preemptions == 0
+
+
+def test_the_first_to_move_shows_how_large_a_state_is() -> None:
+    record = scattered(n_draft_max=0)
+    expected = answers(record)
+    assert record.run() == expected
+    assert moved(record) == [{5: 1}, {10: 2, 15: 3}]
 
 
 @pytest.mark.parametrize("without", [{"consecutive_ids": False}, {"snapshot_bytes": 0}])
@@ -403,7 +428,7 @@ def test_moving_may_take_as_long_as_the_steps_since_there_are_gaps(
     """Three states are saved and restored, which takes so long for each; a step takes 10 ms."""
     record = scattered(n_draft_max=0)
     snapshots = record.scheduler._snapshots
-    snapshots.report(snapshots.take(200, 0.0), 1000)
+    measure(snapshots, 200, 1000)
     snapshots.copied(1000, seconds)
     moved_after = None
     while record.scheduler.stats.running or record.scheduler.stats.waiting:
@@ -817,6 +842,18 @@ def test_what_is_tried_and_turns_out_too_large_takes_nothing_from_others() -> No
     snapshots.report(tried, 4000)
     assert snapshots.take_dropped() == (tried,)
     assert snapshots.n_bytes == 400
+
+
+def test_before_any_size_is_known_one_parked_request_is_saved_at_a_time() -> None:
+    snapshots = Snapshots(1000)
+    failed = snapshots.keep(100, 0.0)
+    assert not snapshots.keep(100, 0.0)
+    snapshots.report(failed, 0)
+    first = snapshots.keep(100, 0.0)
+    assert not snapshots.keep(100, 0.0), "nothing is known yet"
+    snapshots.report(first, 500)
+    assert snapshots.keep(100, 0.0)
+    assert not snapshots.keep(1, 0.0), "it is full"
 
 
 def test_what_costs_more_to_copy_than_to_compute_is_computed() -> None:

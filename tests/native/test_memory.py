@@ -384,6 +384,8 @@ def test_who_is_left_on_scattered_ids_moves_and_gives_the_same_tokens(
     config = EngineConfig(n_seq=8, n_ctx=128, n_threads=1, kv_type="f32", kv_unified=False)
     backend = NativeBackend(model.path, config)
     makes_plans = scheduler.Scheduler(backend.facts, snapshot_bytes=2**30)
+    snapshots = makes_plans._snapshots
+    snapshots.report(snapshots.take(100, 0.0), 10**6)  # before a size is known only one would move
     prompts = [[40 + number, *OTHER] for number in range(8)]
     for number, prompt in enumerate(prompts):
         params = SamplingParams(ignore_eos=True)
