@@ -658,7 +658,7 @@ class Scheduler:
             resume.append(Resume(seq_id, sequence.ticket, parked.snapshot))
             return
         stored = self._prefix.longest(request_id) if sequence.scores_prompt else hit
-        points = self._prefix.points(request_id, stored.n_tokens)
+        points = self._save_points(request_id, stored.n_tokens)
         self._expect(request_id, points)
         habit = self._speculator.new_habit(len(sequence.prompt) - hit.n_tokens)
         sequence.admit(seq_id, habit, now, cached_tokens=hit.n_tokens, save_points=points)
@@ -749,6 +749,13 @@ class Scheduler:
     def _hit(self, sequence: Sequence) -> Hit:
         """What a request starts from: whose prompt is scored needs every row of it."""
         return NO_HIT if sequence.scores_prompt else self._prefix.longest(sequence.request_id)
+
+    def _save_points(self, request_id: str, n_stored: int) -> tuple[int, ...]:
+        """Where a prompt that begins is saved on its way: others wait for what is saved there, so
+        not where that would be refused."""
+        points = self._prefix.points(request_id, n_stored)
+        prompt_row = self._speculator.costs.prompt_row
+        return tuple(p for p in points if self._snapshots.would_take(p, prompt_row))
 
     def _save_at_points(self) -> None:
         """Save the prompts that have come to a point from which others begin.

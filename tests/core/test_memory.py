@@ -530,6 +530,36 @@ def test_who_would_compute_the_same_waits_for_it_and_nobody_else_does(sharing: R
     sharing.run()
 
 
+@pytest.mark.parametrize("shares_prompt", [False, True])
+@pytest.mark.parametrize("why", ["too large", "too dear to copy"])
+def test_nobody_waits_for_a_snapshot_that_would_be_refused(
+    sharing: Recorder, why: str, *, shares_prompt: bool
+) -> None:
+    record = Recorder(sharing.backend, 50_000 if why == "too large" else MANY_BYTES)
+    record.run_one(unlike(1, 90), max_tokens=5)  # which shows that a token has 1,000 bytes
+    record.scheduler._snapshots.copied(10**6, 0.0 if why == "too large" else 1.0)
+    for number in range(4):
+        tail = 65 if shares_prompt else 65 + number
+        record.add([*unlike(0, 100), tail], shares_prompt=shares_prompt, max_tokens=5)
+    plan = record.plan()
+    assert [len(entry.tokens) for entry in plan.entries] == [101] * 4, "and no prompt is cut"
+    record.run()
+
+
+def test_who_waited_for_a_snapshot_that_is_refused_begins_together_with_others(
+    sharing: Recorder,
+) -> None:
+    for tail in range(65, 69):
+        sharing.add([*unlike(0, 100), tail], max_tokens=5)
+    assert len(sharing.plan().admit) == 1
+    snapshots = sharing.scheduler._snapshots
+    snapshots.report(snapshots.keep(100, 0.0), MANY_BYTES)  # by now somebody was parked
+    plan = sharing.plan()
+    assert not plan.save
+    assert sorted(len(entry.tokens) for entry in plan.entries) == [1, 101, 101, 101]
+    sharing.run()
+
+
 @pytest.mark.parametrize("n_shared", [0, 64, 90], ids=["alone", "a start", "nearly all"])
 @pytest.mark.parametrize("together", [True, False], ids=["together", "one by one"])
 def test_a_prompt_of_n_requests_is_computed_once(
