@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import itertools
+import random
 import sys
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -18,7 +20,7 @@ from hypothesis.stateful import (
 )
 from msgspec.structs import replace
 
-from mtpbatch import memory, prefix, scheduler
+from mtpbatch import memory, prefix, scheduler, waiting
 from mtpbatch.exceptions import DecodeError, GrammarError, InternalError, NativeDiedError
 from mtpbatch.scheduler import Event, Scheduler
 from mtpbatch.sequence import Sequence
@@ -405,6 +407,111 @@ def test_a_request_of_low_priority_finishes_though_urgent_ones_keep_coming() -> 
             ended += completions(run_step(scheduler, backend))
     # Three steps each, so ten of them come before 30 seconds make up for three levels.
     assert ended[:12] == [*(f"urgent {i}" for i in range(10)), "low", "urgent 10"]
+
+
+class Crowd:
+    """Clients who ask again as soon as they are answered, and one request that is least urgent.
+
+    There are more clients than ids, and fewer cells than those who run may need, so that requests
+    pause. Each six in turn begin alike, so that some are set aside. A step takes a second.
+    """
+
+    N_CLIENTS = 8
+    N_CTX = 48
+
+    def __init__(
+        self, priorities: list[int], low: int, *, seed: int, snapshot_bytes: int, **model: Any
+    ) -> None:
+        """``priorities``: of who asks, in turn; none is greater than ``low``."""
+        self.backend = ScriptedBackend(
+            lambda _: "x" * 64,
+            n_ctx=self.N_CTX,
+            n_batch=16,
+            n_draft_max=1,
+            acceptance=0.5,
+            step_time=1.0,
+            **model,
+        )
+        self.scheduler = Scheduler(self.backend.facts, snapshot_bytes)
+        self.n_set_aside = 0
+        self._set_aside = self.scheduler._waiting.set_aside
+        self.scheduler._waiting.set_aside = self._count  # type: ignore[method-assign]
+        self._chance = random.Random(seed)
+        self._priorities = itertools.cycle(priorities)
+        self._n_asked = 0
+        for _ in range(self.N_CLIENTS):
+            self.ask()
+        self.ask("low", low)
+        # Whoever asks 10 seconds for each level later is due later. From then on each of the
+        # clients has one request that is due before it, at most. These end one after another at
+        # the worst, and each waits for one that had begun beside it: for its id, or its prompt.
+        n_steps = self.N_CTX + model["lag"]  # of one request, at least a token in each
+        self.most_seconds = 10 * low + 2 * n_steps * (self.N_CLIENTS + 1)
+
+    def _count(self, reason: int) -> None:
+        self.n_set_aside += 1
+        self._set_aside(reason)
+
+    def ask(self, name: str | None = None, priority: int | None = None) -> None:
+        common = random.Random(self._n_asked // 6)
+        own = self._chance
+        prompt = [common.randrange(97, 123) for _ in range(12)]
+        prompt += [own.randrange(97, 123) for _ in range(own.randrange(1, 5))]
+        sequence = make_sequence(
+            self.backend,
+            name or f"r{self._n_asked}",
+            prompt,
+            priority=next(self._priorities) if priority is None else priority,
+            max_tokens=own.randrange(1, self.N_CTX - len(prompt) + 1),
+            ignore_eos=True,
+        )
+        self._n_asked += 1
+        self.scheduler.add(sequence)
+
+    def low_ends(self) -> bool:
+        """Whether it ends in time."""
+        while self.backend.clock() < self.most_seconds:
+            ended = completions(run_step(self.scheduler, self.backend))
+            if "low" in ended:
+                return True
+            for _ in ended:
+                self.ask()
+        return False
+
+
+@pytest.mark.usefixtures("_short_prompts_matter")
+@settings(max_examples=60, deadline=None)
+@given(
+    low=st.integers(0, 4),
+    data=st.data(),
+    seed=st.integers(0, 10**6),
+    snapshot_bytes=st.sampled_from([0, 40_000, 10**6]),
+    n_seq=st.integers(1, 5),
+    n_cells=st.integers(48, 100),
+    lag=st.sampled_from([0, 1, 3]),
+    truncates=st.booleans(),
+)
+def test_nobody_waits_for_ever_though_others_keep_coming(
+    low: int, data: st.DataObject, n_seq: int, n_cells: int, **setting: Any
+) -> None:
+    """Whoever is as urgent or more so, and whatever makes requests pause or stand aside."""
+    priorities = data.draw(st.lists(st.integers(0, low), min_size=1, max_size=6))
+    n_cells = min(n_cells, n_seq * Crowd.N_CTX)
+    assert Crowd(priorities, low, n_seq=n_seq, n_cells=n_cells, **setting).low_ends()
+
+
+@pytest.mark.usefixtures("_short_prompts_matter")
+@pytest.mark.parametrize("truncates", [True, False])
+def test_it_is_ageing_for_which_nobody_waits_for_ever(
+    truncates: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting: dict[str, Any] = {"n_seq": 4, "n_cells": 64, "lag": 1, "truncates": truncates}
+    for ageing, ends in ((waiting.AGEING, True), (1e9, False)):
+        monkeypatch.setattr(waiting, "AGEING", ageing)
+        crowd = Crowd([0, 2, 1], 3, seed=1, snapshot_bytes=60_000, **setting)
+        assert crowd.low_ends() == ends
+        assert crowd.n_set_aside > 0
+        assert crowd.scheduler.stats.preemptions > 0
 
 
 def test_generating_sequences_do_not_wait_for_a_long_prompt() -> None:
