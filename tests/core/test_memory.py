@@ -209,6 +209,24 @@ def test_a_parked_request_whose_state_is_lost_is_computed_again(what: str) -> No
     assert not backend.snapshots
 
 
+@pytest.mark.parametrize("snapshot_bytes", [0, MANY_BYTES], ids=["computed again", "saved"])
+def test_how_drafting_went_is_still_known_after_a_pause(snapshot_bytes: int) -> None:
+    backend = ScriptedBackend(lambda _: "x" * 200, n_seq=2, n_ctx=100, n_cells=100, acceptance=0.0)
+    record = Recorder(backend, snapshot_bytes)
+    for token_id in (65, 66):
+        record.add([token_id], max_tokens=90, ignore_eos=True, depth=1)
+    while not record.scheduler._parked:
+        run_step(record.scheduler, backend)
+    [paused] = [s for s in record.scheduler._waiting if s.request_id in record.scheduler._parked]
+    habit = paused.habit
+    habit.update()
+    assert habit.gained[0] < 0.2, "no draft was accepted"
+    while paused.seq_id is None:
+        run_step(record.scheduler, backend)
+    assert paused.habit is habit, "it is not taken for a new request"
+    record.run()
+
+
 def test_the_first_pauses_exceed_the_memory_for_states_by_no_more_than_one() -> None:
     """The executor is so far ahead that nobody has heard how large the first state is."""
     backend = ScriptedBackend(
