@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import select
+import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -107,6 +111,53 @@ def test_what_takes_too_much_memory_is_refused() -> None:
     with pytest.raises(InvalidParameterError, match="takes more than 60 s or 150 MiB"):
         trial.compile(GrammarSource("regex", "((a{100}){100}){100}"))
     trial.close()
+
+
+@pytest.mark.parametrize("since", ["long", "just now"])
+def test_a_process_that_died_while_it_had_nothing_to_do_is_replaced(
+    trial: Trial, monkeypatch: pytest.MonkeyPatch, since: str
+) -> None:
+    assert trial.compile(GOOD[0])
+    process = trial._process
+    assert process is not None
+    process.kill()
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    if since == "just now":
+        monkeypatch.setattr(process, "poll", lambda: None)  # it was there at the last look
+    assert trial.compile(GOOD[0])
+    assert trial._process is not process
+    assert process.returncode == -signal.SIGKILL, "nothing is left of it"
+
+
+def test_what_the_terminal_and_supervisors_send_is_for_the_app(trial: Trial) -> None:
+    assert trial.compile(GOOD[0])
+    process = trial._process
+    assert process is not None
+    assert os.getpgid(process.pid) == process.pid, "Ctrl-C goes to another group"
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        process.send_signal(number)
+    assert trial.compile(GOOD[1])
+    assert trial._process is process
+
+
+def test_it_ends_with_the_app() -> None:
+    program = """
+from mtpbatch.structured.trial import Trial
+from mtpbatch.types import GrammarSource
+
+trial = Trial()
+trial.compile(GrammarSource("regex", "a"))
+print(trial._process.pid, flush=True)
+input()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as app:
+        assert app.stdout is not None
+        process = os.pidfd_open(int(app.stdout.readline()))
+        app.kill()
+    select.select([process], [], [])
+    os.close(process)
 
 
 @pytest.mark.parametrize(("name", "value"), [("executable", None), ("frozen", True)])

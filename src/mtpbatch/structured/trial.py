@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -53,15 +54,17 @@ class Trial:
             self._end()
 
     def _ask(self, source: GrammarSource) -> dict[str, str] | None:
-        """What the process says; ``None`` if it is lost over that."""
-        process = self._process or self._start(source)
-        assert process.stdin is not None
+        """What the process says; ``None`` if it is lost over that.
+
+        One that was lost before is not the grammar's fault, and is replaced.
+        """
+        process = self._process
+        if process is None or not _tell(process, source):
+            self._end()
+            process = self._start(source)
+            _tell(process, source)
         assert process.stdout is not None
-        try:
-            print(json.dumps([source.parameter, source.text]), file=process.stdin, flush=True)
-            line = process.stdout.readline()
-        except BrokenPipeError:
-            line = ""
+        line = process.stdout.readline()
         if not line.endswith("\n"):
             self._end()
             return None
@@ -78,6 +81,7 @@ class Trial:
                 f"with: sys.executable is {sys.executable!r}; leave it out",
             )
         limits = [str(self._cpu_seconds), str(self._memory)]
+        # In a group of its own, as what the terminal tells the app's group is for the app.
         self._process = subprocess.Popen(
             [python, str(_PROGRAM), str(path), *limits],
             stdin=subprocess.PIPE,
@@ -85,6 +89,7 @@ class Trial:
             stderr=subprocess.DEVNULL,
             text=True,
             encoding="utf-8",
+            process_group=0,
         )
         return self._process
 
@@ -92,5 +97,18 @@ class Trial:
         process, self._process = self._process, None
         if process is not None:
             process.kill()
-            with process:  # closes its pipes, and waits
+            # Closes its pipes, and waits. There may be something in one that nobody has read.
+            with suppress(BrokenPipeError), process:
                 pass
+
+
+def _tell(process: subprocess.Popen[str], source: GrammarSource) -> bool:
+    """Hand a grammar over; ``False``: nobody is there any more to read it."""
+    assert process.stdin is not None
+    if process.poll() is not None:  # to write to it would end an app with a SIGPIPE of its own
+        return False
+    try:
+        print(json.dumps([source.parameter, source.text]), file=process.stdin, flush=True)
+    except BrokenPipeError:  # it has died since
+        return False
+    return True

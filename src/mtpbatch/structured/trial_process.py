@@ -3,7 +3,8 @@
 usage: python trial_process.py FOLDER CPU_SECONDS BYTES
 
 FOLDER is where llguidance is. It knows nothing of mtpbatch, so that it starts quickly. When a
-grammar takes more than CPU_SECONDS, BYTES of memory or a small stack, the system ends it.
+grammar takes more than CPU_SECONDS, BYTES of memory or a small stack, the system ends it. It ends
+with its input, and so with the app.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import math
 import random
 import resource
+import signal
 import sys
 import threading
 import time
@@ -32,6 +34,8 @@ _WHITESPACE: JsonCompileOptions = {"whitespace_pattern": r"( |\r?\n[ \t]{0,40})?
 
 def main() -> None:
     folder, cpu_seconds, memory = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+    for request in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(request, signal.SIG_IGN)  # the app decides when it ends
     del sys.path[0]  # this file's folder
     sys.path.insert(0, folder)
     _limit(resource.RLIMIT_AS, memory)
