@@ -120,10 +120,11 @@ def test_a_plan_comes_with_the_numbers_of_its_grammars(
         b"\0" + (5).to_bytes(8, "little") + b"\xc1" * 5,
         b"\0" + (1).to_bytes(8, "little") + b"\x90",
         b"\1" + (1).to_bytes(8, "little") + b"\x01",
+        b"\1" + (50_003).to_bytes(8, "little") + b"\x81\xa1x" + b"\x91" * 49_999 + b"\x01",
         b"\0" + (2**40).to_bytes(8, "little"),
         b"\0" + (100).to_bytes(8, "little") + b"too few",
     ],
-    ids=repr,
+    ids=lambda sent: repr(sent[:30]),
 )
 def test_what_is_no_message_counts_as_the_end(
     ends: tuple[socket.socket, socket.socket], sent: bytes

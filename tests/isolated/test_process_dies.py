@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import signal
 import socket
 import sys
@@ -38,7 +39,7 @@ from mtpbatch.isolated import ProcessBackend
 from mtpbatch.isolated import backend as isolated_backend
 from mtpbatch.isolated import process as isolated_process
 from mtpbatch.isolated.channel import Channel
-from mtpbatch.isolated.messages import Compile, Embed, Exchange
+from mtpbatch.isolated.messages import Compile, Embed, Exchange, Progress
 from mtpbatch.isolated.process import ModelProcess
 from patience import until
 
@@ -572,6 +573,69 @@ async def test_a_process_that_answers_garbage_is_killed(
             await engine.generate("In the", max_tokens=3)
         await anyio.wait_readable(watch)
     os.close(watch)
+    assert len((await engine.generate("In the", max_tokens=3)).token_ids) == 3
+
+
+@pytest.fixture(params=["asked", "answered"])
+def garbled(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> set[Channel]:
+    """On one of these channels the next message is not what the other end expects."""
+    channels: set[Channel] = set()
+    send, receive = Channel.send, Channel.receive
+
+    def send_garbage(self: Any, message: object) -> None:
+        garbage = self in channels
+        if garbage:
+            channels.clear()
+        send(self, Progress(0.5) if garbage else message)
+
+    def receive_garbage(self: Any, kind: Any) -> Any:
+        garbage = self in channels
+        if garbage:
+            channels.clear()
+        return receive(self, Progress if garbage else kind)
+
+    if request.param == "asked":
+        monkeypatch.setattr(Channel, "send", send_garbage)
+    else:
+        monkeypatch.setattr(Channel, "receive", receive_garbage)
+    return channels
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_garbage_about_a_text_ends_the_process_and_the_next_one_reads_it(
+    engine: Engine, garbled: set[Channel]
+) -> None:
+    expected = await engine.tokenize("In the")
+    garbled.update(process_of(engine).texts)
+    assert await engine.tokenize("In the") == expected
+    assert not garbled
+    assert engine.stats().restarts == 1
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_garbage_about_a_grammar_ends_the_process_and_the_request(
+    engine: Engine, garbled: set[Channel]
+) -> None:
+    garbled.add(process_of(engine).grammars)
+    await check_died(engine.submit([70, 71], regex="[a-z]{3}"))
+    assert not garbled
+    assert len((await engine.generate([70, 71], regex="[a-z]{3}")).text) == 3
+    assert engine.stats().restarts == 1
+
+
+@pytest.mark.parametrize("thread", ["steps", "texts", "grammars", "embeddings"])
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_thread_of_the_process_that_fails_ends_the_process(
+    engine: Engine, thread: str
+) -> None:
+    process = process_of(engine)
+    size = int(Path(f"/proc/{process.pid}/statm").read_text().split()[0]) * resource.getpagesize()
+    _, most = resource.prlimit(process.pid, resource.RLIMIT_AS)
+    resource.prlimit(process.pid, resource.RLIMIT_AS, (size + (128 << 20), most))
+    channel = process.texts[0] if thread == "texts" else getattr(process, thread)
+    channel._socket.sendall(b"\0" + (1 << 30).to_bytes(8, "little"))  # a message of a gigabyte
+    await until(lambda: engine.stats().restarts == 1)
+    assert process._process.returncode == 1, "it had no memory for it"
     assert len((await engine.generate("In the", max_tokens=3)).token_ids) == 3
 
 

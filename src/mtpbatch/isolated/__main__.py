@@ -52,6 +52,7 @@ def main() -> None:
         signal.signal(request, signal.SIG_IGN)  # the app decides when it ends, and how
     _end_with(parent)
     faulthandler.enable()  # on stderr, which is the app's
+    threading.excepthook = _end
     steps, notes, grammars, embeddings, *texts = (socket.socket(fileno=fd) for fd in fds)
     try:
         host = _Host(Channel(steps), notes)
@@ -85,6 +86,14 @@ def _end_with(parent: int) -> None:
             sys.exit()
 
 
+def _end(failure: threading.ExceptHookArgs) -> None:
+    """End this process because a thread has failed: the app would wait for its answers for ever."""
+    try:
+        threading.__excepthook__(failure)  # which tells it
+    finally:
+        os._exit(1)
+
+
 def _answer(channel: Channel, kind: Any, answer: Callable[[Any], object]) -> None:
     """Answer the requests of that type on a channel, until it hangs up."""
     try:
@@ -96,7 +105,7 @@ def _answer(channel: Channel, kind: Any, answer: Callable[[Any], object]) -> Non
                 message = Failure.of(error)
             channel.send(message)
     except HangUp:
-        pass
+        channel.close()  # who sent what is no request waits for an answer
 
 
 class _Host:

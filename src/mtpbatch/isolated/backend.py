@@ -299,10 +299,14 @@ class ProcessBackend:
         return self._use(ask)
 
     def _use(self, use: Callable[[ModelProcess], _Value]) -> _Value:
-        """Use the process. If it dies meanwhile, this is hardly why: use the next one."""
+        """Use the process. If it dies meanwhile, this is hardly why: use the next one.
+
+        If that dies as well, it may be why. Who tried again and again would end the engine.
+        """
         process = self._running()
         with suppress(HangUp):
             return use(process)
+        process.death()  # what it answered may have been no answer
         process = self._running(other_than=process)
         with suppress(HangUp):
             return use(process)

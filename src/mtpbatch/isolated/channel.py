@@ -98,7 +98,7 @@ class Channel:
         expected: Any = Failure if failed else kind
         try:
             message: Any = decoder(expected).decode(data)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, RecursionError) as error:
             raise HangUp from error
         if failed:
             raise message.error
