@@ -202,7 +202,8 @@ class Mortal(Protocol):
         ...
 
     def restart(self, report: ProgressReport) -> None:
-        """Begin anew: nothing is left of sequences and snapshots; grammars stay good.
+        """Begin anew: nothing is left of sequences and snapshots. Grammars stay good; should one be
+        refused now, who begins with it is stuck at once (:attr:`StepResult.stuck`).
 
         Called on the engine's thread. While it takes its time it calls ``report`` every now and
         then, at least some times a second. Raises :class:`~mtpbatch.MtpBatchError` if it cannot

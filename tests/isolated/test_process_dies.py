@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 from collections.abc import AsyncIterator, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from mtpbatch import (
     EngineDeadError,
     EngineStalledError,
     Generation,
+    GrammarError,
     InvalidParameterError,
     ModelLoadError,
     NativeDiedError,
@@ -39,8 +41,9 @@ from mtpbatch.isolated import ProcessBackend
 from mtpbatch.isolated import backend as isolated_backend
 from mtpbatch.isolated import process as isolated_process
 from mtpbatch.isolated.channel import Channel
-from mtpbatch.isolated.messages import Compile, Embed, Exchange, Progress
+from mtpbatch.isolated.messages import Compile, Embed, Exchange, Progress, Tokenize
 from mtpbatch.isolated.process import ModelProcess
+from mtpbatch.types import GrammarSource
 from patience import until
 
 pytestmark = pytest.mark.anyio
@@ -56,11 +59,11 @@ def _quick_restarts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def children() -> set[int]:
     """Processes that this one has and has not taken leave of, zombies included."""
-    return {
-        int(pid)
-        for path in Path("/proc/self/task").glob("*/children")
-        for pid in path.read_text().split()
-    }
+    pids: set[int] = set()
+    for path in Path("/proc/self/task").glob("*/children"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # the thread has ended since
+            pids.update(map(int, path.read_text().split()))
+    return pids
 
 
 @pytest.fixture(autouse=True)
@@ -244,6 +247,22 @@ async def test_a_text_that_is_being_tokenised_is_tokenised_by_the_next_process(
         process.kill()
 
 
+async def test_a_text_over_which_two_processes_die_ends_alone(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    send = Channel.send
+
+    def send_to_the_dead(self: Any, message: object) -> None:
+        if isinstance(message, Tokenize) and message.text == "the worst":
+            process_of(engine).kill()
+        send(self, message)
+
+    monkeypatch.setattr(Channel, "send", send_to_the_dead)
+    await check_died(engine.submit("the worst", max_tokens=3))
+    assert len((await engine.generate("In the", max_tokens=3)).token_ids) == 3
+    assert engine.stats().restarts == 2
+
+
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_a_short_text_waits_for_no_long_one(engine: Engine) -> None:
     process = await stopped(engine)
@@ -320,6 +339,64 @@ async def test_time_goes_on_while_grammars_are_compiled_again(
     assert (await engine.generate([70], timeout=0.01)).finish_reason == "timeout"
     os.kill(stuck[0], signal.SIGCONT)
     assert len((await waiting).text) == 5
+
+
+@pytest.fixture
+def refused(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """Regexes that are refused when they are compiled, as one may be that takes nearly too much."""
+    regexes: set[str] = set()
+    send = Channel.send
+
+    def send_what_is_refused(self: Any, message: object) -> None:
+        if isinstance(message, Compile) and message.source.text in regexes:
+            message = Compile(message.number, GrammarSource("regex", "(?=a)b"))
+        send(self, message)
+
+    monkeypatch.setattr(Channel, "send", send_what_is_refused)
+    return regexes
+
+
+async def test_whose_grammar_is_refused_when_it_is_compiled_again_ends_alone(
+    engine: Engine, refused: set[str]
+) -> None:
+    streams = [engine.submit("In the", **LONG) for _ in range(8)]
+    for stream in streams:
+        await anext(stream)
+    alone = engine.submit("In the", regex="[a-z]{5}", max_tokens=1)
+    other = engine.submit("In the", max_tokens=3)
+    kept = engine.submit("In the", regex="[a-z]{6}", max_tokens=20)
+    await until(lambda: engine._intake.n_ready == 11)
+    refused.add("[a-z]{5}")
+    process_of(engine).kill()
+    for stream in streams:
+        await check_died(stream)
+    words = r"its grammar: compiled again after a restart, it was refused: regex: .*look-around"
+    with pytest.raises(GrammarError, match=f"(?s){words}"):
+        await alone
+    assert alone.completion is not None
+    assert alone.completion.token_ids == ()
+    assert len((await other).token_ids) == 3
+    assert len((await kept).text) == 6
+    assert engine.stats().restarts == 1
+    engine._scheduler.check_integrity()
+
+
+@pytest.mark.parametrize("anyio_backend", ["asyncio"])
+async def test_a_grammar_that_one_process_refused_is_good_again_with_the_next(
+    engine: Engine, refused: set[str]
+) -> None:
+    streams = [engine.submit("In the", **LONG) for _ in range(16)]
+    await anext(streams[7])
+    await until(lambda: engine._intake.n_ready == 16)
+    last = engine.submit("In the", regex="[a-z]{5}", max_tokens=20)
+    await until(lambda: engine._intake.n_ready == 17)
+    refused.add("[a-z]{5}")
+    process_of(engine).kill()
+    await anext(streams[15])
+    refused.clear()
+    process_of(engine).kill()
+    assert len((await last).text) == 5
+    assert engine.stats().restarts == 2
 
 
 async def test_texts_that_are_being_embedded_end(

@@ -16,7 +16,7 @@ from msgspec import Struct
 
 from mtpbatch._process import HomeProcess
 from mtpbatch.backend import Embedder, ProgressReport
-from mtpbatch.exceptions import ModelLoadError, NativeDiedError
+from mtpbatch.exceptions import ModelLoadError, MtpBatchError, NativeDiedError
 from mtpbatch.isolated.channel import WAKE, Channel, HangUp
 from mtpbatch.isolated.messages import (
     AddText,
@@ -36,7 +36,14 @@ from mtpbatch.isolated.messages import (
     Tokenize,
 )
 from mtpbatch.isolated.process import ModelProcess
-from mtpbatch.types import EngineConfig, GrammarSource, Plan, SamplingParams, StepResult
+from mtpbatch.types import (
+    NO_RESULT,
+    EngineConfig,
+    GrammarSource,
+    Plan,
+    SamplingParams,
+    StepResult,
+)
 
 if TYPE_CHECKING:
     import numpy as np
@@ -51,11 +58,15 @@ _Value = TypeVar("_Value")
 
 
 class Grammar:
-    """A grammar that was compiled in the process, under a number."""
+    """A grammar that was compiled in the process, under a number.
+
+    ``refusal`` says why the present process could not compile it, though one before it could.
+    """
 
     def __init__(self, number: int, source: GrammarSource, forgotten: SimpleQueue[int]) -> None:
         self.number = number
         self.source = source
+        self.refusal: str | None = None
         self._forgotten = forgotten
 
     def __del__(self) -> None:
@@ -69,7 +80,8 @@ class ProcessBackend:
     none; ``_newest`` is the last one that was started, which may be loading or dead; ``_stopped``
     says that there will be no other one. ``_grammars`` are those that somebody may need.
     ``_unanswered``, of the engine's thread, is how many exchanges the process owes an answer to,
-    and ``mute`` whether one of them was due.
+    and ``mute`` whether one of them was due; ``_stuck`` are entries of plans under way, by the
+    plan's number and their index, that begin with a grammar which was refused.
 
     ``_wakes`` are for waits while there is none. Whoever wakes puts first what there is to find,
     and who waits looks after ``_process`` has changed: nothing is missed that was for the other.
@@ -98,6 +110,7 @@ class ProcessBackend:
         self._stopped = False
         self._unanswered = 0
         self.mute = False
+        self._stuck: dict[int, dict[int, tuple[int, str]]] = {}
         self._wakes: SimpleQueue[None] = SimpleQueue()
         self._numbers = itertools.count(1)
         self._grammars: WeakSet[Grammar] = WeakSet()
@@ -142,6 +155,7 @@ class ProcessBackend:
             raise
         self._unanswered = 0
         self.mute = False
+        self._stuck.clear()
         with self._changed:
             self._process = process
             self._changed.notify_all()
@@ -233,14 +247,22 @@ class ProcessBackend:
         raise ModelLoadError(f"{self._path}: {process.death()} while it loaded it")
 
     def _compile_again(self, process: ModelProcess, report: ProgressReport) -> None:
-        """Have a process know the grammars that the ones before it knew."""
+        """Have a process know the grammars that the ones before it knew.
+
+        What took nearly too much once may take too much now. That ends whose grammar it is, when
+        it is that one's turn, and nobody else.
+        """
         with self._changed:
             grammars = list(self._grammars)
         with suppress(HangUp):
             for grammar in grammars:
                 process.grammars.send(Compile(grammar.number, grammar.source))
                 self._await(process.grammars, report, 1.0)
-                process.grammars.receive(type(None))
+                grammar.refusal = None
+                try:
+                    process.grammars.receive(type(None))
+                except MtpBatchError as error:
+                    grammar.refusal = f"compiled again after a restart, it was refused: {error}"
             return
         raise process.death()
 
@@ -263,6 +285,8 @@ class ProcessBackend:
             if self._unanswered:
                 process.notes.send(WAKE)  # it may wait for what does not come
             heartbeat = _HEARTBEAT if timeout is None else min(timeout, _HEARTBEAT)
+            if plan is not None and (stuck := _stuck(plan)):
+                self._stuck[plan.number] = stuck
             exchange = Exchange(_portable(plan), wait, heartbeat, self._take_forgotten())
             process.steps.send(exchange)
             self._unanswered += 1
@@ -270,7 +294,19 @@ class ProcessBackend:
         if self.mute:
             return []
         self._unanswered -= 1
-        return list(process.steps.receive(Results))
+        return [self._with_stuck(result) for result in process.steps.receive(Results)]
+
+    def _with_stuck(self, result: StepResult) -> StepResult:
+        """The result, in which they are stuck whose grammar was refused; they began without."""
+        stuck = self._stuck.pop(result.plan, None)
+        if stuck is None:
+            return result
+        entries = tuple(
+            NO_RESULT if index in stuck else entry for index, entry in enumerate(result.entries)
+        )
+        return msgspec.structs.replace(
+            result, entries=entries, stuck=(*result.stuck, *stuck.values())
+        )
 
     def _bury(self, process: ModelProcess, why: str = "") -> NativeDiedError:
         """There is no process from now on. What it died of."""
@@ -374,15 +410,35 @@ def _compile(process: ModelProcess, grammar: Grammar) -> None:
     raise process.death()
 
 
+def _stuck(plan: Plan) -> dict[int, tuple[int, str]]:
+    """Its entries that begin with a grammar that was refused, by index: their ids, and why."""
+    refusals = {
+        admission.seq_id: admission.grammar.refusal
+        for admission in plan.admit
+        if admission.grammar is not None and admission.grammar.refusal is not None
+    }
+    return {
+        index: (entry.seq_id, refusals[entry.seq_id])
+        for index, entry in enumerate(plan.entries)
+        if entry.seq_id in refusals
+    }
+
+
 def _portable(plan: Plan | None) -> Plan | None:
-    """The same, with nothing in it that only the app understands."""
+    """The same, with nothing in it that only the app understands, nor grammars refused."""
     if plan is None or not plan.admit:
         return plan
     admit = tuple(
-        msgspec.structs.replace(admission, params=_portable_params(admission.params))
+        msgspec.structs.replace(
+            admission, params=_portable_params(admission.params), grammar=_known(admission.grammar)
+        )
         for admission in plan.admit
     )
     return msgspec.structs.replace(plan, admit=admit)
+
+
+def _known(grammar: Grammar | None) -> Grammar | None:
+    return None if grammar is None or grammar.refusal is not None else grammar
 
 
 def _portable_params(params: SamplingParams) -> SamplingParams:
