@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections import abc
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, TypeAlias
 
 from mtpbatch._loops import ThreadEvent
@@ -128,23 +129,34 @@ class EmbeddingThread:
                     f"n_ctx={n_ctx}; shorten it or open the engine with a larger n_ctx",
                 )
             texts.append(tokens)
-        tickets = self._add(texts)
-        request.begin(tickets, self._embedder.n_embd, sum(map(len, texts)))
+        with ExitStack() as undo:  # no text stays in the embedder without an owner
+            tickets = self._add(texts, undo)
+            request.begin(tickets, self._embedder.n_embd, sum(map(len, texts)))
+            undo.pop_all()
         if tickets:
             self._requests.append(request)
             self._owners.update(dict.fromkeys(tickets, request))
 
-    def _add(self, texts: list[abc.Sequence[int]]) -> list[int]:
+    def _add(self, texts: list[abc.Sequence[int]], undo: ExitStack) -> list[int]:
         """Their numbers. An embedder that died while it had nothing to do is nobody's loss."""
-        assert self._embedder is not None
         try:
-            return [self._embedder.add(tokens) for tokens in texts]
+            return self._numbers(texts, undo)
         except NativeDiedError:
             if self._requests:
                 raise
+        undo.pop_all()
         self._drop_embedder()
         self._embedder = self._open()
-        return [self._embedder.add(tokens) for tokens in texts]
+        return self._numbers(texts, undo)
+
+    def _numbers(self, texts: list[abc.Sequence[int]], undo: ExitStack) -> list[int]:
+        embedder = self._embedder
+        assert embedder is not None
+        tickets = []
+        for tokens in texts:
+            tickets.append(embedder.add(tokens))
+            undo.callback(embedder.drop, tickets[-1])
+        return tickets
 
     def _step(self) -> None:
         embedder = self._embedder

@@ -25,6 +25,7 @@ from mtpbatch._loops import ThreadEvent
 from mtpbatch.embedding import EmbeddingThread
 from mtpbatch.testing import ScriptedBackend, open_scripted_engine
 from mtpbatch.types import Embeddings
+from patience import until
 
 pytestmark = pytest.mark.anyio
 
@@ -248,6 +249,49 @@ async def test_a_death_ends_those_who_are_under_way_alone(
     embedders.ready.gate.set()
     assert rows(await thread.embed(["b"], normalize=False)) == [[1, 98]]
     assert len(embedders.opened) == 2
+
+
+@pytest.mark.parametrize("short", ["texts", "vectors"])
+async def test_who_finds_no_memory_to_begin_leaves_nothing_to_embed(
+    thread: EmbeddingThread,
+    embedders: Embedders,
+    monkeypatch: pytest.MonkeyPatch,
+    short: str,
+) -> None:
+    embedder = embedders.ready
+    add, empty = embedder.add, np.empty
+
+    def add_text(tokens: Sequence[int]) -> int:
+        if tokens == (8,):
+            raise MemoryError
+        return add(tokens)
+
+    def empty_vectors(shape: tuple[int, int], dtype: type[np.float32]) -> object:
+        if shape[0] == 2:
+            raise MemoryError
+        return empty(shape, dtype)
+
+    async def fail() -> None:
+        with pytest.raises(InternalError, match="MemoryError"):
+            await thread.embed([(7,), (8,)], normalize=False)
+
+    async def go_on(first: int) -> None:
+        texts = [(first + i,) for i in range(3)]
+        assert len(rows(await thread.embed(texts, normalize=False))) == 3
+
+    async with anyio.create_task_group() as group:
+        group.start_soon(go_on, 1)
+        await embedder.begun.wait()
+        if short == "texts":
+            monkeypatch.setattr(embedder, "add", add_text)
+        else:
+            monkeypatch.setattr(np, "empty", empty_vectors)
+        group.start_soon(fail)
+        await until(lambda: len(thread._incoming) == 1)
+        group.start_soon(go_on, 4)
+        await until(lambda: len(thread._incoming) == 2)
+        embedder.gate.set()
+    assert embedder.decodes == [[(1,), (2,)], [(3,), (4,)], [(5,), (6,)]]
 
 
 async def test_stopping_ends_who_waits_and_the_thread_after_its_decode(
