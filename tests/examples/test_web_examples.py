@@ -139,6 +139,8 @@ async def test_clients_that_leave_the_queue_make_room(
     client: httpx.AsyncClient, engine: Engine
 ) -> None:
     running = [engine.submit("In the", max_tokens=4000, ignore_eos=True) for _ in range(8)]
+    with anyio.fail_after(PATIENCE):
+        await until(lambda: engine.stats().running == 8)  # else some of these are seen to wait
     async with anyio.create_task_group() as tasks:
 
         async def ask(path: str) -> None:
