@@ -171,9 +171,6 @@ def _busy(machine: EngineMachine) -> bool:
 class EngineMachine(RuleBasedStateMachine):
     """Nothing is lost, whatever happens: see the invariants and :meth:`teardown`."""
 
-    n_steps_taken = 0
-    """Rules carried out by all machines of this kind, for who counts them."""
-
     # ------------------------------------------------------------------ the engine
 
     @initialize(
@@ -471,7 +468,6 @@ class EngineMachine(RuleBasedStateMachine):
     def every_request_is_somewhere_once(self) -> None:
         if not hasattr(self, "engine"):
             return
-        type(self).n_steps_taken += 1
         assert not self.violations
         live, ends = self.live(), self.ledger.ends
         assert all(n == 1 for n in ends.values()), "exactly one last event"

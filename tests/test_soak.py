@@ -17,7 +17,7 @@ import anyio
 import msgspec
 import pytest
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 import loops
 import soak
@@ -35,6 +35,28 @@ def test_rules_of_all_state_machines_are_counted_and_none_is_violated() -> None:
     assert part.passed, part
     assert sum(v for v in part.figures.values() if isinstance(v, int)) == part.done >= 400
     assert part.figures.keys() == {"SchedulerMachine", "EngineMachine", "ServerMachine"}
+
+
+def test_rules_alone_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not what opens a machine, nor what is looked at before that."""
+    n_rules = n_opened = 0
+
+    class Opened(RuleBasedStateMachine):
+        @initialize()
+        def open(self) -> None:
+            nonlocal n_opened
+            n_opened += 1
+
+        @rule()
+        def go_on(self) -> None:
+            nonlocal n_rules
+            n_rules += 1
+
+    monkeypatch.setattr(soak, "MACHINES", (Opened,))
+    part = soak.machines(1000, seed=3, clock=clock())
+    assert part.passed, part
+    assert part.done == n_rules >= 1000
+    assert n_opened >= 20
 
 
 def test_a_machine_that_breaks_a_promise_is_reported_with_its_seed(
