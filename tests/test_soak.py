@@ -215,27 +215,76 @@ def test_engines_that_come_and_go_leave_nothing_behind(
     assert part.passed, part
 
 
+async def slow_readers(model: Path) -> soak.Part:
+    return await soak.slow_readers(model, 1, seed=3, clock=clock())
+
+
+@pytest.fixture
+def _busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """How long anybody is held up is not for a busy machine to say; slow is slow on each."""
+    monkeypatch.setattr(soak, "SLOWER", 1e9)
+    monkeypatch.setattr(soak, "PAUSE", 1000.0)
+
+
+@pytest.mark.usefixtures("_busy")
+def test_slow_readers_hold_up_nobody(demo_path: Path) -> None:
+    """Whom nobody reads ends all the same, and all of it waits for who reads late."""
+    part = anyio.run(slow_readers, demo_path)
+    assert part.passed, part
+    assert part.done == 1
+    assert part.figures["tokens that wait for who reads: never"] == 100
+    assert 0 < int(part.figures["tokens that wait for who reads: slow"]) < 100
+    assert float(part.figures["p99 with slow readers, ms"]) > 0
+
+
+@pytest.mark.usefixtures("_busy")
+def test_an_engine_that_forgets_what_nobody_reads_is_reported(
+    demo_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    receive = Generation._receive
+
+    def receive_and_forget(self: Generation, event: Any, *, followed: bool) -> None:
+        receive(self, event, followed=followed)
+        while len(self._deltas) > 2:
+            self._deltas.popleft()
+
+    monkeypatch.setattr(Generation, "_receive", receive_and_forget)
+    (violation,) = anyio.run(slow_readers, demo_path).violations
+    assert violation.startswith("of 100 tokens so few waited for their readers")
+
+
+def test_who_is_held_up_by_more_than_a_tenth_is_reported() -> None:
+    """By each kind of round, beside the one before it."""
+    usual = [0.010] * 980 + [0.020] * 20
+    longer = [0.010] * 980 + [0.0215] * 20
+    longest = [0.010] * 980 + [0.0240] * 20
+    figures, violations = soak.compared({"nobody": usual, "some": longer, "many": longest})
+    assert violations == ["others' p99 with many is 1.12 of that with some"]
+    assert figures["p99 with nobody, ms"] == 20.0
+    assert figures["ratio of some to nobody"] == "1.075, may be 1.1"
+
+
+@pytest.mark.usefixtures("_busy")
 def test_idle_connections_are_left_open_and_hold_up_nobody(
     demo_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """How long they hold others up is not for a busy machine to say."""
     monkeypatch.setattr(soak, "IDLE", 50)
-    monkeypatch.setattr(soak, "SLOWER", 1e9)
 
     async def idle_connections() -> soak.Part:
         return await soak.idle_connections(demo_path, 1, seed=3, clock=clock())
 
     part = anyio.run(idle_connections)
     assert part.passed, part
-    assert float(part.figures["p99 with, ms"]) > 0
+    for kind in ("prompt readers", "unread streams", "idle connections"):
+        assert float(part.figures[f"p99 with {kind}, ms"]) > 0
     assert part.figures["streams for which the server waits"] == 8
 
 
+@pytest.mark.usefixtures("_busy")
 def test_streams_that_the_server_gets_rid_of_unread_are_reported(
     demo_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(soak, "IDLE", 1)
-    monkeypatch.setattr(soak, "SLOWER", 1e9)
     monkeypatch.setattr(soak, "SYSTEM_KEEPS", 1 << 20)
 
     async def idle_connections() -> soak.Part:

@@ -10,8 +10,8 @@ Five parts, each with its promise; the report, ``soak.md`` and ``soak.json``, sa
   disturbs, or a beginning of them, but for rounding; memory stays;
 - **openings**: 1,000 engines, one after the other; memory stays;
 - **slow readers**: streams of others while some are read slowly or never;
-- **idle connections**: streams over HTTP while 1,000 connections are open on which nobody says
-  anything, and the server waits for clients that never read their streams.
+- **idle connections**: streams over HTTP while the server waits for clients that never read theirs,
+  and while 1,000 connections are open on which nobody says anything as well.
 
 ``--share 0.01`` does a hundredth of it. Time that runs out leaves parts short, and the report says
 so: a part that has not done all it should has not passed. Needs ``pip install '.[test]'``.
@@ -53,7 +53,14 @@ sys.path += [str(ROOT / "tests"), str(ROOT / "tests" / "core"), str(ROOT / "tool
 
 from api_server import serving  # noqa: E402
 from engine_machine import EngineMachine, shorter_prompts_matter  # noqa: E402
-from mtpbatch import Completion, Engine, MtpBatchError, RequestAdmitted, RequestEnded  # noqa: E402
+from mtpbatch import (  # noqa: E402
+    Completion,
+    Engine,
+    Generation,
+    MtpBatchError,
+    RequestAdmitted,
+    RequestEnded,
+)
 from mtpbatch.server import create_app  # noqa: E402
 from patience import until  # noqa: E402
 from server_machine import ServerMachine  # noqa: E402
@@ -69,9 +76,11 @@ RULES: Final = 100_000
 REQUESTS: Final = 10_000
 OPENINGS: Final = 1_000
 ROUNDS: Final = 40  # of slow readers, and of idle connections
+PAUSE: Final = 0.25  # seconds of a slow reader after each piece
 IDLE: Final = 1_000  # connections
 UNREAD: Final = 8  # streams over HTTP beside them, of 24
 SYSTEM_KEEPS: Final = 4096  # bytes of what they do not read; uvicorn keeps 64 KiB
+STUCK: Final = 150  # events of a stream, by which the server waits for all of them
 
 N_SEQ: Final = 64
 N_CTX: Final = 256
@@ -92,7 +101,7 @@ READINGS: Final = 20  # of memory
 ROUNDING: Final = 2e-5
 TIE: Final = 2 * ROUNDING
 
-SLOWER: Final = 1.10  # what slow readers and idle connections may make of others' p99
+SLOWER: Final = 1.10  # what slow readers, or idle connections, may make of others' p99
 
 # Shares of requests that are to end so, where some that are cancelled have ended by then.
 LEAST_CANCELLED: Final = 0.15
@@ -541,70 +550,80 @@ async def openings(model: Path, wanted: int, seed: int, clock: Clock) -> Part:
 # --------------------------------------------------------------------------- slow readers
 
 
+async def read(generation: Generation, pause: float) -> list[float]:
+    """When each piece came."""
+    times = []
+    async for _ in generation:
+        times.append(time.monotonic())
+        if pause:
+            await asyncio.sleep(pause)
+    return times
+
+
 async def slow_readers(model: Path, wanted: int, seed: int, clock: Clock) -> Part:
     """Whoever reads slowly, or never, holds up nobody: both kinds of rounds, in turn.
 
-    The same streams run in both, all of them read, or half of them slowly or not at all. What is
-    compared is how long the others' deltas take.
+    The same requests run in both. Where nobody is slow, half of them have no reader, and the event
+    loop hears of their ends alone: so all that a slow reader costs counts. What is compared is how
+    long the others' pieces take.
     """
     begin = time.monotonic()
-    gaps: dict[bool, list[float]] = {False: [], True: []}
+    gaps: dict[str, list[float]] = {"no reader": [], "slow readers": []}
     done = 0
+    unread = {"slow": 100, "never": 100}  # tokens, the least of all rounds
+    params: dict[str, Any] = {"max_tokens": 100, "ignore_eos": True, "speculation": 2}
     async with Engine.open(model, n_seq=32, n_ctx=N_CTX) as engine:
 
-        async def read(generation: Any, into: list[float] | None, pause: float) -> None:
-            before = time.monotonic()
-            async for _ in generation:
-                now = time.monotonic()
-                if into is not None:
-                    into.append(now - before)
-                before = now
-                if pause:
-                    await asyncio.sleep(pause)
+        async def one_round(are_slow: bool) -> list[float]:
+            others = [engine.submit([20 + i] * 5, **params) for i in range(16)]
+            these = [engine.submit([36 + i] * 5, followed=are_slow, **params) for i in range(16)]
+            slow, never = these[:8], these[8:]
+            async with asyncio.TaskGroup() as group:
+                prompt = [group.create_task(read(generation, 0)) for generation in others]
+                late = [group.create_task(read(g, PAUSE)) for g in slow if are_slow]
+                await asyncio.gather(*others, *these)
+                for task in late:
+                    task.cancel()
+            if are_slow:
+                for who, readers in (("slow", slow), ("never", never)):
+                    left = [[len(delta.token_ids) async for delta in one] for one in readers]
+                    unread[who] = min(unread[who], *map(sum, left))
+            return [gap for task in prompt for gap in between(task.result())]
 
-        async def one_round(slow: bool, into: list[float] | None) -> None:
-            params: dict[str, Any] = {"max_tokens": 100, "ignore_eos": True, "speculation": 2}
-            prompts = [[20 + i] * 5 for i in range(32)]
-            generations = [engine.submit(prompt, **params) for prompt in prompts]
-            others, these = generations[:16], generations[16:]
-            tasks = [asyncio.create_task(read(g, into, 0)) for g in others]
-            if slow:
-                tasks += [asyncio.create_task(read(g, None, 0.05)) for g in these[:8]]
-            else:
-                tasks += [asyncio.create_task(read(g, None, 0)) for g in these]
-            await asyncio.gather(*generations)
-            for task in tasks[16:]:
-                task.cancel()
-            await asyncio.wait(tasks)
-
-        await one_round(True, None)
+        await one_round(True)
         chance = random.Random(seed)
         while done < wanted and not clock.is_over:
-            order = [False, True]
-            chance.shuffle(order)
-            for slow in order:
-                await one_round(slow, gaps[slow])
+            for kind in chance.sample([*gaps], len(gaps)):
+                gaps[kind] += await one_round(kind == "slow readers")
             done += 1
-    figures, violations = compared(gaps, "slow readers")
+    figures, violations = compared(gaps)
+    for who, n in unread.items():
+        figures[f"tokens that wait for who reads: {who}"] = n
+    if unread["never"] < 100 or not unread["slow"]:
+        violations.append(f"of 100 tokens so few waited for their readers: {unread}")
     seconds = time.monotonic() - begin
     return Part("slow readers", done, wanted, seconds, figures, tuple(violations))
 
 
-def compared(
-    gaps: Mapping[bool, list[float]], what: str
-) -> tuple[dict[str, float | int | str], list[str]]:
-    """The 99th percentile of seconds with something and without it."""
-    p99 = {there: sorted(found)[int(0.99 * len(found))] for there, found in gaps.items() if found}
-    ratio = p99[True] / p99[False] if len(p99) == 2 else 0.0
-    violations = []
-    if ratio > SLOWER:
-        violations.append(f"others' p99 is {ratio:.2f} of what it is without {what}")
-    figures: dict[str, float | int | str] = {
-        "p99 without, ms": round(1000 * p99.get(False, 0.0), 2),
-        "p99 with, ms": round(1000 * p99.get(True, 0.0), 2),
-        "ratio": round(ratio, 3),
-        "may be": SLOWER,
+def between(times: Sequence[float]) -> list[float]:
+    """How long each took after the one before it."""
+    return [after - before for before, after in pairwise(times)]
+
+
+def compared(gaps: Mapping[str, list[float]]) -> tuple[dict[str, float | int | str], list[str]]:
+    """The 99th percentile of seconds with each of these, by that with the one before it."""
+    p99 = {
+        kind: 1000 * sorted(found)[int(0.99 * len(found))] for kind, found in gaps.items() if found
     }
+    figures: dict[str, float | int | str] = {
+        f"p99 with {kind}, ms": round(ms, 2) for kind, ms in p99.items()
+    }
+    violations = []
+    for one, other in pairwise(p99):
+        ratio = p99[other] / p99[one]
+        figures[f"ratio of {other} to {one}"] = f"{ratio:.3f}, may be {SLOWER}"
+        if ratio > SLOWER:
+            violations.append(f"others' p99 with {other} is {ratio:.2f} of that with {one}")
     return figures, violations
 
 
@@ -618,36 +637,39 @@ class Stream:
         self._reader = reader
         self._writer = writer
 
+    @staticmethod
+    def asked(seed: int, *, is_large: bool) -> dict[str, Any]:
+        """One of 240 events, of 0.2 KB each, or 0.8 KB; all go on step by step."""
+        params = {"prompt": [20 + seed] * 5, "max_tokens": 240, "ignore_eos": True}
+        return params | {"speculation": 0} | ({"logprobs": 20} if is_large else {})
+
     @classmethod
     async def ask(cls, port: int, seed: int, *, is_large: bool) -> Stream:
-        """Ask for one of 200 events, of 0.2 KB each, or 0.8 KB."""
+        """Ask for one."""
         end = socket.socket()
         if is_large:
             end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SYSTEM_KEEPS)
         end.setblocking(False)
         await asyncio.get_running_loop().sock_connect(end, ("127.0.0.1", port))
         reader, writer = await asyncio.open_connection(sock=end, limit=SYSTEM_KEEPS)
-        prompt = [20 + seed] * 5
-        request = {"model": "mtpbatch", "prompt": prompt, "max_tokens": 200, "ignore_eos": True}
-        logprobs = {"logprobs": 20} if is_large else {}
-        body = msgspec.json.encode(request | {"stream": True} | logprobs)
+        request = {"model": "mtpbatch", "stream": True} | cls.asked(seed, is_large=is_large)
+        body = msgspec.json.encode(request)
         head = "POST /v1/completions HTTP/1.1\r\nHost: soak\r\nConnection: close\r\n"
         head += "Content-Type: application/json\r\n"
         writer.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         await writer.drain()
         return cls(reader, writer)
 
-    async def gaps(self) -> list[float]:
-        """Seconds between its events, once it has ended."""
-        times, line = [], b""
+    async def __aiter__(self) -> AsyncIterator[None]:
+        """Its events, as they come."""
+        n, line = 0, b""
         async for line in self._reader:
             if line.startswith(b"data: "):
-                times.append(time.monotonic())
+                n += 1
+                yield
                 if b"[DONE]" in line:
-                    break
-        else:
-            raise ValueError(f"a stream broke off after {len(times)} events: {line!r}")
-        return [after - before for before, after in pairwise(times)]
+                    return
+        raise ValueError(f"a stream broke off after {n} events: {line!r}")
 
     def leave(self) -> None:
         self._writer.close()
@@ -683,47 +705,67 @@ def allow_files(n: int) -> None:
 
 
 async def idle_connections(model: Path, wanted: int, seed: int, clock: Clock) -> Part:
-    """Whoever says nothing, or does not read what it asked for, holds up nobody: rounds in turn.
+    """Whoever does not read what it asked for, or says nothing, holds up nobody: three kinds of
+    rounds, in turn.
 
-    The same streams run in both; the large ones are read only where nobody is idle.
+    The same requests run in all. Without unread streams the large ones are the engine's alone, read
+    at once and not sent. Beside idle connections the large streams are unread as well, so that
+    these connections are all that differs. What is compared is how long the others' events take
+    once the server waits for all clients that do not read: until then they are clients like others.
     """
     begin = time.monotonic()
-    gaps: dict[bool, list[float]] = {False: [], True: []}
+    kinds = {
+        "prompt readers": (0, 0),
+        "unread streams": (UNREAD, 0),
+        "idle connections": (UNREAD, IDLE),
+    }
+    gaps: dict[str, list[float]] = {kind: [] for kind in kinds}
     done = n_closed = 0
     n_waiting = UNREAD  # the least of all rounds
     allow_files(2 * IDLE + 500)  # both ends of a connection are in this process
     async with Engine.open(model, n_seq=24, n_ctx=N_CTX) as engine:
         app = Sending(create_app(engine))
 
-        async def one_round(port: int, idle: bool) -> list[float]:
-            nonlocal n_closed, n_waiting
-            silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(IDLE * idle)]
-            streams = [await Stream.ask(port, i, is_large=i < UNREAD) for i in range(24)]
-            try:
-                read = streams[UNREAD:] if idle else streams
-                found = await asyncio.gather(*(stream.gaps() for stream in read))
-                n_closed += sum(reader.at_eof() for reader, _ in silent)
-                if idle:
+        async def follow(stream: Stream, n_unread: int) -> list[float]:
+            nonlocal n_waiting
+            times = []
+            async for _ in stream:
+                times.append(time.monotonic())
+                if n_unread and len(times) == STUCK:
                     n_waiting = min(n_waiting, app.n_waiting)
+            return between(times[STUCK - 1 :])
+
+        async def one_round(port: int, n_unread: int, n_idle: int) -> list[float]:
+            nonlocal n_closed
+            silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(n_idle)]
+            unread = [await Stream.ask(port, i, is_large=True) for i in range(n_unread)]
+            prompt = [
+                asyncio.create_task(read(engine.submit(**Stream.asked(i, is_large=True)), 0))
+                for i in range(n_unread, UNREAD)
+            ]
+            streams = [await Stream.ask(port, i, is_large=False) for i in range(UNREAD, 24)]
+            try:
+                found = await asyncio.gather(*(follow(stream, n_unread) for stream in streams))
+                n_closed += sum(reader.at_eof() for reader, _ in silent)
             finally:
-                for stream in streams:
+                for task in prompt:
+                    task.cancel()
+                for stream in (*unread, *streams):
                     stream.leave()
                 for _, writer in silent:
                     writer.close()
             await until(lambda: not engine.stats().running)  # of those that were not read
-            return [gap for one in found[-(24 - UNREAD) :] for gap in one]
+            return [gap for one in found for gap in one]
 
         async with serving(app, send_buffer=SYSTEM_KEEPS) as url:
             port = int(url.rpartition(":")[2])
-            await one_round(port, True)
+            await one_round(port, UNREAD, IDLE)
             chance = random.Random(seed)
             while done < wanted and not clock.is_over:
-                order = [False, True]
-                chance.shuffle(order)
-                for idle in order:
-                    gaps[idle] += await one_round(port, idle)
+                for kind in chance.sample([*kinds], len(kinds)):
+                    gaps[kind] += await one_round(port, *kinds[kind])
                 done += 1
-    figures, violations = compared(gaps, "idle connections")
+    figures, violations = compared(gaps)
     figures["streams for which the server waits"] = n_waiting
     if n_closed:
         violations.append(f"{n_closed} idle connections were closed")
