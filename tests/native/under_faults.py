@@ -3,8 +3,9 @@
 ``python under_faults.py SCENARIO MODEL``, with the library of ``faults.cpp`` preloaded. Each
 scenario fails the first call, then the second, and so on, until an answer needs no more of them:
 faults come in every place of a step that there is. What has to hold after each of them: every
-request has ended, with the right answer or with an error and a right beginning; the engine goes on;
-and the next answers are those of an engine that nothing was done to.
+request has ended, with the right answer or with an error and a right beginning; with the right
+answer, if it still waited when the step failed; the engine goes on; and the next answers are those
+of an engine that nothing was done to.
 """
 
 from __future__ import annotations
@@ -15,9 +16,21 @@ import gc
 import sys
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
-from typing import Any, Final
+from itertools import cycle
+from typing import Any, Final, NamedTuple
 
-from mtpbatch import Completion, DecodeError, Engine, EngineDeadError, EngineStalledError, memory
+from mtpbatch import (
+    Completion,
+    DecodeError,
+    Engine,
+    EngineDeadError,
+    EngineStalledError,
+    RequestAdmitted,
+    RequestEnded,
+    StepReport,
+    Watcher,
+    memory,
+)
 from patience import until
 
 PROCESS, SEQ_RM, STATE_GET, STATE_SET, NEW = range(5)
@@ -41,10 +54,35 @@ def disarm(point: int) -> int:
     return int(FAULTS.faults_fired(point))
 
 
-class Question:
-    """Requests that an engine answers at once, some of them drafted."""
+class Bystanders(Watcher):
+    """Notes who ends by a step that it took no part in, as it still waited for a sequence."""
 
-    def __init__(self, n_prompt: int, max_tokens: int, depth: int = 2) -> None:
+    def __init__(self) -> None:
+        self.wronged: list[str] = []
+        self.n_spared = 0  # of those who waited, how many were answered
+        self._begun: set[str] = set()
+        self._concerned: set[str] | None = None  # who had begun when a step failed
+
+    def admitted(self, request: RequestAdmitted) -> None:
+        self._begun.add(request.request_id)
+
+    def stepped(self, report: StepReport) -> None:
+        if report.error is not None:
+            self._concerned = self._begun.copy()
+
+    def ended(self, request: RequestEnded) -> None:
+        if self._concerned is None or request.request_id in self._concerned:
+            return
+        if request.error is None:
+            self.n_spared += 1
+        else:
+            self.wronged.append(f"{request.request_id}: {request.error}")
+
+
+class Question:
+    """Requests that an engine answers at once, more than it has sequences, some of them drafted."""
+
+    def __init__(self, n_prompt: int, max_tokens: int, depth: int = 2, n: int = 4) -> None:
         hows: list[dict[str, Any]] = [
             {},
             {"temperature": 1.0, "seed": 3},
@@ -56,7 +94,7 @@ class Question:
                 [5 + i, *range(20, 19 + n_prompt + 3 * i)],
                 {"max_tokens": max_tokens, "ignore_eos": True} | how,
             )
-            for i, how in enumerate(hows)
+            for i, how in zip(range(n), cycle(hows), strict=False)
         ]
 
     async def ask(self, engine: Engine) -> list[Completion | BaseException]:
@@ -110,6 +148,13 @@ async def open_engine(model: str, **config: Any) -> AsyncIterator[Engine]:
         yield engine
 
 
+class Swept(NamedTuple):
+    """Requests: how many failed, and how many waited meanwhile and were answered."""
+
+    n_failed: int
+    n_spared: int
+
+
 async def sweep(
     model: str,
     point: int,
@@ -122,22 +167,26 @@ async def sweep(
     n_asked: int = 1,
     keeps: bool = False,
     **config: Any,
-) -> int:
-    """Fail each call in turn, of those that it takes to ask so often; how many requests failed.
+) -> Swept:
+    """Fail each call in turn, of those that it takes to ask so often.
 
     ``keeps``: an engine that has answered once takes fewer of these calls.
     """
     async with open_engine(model, **config) as engine:
         right = await question.right(engine)
-    n_failed = nth = 0
+    n_failed = n_spared = nth = 0
     fired = True
     while fired:
         async with open_engine(model, **config) as engine:
             while True:
+                bystanders = Bystanders()
                 arm(point, nth, count=count, code=code, way=way, least=least)
-                for _ in range(n_asked):
-                    n_failed += check(await question.ask(engine), right)
+                with engine.watch(bystanders):
+                    for _ in range(n_asked):
+                        n_failed += check(await question.ask(engine), right)
                 fired = disarm(point) > 0
+                assert not bystanders.wronged, bystanders.wronged
+                n_spared += bystanders.n_spared
                 nth += fired
                 for _ in range(2):
                     all_right(await question.ask(engine), right)
@@ -147,8 +196,8 @@ async def sweep(
                 if keeps or not fired:
                     break
     assert nth > 0, "there was nothing to fail"
-    print(f"{nth} faults, by which {n_failed} requests failed")
-    return n_failed
+    print(f"{nth} faults, by which {n_failed} requests failed, and {n_spared} who waited did not")
+    return Swept(n_failed, n_spared)
 
 
 async def decode(model: str) -> None:
@@ -156,18 +205,20 @@ async def decode(model: str) -> None:
     it has changed the memory."""
     question = Question(5, 6)
     for code in (1, 2, -1, -2):
-        assert await sweep(model, PROCESS, question, code=code)
+        assert all(await sweep(model, PROCESS, question, code=code))
     for code in (2, -2):
-        assert await sweep(model, PROCESS, question, code=code, way=RUNS)
+        assert all(await sweep(model, PROCESS, question, code=code, way=RUNS))
     for way in (THROWS, RUNS | THROWS):
-        assert await sweep(model, PROCESS, question, way=way)
+        assert all(await sweep(model, PROCESS, question, way=way))
 
 
 async def seq_rm(model: str) -> None:
     """Each removal is refused: of drafts that were rejected, and of whole sequences; one, some, or
     all from there on, so that ids are taken again that still hold what was before."""
-    for count, n_asked in ((1, 1), (3, 1), (1 << 40, 2)):
-        await sweep(model, SEQ_RM, Question(5, 6), count=count, n_asked=n_asked)
+    for count in (1, 3):
+        # So long that drafts are rejected while others wait.
+        assert all(await sweep(model, SEQ_RM, Question(5, 24, n=6), count=count))
+    await sweep(model, SEQ_RM, Question(5, 6), count=1 << 40, n_asked=2)
     undrafted = Question(5, 6, depth=0)
     await sweep(model, SEQ_RM, undrafted, count=1 << 40, n_asked=2, n_draft_max=0)
 
@@ -176,13 +227,15 @@ async def states(model: str) -> None:
     """States of sequences cannot be read or written: nobody fails, what they spare is computed."""
     for point in (STATE_GET, STATE_SET):
         for way in (0, RUNS):
-            assert not await sweep(model, point, KEPT, way=way, n_asked=3, keeps=True)
-            assert not await sweep(model, point, PAUSED, way=way, **SCARCE)
+            swept = await sweep(model, point, KEPT, way=way, n_asked=3, keeps=True)
+            assert not swept.n_failed
+            swept = await sweep(model, point, PAUSED, way=way, **SCARCE)
+            assert not swept.n_failed
 
 
 async def large(model: str) -> None:
     """There is no memory for what is large: snapshots, hidden rows, what waits for the heads."""
-    assert await sweep(model, NEW, KEPT, least=LARGE, n_asked=3, keeps=True)
+    assert all(await sweep(model, NEW, KEPT, least=LARGE, n_asked=3, keeps=True))
     await sweep(model, NEW, PAUSED, least=LARGE, keeps=True, **SCARCE)
 
 
