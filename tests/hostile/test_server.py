@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
-from typing import Any
+from contextlib import asynccontextmanager, contextmanager
+from typing import Any, TypeAlias
 
 import httpx
 import pytest
@@ -25,20 +26,33 @@ SLOW = settings(suppress_health_check=list(HealthCheck))
 SOME = settings(SLOW, max_examples=SLOW.max_examples // 8)
 
 
-@pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    """A server on the demo model, which runs in a thread while tests block theirs."""
+@contextmanager
+def server(**config: Any) -> Iterator[str]:
+    """One on the demo model, which runs in a thread while tests block theirs."""
 
     @asynccontextmanager
     async def opened() -> AsyncIterator[str]:
         async with (
             mtpbatch.Engine.open(n_seq=2, n_ctx=128, n_threads=1) as engine,
-            serving(create_app(engine, max_body=100_000)) as url,
+            serving(create_app(engine, max_body=100_000, **config)) as url,
         ):
             yield url.removeprefix("http://")
             assert engine.stats().free_sequences == 2
 
     with start_blocking_portal() as portal, portal.wrap_async_context_manager(opened()) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    with server() as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def guarded() -> Iterator[str]:
+    """That of a server that wants a key, and does not wait long for bodies."""
+    with server(api_keys=["key"], body_timeout=0.5) as address:
         yield address
 
 
@@ -92,16 +106,49 @@ def test_the_description_holds_of_a_stream(address: str, path: str, asked: dict[
     assert response.content.count(b"data: ") > 1
 
 
-REQUEST = (
-    b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
-    b"Content-Length: 31\r\n\r\n" + json.dumps({"prompt": "a", "max_tokens": 1}).encode()
-)
+LINE = b"POST /v1/completions HTTP/1.1"
+BODY = json.dumps({"prompt": "a", "max_tokens": 1}).encode()
+HEADERS = {
+    b"Host": b"a",
+    b"Authorization": b"Bearer key",
+    b"Content-Type": b"application/json",
+    b"Content-Length": str(len(BODY)).encode(),
+}
+LAST = b"GET /health HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
+"""Ends the headers of what it follows, and the connection."""
+
+Headers: TypeAlias = list[tuple[bytes, bytes]]
+
+
+def request(headers: Headers) -> bytes:
+    lines = [LINE, *(name + b": " + value for name, value in headers)]
+    return b"\r\n".join(lines) + b"\r\n\r\n" + BODY
+
+
+@st.composite
+def other_headers(draw: st.DrawFn) -> Headers:
+    """Those of a request, with some that the server reads set to something else, or twice."""
+    headers = [*HEADERS.items()]
+    names = [*HEADERS, b"Transfer-Encoding", b"X-Request-ID", b"Connection", b"Expect", b"Upgrade"]
+    for _ in range(draw(st.integers(1, 3))):
+        name = draw(st.sampled_from(names))
+        if draw(st.booleans()):
+            headers = [header for header in headers if header[0] != name]
+        value = draw(
+            st.binary(max_size=12)
+            | st.sampled_from([*HEADERS.values(), b"bearer  key ", b"Bearer \xff", b"Basic key"])
+            | st.sampled_from([b"application/json; charset=x", b"text/plain", b"", b"a" * 300])
+            | st.sampled_from([b"0", b"1", b"-1", b"+32", b"\xb2", b"9" * 30, b"32, 32"])
+            | st.sampled_from([b"chunked", b"identity", b"close", b"100-continue", b"websocket"])
+        )
+        headers.append((name, value))
+    return headers
 
 
 @st.composite
 def damaged(draw: st.DrawFn) -> bytes:
     """A request with bytes put in, taken out, or in the place of others."""
-    data = bytearray(REQUEST)
+    data = bytearray(request([*HEADERS.items()]))
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, len(data)))
         data[at : at + draw(st.integers(0, 8))] = draw(
@@ -114,18 +161,26 @@ def damaged(draw: st.DrawFn) -> bytes:
     return bytes(data)
 
 
-@SOME
-@given(data=damaged() | st.binary(max_size=200))
-def test_bytes_that_are_no_request_trouble_nobody_else(address: str, data: bytes) -> None:
-    """The connection ends, or waits for more; others are served."""
+def answers(address: str, data: bytes) -> list[int]:
+    """The statuses that come back until the server closes the connection."""
     host, port = address.split(":")
     with socket.create_connection((host, int(port)), timeout=60) as connection:
-        connection.sendall(data)
-        connection.shutdown(socket.SHUT_WR)
         try:
+            connection.sendall(data + LAST)
             answer = b"".join(iter(lambda: connection.recv(65536), b""))
-        except ConnectionResetError:
-            answer = b""
+        except (ConnectionResetError, BrokenPipeError):  # it did not read all of it
+            return []
     assert not answer or answer.startswith(b"HTTP/1.1 ")
-    assert not answer.startswith(b"HTTP/1.1 500")
-    assert httpx.get(f"http://{address}/health").status_code == 200
+    return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d{3}) ", answer)]
+
+
+def test_the_request_that_is_damaged_is_a_right_one(guarded: str) -> None:
+    assert answers(guarded, request([*HEADERS.items()])) == [200, 200]
+
+
+@SOME
+@given(data=other_headers().map(request) | damaged() | st.binary(max_size=200))
+def test_bytes_that_are_no_request_trouble_nobody_else(guarded: str, data: bytes) -> None:
+    """The connection ends; others are served."""
+    assert all(status < 500 for status in answers(guarded, data))
+    assert httpx.get(f"http://{guarded}/health").status_code == 200
