@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib.resources
+import importlib.util
+import os
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -49,3 +53,24 @@ def dense_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models") / "dense.gguf"
     random_model.write_random_dense(path)
     return path
+
+
+@pytest.fixture(scope="session")
+def faults_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """What is to be preloaded by a process whose native part is to fail: ``faults.cpp``.
+
+    Built with the compiler that the native part needs as well.
+    """
+    path = tmp_path_factory.mktemp("faults") / "libfaults.so"
+    compiler = os.environ.get("CXX") or shutil.which("c++") or "g++"
+    found = importlib.util.find_spec("llama_cpp")  # wherever that is installed
+    assert found is not None
+    assert found.origin is not None
+    include = Path(found.origin).parents[1] / "include"
+    source = str(Path(__file__).parent / "native" / "faults.cpp")
+    flags = ("-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror")
+    subprocess.run(
+        [compiler, *flags, f"-isystem{include}", source, "-o", str(path), "-ldl"], check=True
+    )
+    # Before others that are preloaded, such as a sanitizer, whose `new` would be found first.
+    return f"{path} {os.environ.get('LD_PRELOAD', '')}".strip()

@@ -151,6 +151,40 @@ async def test_eight_streams_end_and_those_who_waited_are_answered(
     assert words == ["engine.native_died", "engine.restarted"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the way to preload is that of Linux")
+async def test_an_abort_inside_ggml_ends_who_ran_and_who_waited_is_answered(
+    demo_f32_path: Path,
+    faults_path: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """In the first decode of an answer. The process ends at once: ggml has a debugger, where there
+    is one, look at what aborts, and waits for it."""
+    asked, debugged = tmp_path / "abort", tmp_path / "debugged"
+    for debugger in ("gdb", "lldb"):
+        path = tmp_path / debugger
+        path.write_text(f"#!/bin/sh\ntouch {debugged}\n")
+        path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("LD_PRELOAD", faults_path)  # for processes that start from now on
+    monkeypatch.setenv("FAULTS_ABORT", str(asked))
+    async with Engine.open(demo_f32_path, n_seq=1, **SIZES) as engine:
+        undisturbed = await engine.generate([70, 71], **LONG)
+        first = process_of(engine)
+        asked.touch()
+        running, waiting = (engine.submit([70, 71], **LONG) for _ in range(2))
+        await check_died(running, signal.SIGABRT)
+        assert (await waiting).token_ids == undisturbed.token_ids
+        assert process_of(engine).pid != first.pid
+        engine.check_health()
+        assert engine.stats().restarts == 1
+    stderr = capfd.readouterr().err
+    assert "faults.cpp" in stderr
+    assert "Fatal Python error: Aborted" in stderr
+    assert not debugged.exists()
+
+
 @pytest.mark.parametrize("anyio_backend", ["asyncio"])
 async def test_a_process_that_is_stuck_for_too_long_is_killed(demo_f32_path: Path) -> None:
     sizes: dict[str, Any] = {"n_seq": 1, "step_timeout": 3.0}

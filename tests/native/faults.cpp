@@ -2,6 +2,7 @@
 //
 // The dynamic linker finds these functions first if this library is preloaded. The native part is the
 // released one: it knows nothing of them.
+#include "ggml.h"
 #include "llama.h"
 
 #include <atomic>
@@ -16,6 +17,7 @@
 
 #include <dlfcn.h>
 #include <link.h>
+#include <unistd.h>
 
 namespace {
 
@@ -69,13 +71,22 @@ std::string path_of(const char * part) {
 }
 
 template <typename Function>
-Function * real(const char * name) {
-    void * const library = dlopen(path_of("/libllama.").c_str(), RTLD_NOLOAD | RTLD_NOW);
+Function * real(const char * name, const char * part_of_path = "/libllama.") {
+    void * const library = dlopen(path_of(part_of_path).c_str(), RTLD_NOLOAD | RTLD_NOW);
     void * const found   = library ? dlsym(library, name) : nullptr;
     if (!found) {
         abort();
     }
     return reinterpret_cast<Function *>(found);
+}
+
+// What ggml does where it can do nothing else. The file that the environment names says that this has to
+// happen, and is gone by then: once, in whichever process comes there first.
+void abort_if_asked() {
+    static const char * const file = getenv("FAULTS_ABORT");
+    if (file && unlink(file) == 0) {
+        real<decltype(ggml_abort)>("ggml_abort", "/libggml-base.")(__FILE__, __LINE__, "injected");
+    }
 }
 
 void hang() {
@@ -211,6 +222,7 @@ void faults_release() {
 
 int32_t llama_process(llama_context * ctx, llama_process_type type, llama_batch_ext * batch) {
     static auto * const process = real<decltype(llama_process)>("llama_process");
+    abort_if_asked();
     return disturbed<int32_t>(PROCESS, [&] { return process(ctx, type, batch); });
 }
 

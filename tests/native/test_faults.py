@@ -7,9 +7,7 @@ has to hold.
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -26,34 +24,15 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-@pytest.fixture(scope="session")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built with the compiler that the native part needs as well."""
-    path = tmp_path_factory.mktemp("faults") / "libfaults.so"
-    compiler = os.environ.get("CXX") or shutil.which("c++") or "g++"
-    found = importlib.util.find_spec("llama_cpp")  # wherever that is installed
-    assert found is not None
-    assert found.origin is not None
-    include = Path(found.origin).parents[1] / "include"
-    source = str(HERE / "faults.cpp")
-    flags = ("-std=c++17", "-O1", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror")
-    subprocess.run(
-        [compiler, *flags, f"-isystem{include}", source, "-o", str(path), "-ldl"], check=True
-    )
-    return path
-
-
 @pytest.mark.parametrize("scenario", SCENARIOS)
 @pytest.mark.parametrize("kind", ["tiny", "glm"], ids=["recurrent", "attention"])
 def test_faults_below_end_those_whom_they_concern(
-    request: pytest.FixtureRequest, library: Path, scenario: str, kind: str
+    request: pytest.FixtureRequest, faults_path: str, scenario: str, kind: str
 ) -> None:
     model: Model = request.getfixturevalue(kind)
     tests = HERE.parent
-    # Before others that are preloaded, such as a sanitizer, whose `new` would be found first.
-    preloaded = [str(library), os.environ.get("LD_PRELOAD", "")]
     environment = os.environ | {
-        "LD_PRELOAD": " ".join(preloaded).strip(),
+        "LD_PRELOAD": faults_path,
         "PYTHONPATH": str(tests),
         "OMP_WAIT_POLICY": "passive",
     }

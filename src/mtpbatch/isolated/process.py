@@ -134,7 +134,8 @@ def _start(fds: list[int], folder: str | None) -> subprocess.Popen[bytes]:
         stdout=subprocess.DEVNULL,
         stderr=None if _has_stderr() else subprocess.DEVNULL,
         cwd=folder,
-        env=same_imports(),
+        # ggml would have a debugger look at what aborts, where one is installed, and wait for that.
+        env={**same_imports(), "GGML_NO_BACKTRACE": "1"},
         process_group=0,
     )
 
