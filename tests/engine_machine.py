@@ -19,9 +19,8 @@ from unittest.mock import patch
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from msgspec.structs import replace
 
-from lockstep import Helpers, LockstepBackend, close_all, let_run
+from lockstep import Garbage, Helpers, LockstepBackend, close_all, let_run
 from mtpbatch import (
     Completion,
     DecodeError,
@@ -48,7 +47,6 @@ from mtpbatch import (
     tokenizing,
 )
 from mtpbatch.scheduler import Event
-from mtpbatch.types import NO_RESULT, EntryResult, StepResult, TokenLogprobs
 from scheduling import make_sequence, undrafted
 
 ENDS = (DecodeError, GrammarError, EngineDeadError, NativeDiedError)
@@ -133,37 +131,6 @@ def _number(params: SamplingParams) -> int:
     return number
 
 
-def _garbled(result: EntryResult, how: str, n_vocab: int) -> EntryResult:
-    """What no entry can have been given."""
-    ids = result.token_ids
-    return {
-        "no such token": lambda: replace(result, token_ids=(*ids[:-1], n_vocab)),
-        "negative token": lambda: replace(result, token_ids=(-1, *ids[1:])),
-        "too many tokens": lambda: replace(result, token_ids=ids * 50),
-        "too few tokens": lambda: replace(result, token_ids=(), n_drafted=1, finish_reason="stop"),
-        "more accepted than drafted": lambda: replace(result, n_accepted=result.n_drafted + 1),
-        "less than nothing accepted": lambda: replace(result, n_accepted=-1),
-        "drafted too deep": lambda: replace(result, n_drafted=1000),
-        "probabilities of others": lambda: replace(
-            result, logprobs=(*result.logprobs, TokenLogprobs(1, 0.0, 1))
-        ),
-    }[how]()
-
-
-GARBAGE = (
-    "no such token",
-    "negative token",
-    "too many tokens",
-    "too few tokens",
-    "more accepted than drafted",
-    "less than nothing accepted",
-    "drafted too deep",
-    "probabilities of others",
-    "an entry too few",
-    "an entry too many",
-)
-
-
 def _busy(machine: EngineMachine) -> bool:
     return bool(machine.live())
 
@@ -199,19 +166,19 @@ class EngineMachine(RuleBasedStateMachine):
             n_cells=None if n_cells is None else min(n_cells, N_CTX * n_seq),
             **model,
         )
-        self.backend.garble = self.garble
         for index in failing:
             self.backend.fail_save(index)
             self.backend.fail_restore(index)
         self.violations: list[str] = []
         self.ledger = Ledger()
         self.asked: list[Asked] = []
-        self.garbage: list[str] = []
         self.may_end = may_end
         self.enders: list[asyncio.Task[None]] = []  # of drain and aclose
         self.loops = [self.new_loop() for _ in range(N_LOOPS)]
         self.engine = Engine(lambda: self.backend, self.backend.clock)
         self.backend.await_halt()
+        self.garbage = Garbage(self.engine)
+        self.backend.garble = self.garbage.garble
         self.engine.watch(self.ledger)
 
     def receive(self) -> Callable[..., None]:
@@ -333,17 +300,22 @@ class EngineMachine(RuleBasedStateMachine):
 
     # ------------------------------------------------------------------ turns and time
 
+    def turn(self) -> None:
+        """Let the engine go on, until it is in the next native call."""
+        self.backend.turn()
+        assert self.engine._intake.until_timeout() != 0.0, "nobody outlasts its time"
+
     @rule(n=st.integers(1, 16))
     def go_on(self, n: int) -> None:
         """The engine does some steps, and no event loop hears of it."""
         for _ in range(n):
-            self.backend.turn()
+            self.turn()
 
     @rule(n=st.integers(1, 16), who=st.sets(st.integers(0, N_LOOPS - 1)))
     def go_on_together(self, n: int, who: set[int]) -> None:
         self.helpers_work()
         for _ in range(n):
-            self.backend.turn()
+            self.turn()
             for loop in who:
                 let_run(self.loops[loop])
 
@@ -391,36 +363,9 @@ class EngineMachine(RuleBasedStateMachine):
         self.backend.fail_step(self.backend.n_steps + ahead)
 
     @precondition(_busy)
-    @rule(how=st.sampled_from([*GARBAGE, "stuck"]))
-    def garble_a_result(self, how: str) -> None:
-        self.garbage.append(how)
-
-    def garble(self, result: StepResult) -> StepResult:
-        """On the engine's thread: what comes next is not what the model gave."""
-        if not self.garbage or result.error is not None or not result.entries:
-            return result
-        entries = list(result.entries)
-        given = [i for i, entry in enumerate(entries) if entry.token_ids]
-        if not given:
-            return result
-        how = self.garbage.pop(0)
-        i = given[-1]
-        if how == "an entry too few":
-            del entries[i]
-        elif how == "an entry too many":
-            entries.append(entries[i])
-        elif how == "stuck":
-            entries[i] = NO_RESULT
-            seq_id = self.seq_id(result.plan, i)
-            return replace(result, entries=tuple(entries), stuck=((seq_id, "scripted"),))
-        else:
-            entries[i] = _garbled(entries[i], how, self.backend.facts.n_vocab)
-        return replace(result, entries=tuple(entries))
-
-    def seq_id(self, plan: int, i: int) -> int:
-        flights = self.engine._scheduler._in_flight
-        [entry] = [f.plan.entries[i] for f in flights if f.plan.number == plan]
-        return entry.seq_id
+    @rule(kind=st.sampled_from(Garbage.KINDS))
+    def garble_a_result(self, kind: str) -> None:
+        self.garbage.add(kind)
 
     @precondition(_busy)
     @rule(ahead=st.integers(0, 3), comes_again=st.booleans())
@@ -502,18 +447,23 @@ class EngineMachine(RuleBasedStateMachine):
         )
         assert sum(stats.finished.values()) == self.ledger.ends.total() - refusals
 
+    @invariant()
+    def nobody_waits_for_an_engine_that_has_nothing_to_do(self) -> None:
+        if hasattr(self, "engine") and self.backend.at_rest and self.engine._death is None:
+            assert not self.engine._intake.n_ready, "nothing waits without a reason"
+
     @rule()
     def settle(self) -> None:
         """Nothing waits without a reason: an engine that is left alone ends everything."""
         for _ in range(MOST_TURNS):
             while self.helpers_work():
                 pass
-            self.backend.turn()
+            self.turn()
             for loop in self.loops:
                 let_run(loop)
             if self.engine._death is not None and not self.backend.closed:
                 self.backend.clock.advance(100.0)  # until it may begin anew, and has recovered
-            elif self.backend.closed or (self.backend.idle and self.backend.offered is None):
+            elif self.backend.closed or self.backend.at_rest:
                 break
         else:
             raise AssertionError(f"it does not come to rest: {self.engine!r}")

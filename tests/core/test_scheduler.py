@@ -204,11 +204,15 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule(n_steps=st.integers(1, 6))
     def go_on(self, n_steps: int) -> None:
-        """As the engine does it."""
+        """As the engine does it. Nothing waits without a reason: there is a result each time, but
+        for who is cancelled, which the scheduler does not know."""
         for _ in range(n_steps):
             self.expire()
             self.schedule()
+            live = self.live()
             self.step()
+            if live and not {*live} & {*self.cancelled}:
+                assert self.backend._n_shown, f"nothing goes on: {self.scheduler!r}"
 
     @rule()
     def step_that_fails(self) -> None:
