@@ -356,16 +356,15 @@ class Speculator:
     costs: little is known and the depth may well be better, or requests have begun since deeper
     drafts were seen last, whose texts may be of another kind; and it looks as if there was time to
     use it, because about as many sequences have run for some time. What trials are expected to lose
-    is at most half a hundredth of the time. For one that loses much, as long prompts are to be
-    caught up with, that is saved up. While load and depth stay as they are, trials become rarer.
+    is at most half a hundredth of the time, and while load and depth stay as they are, they become
+    rarer.
 
     State: what :meth:`observe` learns from results: ``costs``, ``calibration``, ``everybody``'s
     habit, and ``_n_lengths``, how many lengths drafts have in a step, that of none included, by the
     greatest of them; ``_prompts`` and ``_answers``, how long these are of requests that begin and
     end, and ``_answer``, how long answers are with those under way; ``_n_begun`` requests since any
     were seen to draft deeper. And what :meth:`review` decides: the ``choice`` in force;
-    ``_credit``, seconds that trials may still lose, and ``_saved_for``, what the cheapest one loses
-    that is worth it and takes more; ``_load``, about as many sequences as have run
+    ``_credit``, seconds that trials may still lose; ``_load``, about as many sequences as have run
     since the step ``_load_since``; ``_next_trial``, the step before which there is none, and
     ``_pause``, the steps from that one to the next; of very many sequences, whose turn it is
     (``_next_in_turn``).
@@ -379,7 +378,7 @@ class Speculator:
     _STAYS: Final = 1.01  # how much better another depth must look
     _WARY: Final = 0.5  # by how much of its doubt worse than it does
     _TRIALS: Final = 0.005  # of the time may be lost by trials
-    _MOST_TRIALS: Final = 2  # steps' time of that which is kept, but for a trial that is worth more
+    _MOST_TRIALS: Final = 2  # steps' time that may be lost at a stretch, as at the beginning
     _TRIED_WITH: Final = 4  # sequences at most, or all
     _PLANS: Final = 3e-4  # seconds that the plans of a trial cost
     _PAUSES: Final = (4, 128)  # steps between trials, at first and in the end
@@ -410,7 +409,6 @@ class Speculator:
         self._answers = _Mean(self._PAYS_WITHIN, 1)
         self._answer = self._answers.value
         self._credit = math.inf
-        self._saved_for = 0.0
         self._n_steps = 0
         self._n_steps_reviewed = 0
         self._since_review = 0.0
@@ -649,14 +647,13 @@ class Speculator:
         now = outlooks[choice.depth]
         least, most = self._LASTS
         lasts = now.seconds * min(max(self._n_steps - self._load_since, least), most)
-        self._credit = min(self._credit, max(self._MOST_TRIALS * now.seconds, self._saved_for))
+        self._credit = min(self._credit, self._MOST_TRIALS * now.seconds)
         if self._credit < self._PLANS:
             return choice
         # Who has little to catch up with loses least.
         adaptive = sorted((s for s in sequences if s.wish.adaptive), key=lambda s: s.habit.behind)
         best = loses = 0.0
         trial: tuple[int, list[Drafter]] | None = None
-        too_dear: list[float] = []
         other = 1 - (1 - self._OTHER_TEXT) ** self._n_begun
         better_if_good = self._better_if_good(now.depth, adaptive) if other else {}
         for then in outlooks:
@@ -674,13 +671,8 @@ class Speculator:
                 if found <= best + self._PLANS:
                     continue
                 lost = self._loss(then.depth, now, subjects)
-                if found - lost <= best:
-                    continue
-                if lost > self._credit:
-                    too_dear.append(lost)
-                else:
+                if lost <= self._credit and found - lost > best:
                     best, loses, trial = found - lost, lost, (then.depth, subjects)
-        self._saved_for = min(too_dear, default=0.0)
         if trial is None:
             return choice
         self._credit -= loses
