@@ -417,6 +417,8 @@ def _stuck(plan: Plan) -> dict[int, tuple[int, str]]:
         for admission in plan.admit
         if admission.grammar is not None and admission.grammar.refusal is not None
     }
+    if not refusals:  # as in almost every plan
+        return {}
     return {
         index: (entry.seq_id, refusals[entry.seq_id])
         for index, entry in enumerate(plan.entries)
