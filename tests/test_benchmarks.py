@@ -171,6 +171,25 @@ def test_passes_of_changing_rows_are_measured_beside_those_of_as_many() -> None:
         assert float(in_turn) - float(in_a_row) == pytest.approx(float(more), abs=0.011)
 
 
+def test_each_depth_is_measured_with_poor_texts_and_then_good_ones() -> None:
+    from benchmarks.changing_texts import Work, answers, rows
+    from benchmarks.report import Depth
+
+    work = Work(n_prompt=20, n_poor=2, n_good=7, tokens=8)
+    depths: tuple[Depth, ...] = (0, 3, "auto")
+    of_round = {depth: anyio.run(answers, DEMO, depth, 1, work) for depth in depths}
+    for some in of_round.values():
+        assert [answer.tokens for answer in some] == 2 * [4] + 7 * [8]
+    assert not any(answer.drafted for answer in of_round[0])
+    assert all(answer.drafted for answer in of_round[3])
+    table = list(rows([of_round], work))
+    assert [row[:2] for row in table] == [
+        ["20", "poor"],
+        ["20", "good, 1 to 6"],
+        ["20", "good, 7 to 7"],
+    ]
+
+
 def test_a_loop_that_is_held_up_is_noticed() -> None:
     from benchmarks.loop_pauses import watch
 

@@ -356,18 +356,21 @@ class Speculator:
     costs: little is known and the depth may well be better, or requests have begun since deeper
     drafts were seen last, whose texts may be of another kind; and it looks as if there was time to
     use it, because about as many sequences have run for some time. What trials are expected to lose
-    is at most half a hundredth of the time, and while load and depth stay as they are, they become
-    rarer.
+    is at most half a hundredth of the time. For one that loses much, as long prompts are to be
+    caught up with, that is saved up. While load and depth stay as they are, trials become rarer.
+
+    Where the results of several steps come together, a trial goes on until they do, some steps
+    longer. That is not reckoned with: it loses more, but to try things out more rarely costs more.
 
     State: what :meth:`observe` learns from results: ``costs``, ``calibration``, ``everybody``'s
     habit, and ``_n_lengths``, how many lengths drafts have in a step, that of none included, by the
     greatest of them; ``_prompts`` and ``_answers``, how long these are of requests that begin and
     end, and ``_answer``, how long answers are with those under way; ``_n_begun`` requests since any
     were seen to draft deeper. And what :meth:`review` decides: the ``choice`` in force;
-    ``_credit``, seconds that trials may still lose; ``_load``, about as many sequences as have run
-    since the step ``_load_since``; ``_next_trial``, the step before which there is none, and
-    ``_pause``, the steps from that one to the next; of very many sequences, whose turn it is
-    (``_next_in_turn``).
+    ``_credit``, seconds that trials may still lose, and ``_saved_for``, what the cheapest one loses
+    that is worth it and takes more; ``_load``, about as many sequences as have run since the step
+    ``_load_since``; ``_next_trial``, the step before which there is none, and ``_pause``, the steps
+    from that one to the next; of very many sequences, whose turn it is (``_next_in_turn``).
     """
 
     _STEPS: Final = 2  # between reviews, while about as many sequences run
@@ -378,7 +381,9 @@ class Speculator:
     _STAYS: Final = 1.01  # how much better another depth must look
     _WARY: Final = 0.5  # by how much of its doubt worse than it does
     _TRIALS: Final = 0.005  # of the time may be lost by trials
-    _MOST_TRIALS: Final = 2  # steps' time that may be lost at a stretch, as at the beginning
+    # Steps' time of that which is kept, and most for a trial that takes more, all at a stretch.
+    _MOST_TRIALS: Final = (2, 32)
+    _SPARE: Final = 1.25  # what is saved for loses more, the longer it takes
     _TRIED_WITH: Final = 4  # sequences at most, or all
     _PLANS: Final = 3e-4  # seconds that the plans of a trial cost
     _PAUSES: Final = (4, 128)  # steps between trials, at first and in the end
@@ -409,6 +414,7 @@ class Speculator:
         self._answers = _Mean(self._PAYS_WITHIN, 1)
         self._answer = self._answers.value
         self._credit = math.inf
+        self._saved_for = 0.0
         self._n_steps = 0
         self._n_steps_reviewed = 0
         self._since_review = 0.0
@@ -479,7 +485,11 @@ class Speculator:
         if deepest or (self.choice.trial or 0) > self.choice.depth:
             self._n_begun = 0  # new requests show what they have
         if not any(sequence.wish.adaptive for sequence in sequences):
-            return False  # what was noted of others waits until one comes, or they end
+            # What was noted of others waits until one comes, or they end.
+            if self.choice.trial is None or not sequences:
+                return False
+            self.choice = msgspec.structs.replace(self.choice, trial=None, on_trial=frozenset())
+            return True
         self._take_in(sequences)
         # That answers have become longer is seen before these have ended.
         n_tokens = sum([len(sequence.token_ids) for sequence in sequences])
@@ -647,13 +657,16 @@ class Speculator:
         now = outlooks[choice.depth]
         least, most = self._LASTS
         lasts = now.seconds * min(max(self._n_steps - self._load_since, least), most)
-        self._credit = min(self._credit, self._MOST_TRIALS * now.seconds)
+        usual, most_kept = (n * now.seconds for n in self._MOST_TRIALS)
+        kept = min(max(usual, self._SPARE * self._saved_for), most_kept)
+        self._credit = min(self._credit, kept)
         if self._credit < self._PLANS:
             return choice
         # Who has little to catch up with loses least.
         adaptive = sorted((s for s in sequences if s.wish.adaptive), key=lambda s: s.habit.behind)
         best = loses = 0.0
         trial: tuple[int, list[Drafter]] | None = None
+        too_dear: list[float] = []
         other = 1 - (1 - self._OTHER_TEXT) ** self._n_begun
         better_if_good = self._better_if_good(now.depth, adaptive) if other else {}
         for then in outlooks:
@@ -671,10 +684,16 @@ class Speculator:
                 if found <= best + self._PLANS:
                     continue
                 lost = self._loss(then.depth, now, subjects)
-                if lost <= self._credit and found - lost > best:
+                if found - lost <= best:
+                    continue
+                if lost > self._credit:
+                    too_dear.append(lost)
+                else:
                     best, loses, trial = found - lost, lost, (then.depth, subjects)
         if trial is None:
+            self._saved_for = min(too_dear, default=self._saved_for)
             return choice
+        self._saved_for = 0.0
         self._credit -= loses
         self._next_trial = self._n_steps + self._pause
         self._pause = min(2 * self._pause, self._PAUSES[1])

@@ -287,6 +287,19 @@ def test_cells_that_never_run_short_are_not_counted() -> None:
     assert len(record.plans) == 2, "the request, and its release"
 
 
+def test_a_trial_runs_few_steps_ahead_and_nothing_else_does() -> None:
+    """Once those on trial have ended, who goes on is not held up."""
+    backend = ScriptedBackend(lambda _: "x" * 200, n_seq=2, n_ctx=64)
+    record = Recorder(backend)
+    tried = record.add([65], max_tokens=2)
+    record.add([66], max_tokens=60, depth=0, ignore_eos=True)
+    speculator = record.scheduler._speculator
+    speculator.choice = replace(speculator.choice, trial=2, on_trial=frozenset({tried}))
+    assert record.plan().run_ahead == 8
+    record.run()
+    assert [plan.run_ahead for plan in record.plans if plan.entries] == [8, 4096]
+
+
 @settings(max_examples=300)
 @given(data=st.data())
 def test_no_executor_begins_more_steps_than_were_reckoned_with(data: st.DataObject) -> None:

@@ -456,6 +456,22 @@ def test_how_results_are_bundled_changes_nothing() -> None:
     assert report(streaming=True) == report(streaming=False)
 
 
+def test_trials_end_after_a_few_steps_though_results_are_reported_rarely() -> None:
+    """Drafts are seldom right, nobody follows, and many steps fit into the time between reports."""
+    cost = StepCost(target_pass=3e-4, target_row=6e-5, draft_decode=1e-4, draft_row=2e-5)
+    kind = RequestKind(
+        prompt=Uniform(35, 55), answer=Uniform(32, 96), drafts=Drafts(0.06, 0.2, falloff=0.8)
+    )
+    undrafted, adaptive = (
+        simulate(
+            ClosedLoop(steady(1)), [kind], facts(), cost, n_requests=200, speculation=speculation
+        )
+        for speculation in (0, "auto")
+    )
+    assert adaptive.drafted > 150  # those of the beginning, and some trials
+    assert adaptive.throughput > 0.985 * undrafted.throughput
+
+
 def test_the_same_arguments_give_the_same_report() -> None:
     def report(seed: int) -> SimulationReport:
         kind = RequestKind(prompt=LogNormal(20, 1.0, 200), answer=Uniform(1, 40))
