@@ -52,9 +52,6 @@ from mtpbatch.waiting import WaitingQueue, due
 _MAX_AHEAD: Final = 2  # plans of which no result has come: the one that runs, and the next
 # Steps: some seconds of a small model, in which an app may keep the GIL in one call of C code.
 _RUN_AHEAD: Final = 4096
-# While a depth is tried out: about as many steps as are reported together where they take long. Of
-# fast ones more would be, and a trial be longer than what it shows is worth; less shows too little.
-_TRIAL_AHEAD: Final = 8
 _LOOKS: Final = 16  # requests that one look for the next sets aside: thousands may share a prompt
 _SETTLED: Final = 4  # steps with the same sequences, after which gaps between their ids may close
 
@@ -306,10 +303,9 @@ class Scheduler:
             tuple(entries),
             terms,
             number=self._n_plans,
-            run_ahead=self._cells.plan(
-                running, _RUN_AHEAD if self._speculator.choice.trial is None else _TRIAL_AHEAD
-            ),
-            followed=self._n_followed > 0,
+            run_ahead=self._cells.plan(running, _RUN_AHEAD),
+            # Trials end by their results, which else come together.
+            followed=self._n_followed > 0 or self._speculator.choice.trial is not None,
             keep_prompts=self._speculator.choice.keep_prompts
             or any(s.save_points or s.wish.always for s, _ in chunks),
             save=save,

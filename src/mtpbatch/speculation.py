@@ -352,15 +352,12 @@ class Speculator:
     of it turned out badly, and gains in some steps what the head has to catch up with.
 
     How long a step of another depth takes, and how much would be accepted, is tried out with a few
-    sequences or with all, for two steps or three, if what that may find out is worth more than it
-    costs: little is known and the depth may well be better, or requests have begun since deeper
-    drafts were seen last, whose texts may be of another kind; and it looks as if there was time to
-    use it, because about as many sequences have run for some time. What trials are expected to lose
-    is at most half a hundredth of the time. For one that loses much, as long prompts are to be
-    caught up with, that is saved up. While load and depth stay as they are, trials become rarer.
-
-    Where the results of several steps come together, a trial goes on until they do, some steps
-    longer. That is not reckoned with: it loses more, but to try things out more rarely costs more.
+    sequences or with all, for some steps, if what that may find out is worth more than it costs:
+    little is known and the depth may well be better, or requests have begun since deeper drafts
+    were seen last, whose texts may be of another kind; and it looks as if there was time to use it,
+    because about as many sequences have run for some time. What trials are expected to lose is less
+    than a hundredth of the time. For one that loses much, as long prompts are to be caught up with,
+    that is saved up. While load and depth stay as they are, trials become rarer.
 
     State: what :meth:`observe` learns from results: ``costs``, ``calibration``, ``everybody``'s
     habit, and ``_n_lengths``, how many lengths drafts have in a step, that of none included, by the
@@ -368,9 +365,10 @@ class Speculator:
     end, and ``_answer``, how long answers are with those under way; ``_n_begun`` requests since any
     were seen to draft deeper. And what :meth:`review` decides: the ``choice`` in force;
     ``_credit``, seconds that trials may still lose, and ``_saved_for``, what the cheapest one loses
-    that is worth it and takes more; ``_load``, about as many sequences as have run since the step
-    ``_load_since``; ``_next_trial``, the step before which there is none, and ``_pause``, the steps
-    from that one to the next; of very many sequences, whose turn it is (``_next_in_turn``).
+    that is worth it and takes more; ``_n_trial_steps``, of the present trial; ``_load``, about as
+    many sequences as have run since the step ``_load_since``; ``_next_trial``, the step before
+    which there is none, and ``_pause``, the steps from that one to the next; of very many
+    sequences, whose turn it is (``_next_in_turn``).
     """
 
     _STEPS: Final = 2  # between reviews, while about as many sequences run
@@ -380,7 +378,9 @@ class Speculator:
     _FEW: Final = 0.25  # of them may come or go
     _STAYS: Final = 1.01  # how much better another depth must look
     _WARY: Final = 0.5  # by how much of its doubt worse than it does
-    _TRIALS: Final = 0.005  # of the time may be lost by trials
+    _TRIALS: Final = 0.0075  # of the time may be lost by trials
+    _TRIAL_SECONDS: Final = 0.05  # that a trial goes on
+    _TRIAL_STEPS: Final = (3, 8)  # but so many at least, and at most
     # Steps' time of that which is kept, and most for a trial that takes more, all at a stretch.
     _MOST_TRIALS: Final = (2, 32)
     _SPARE: Final = 1.25  # what is saved for loses more, the longer it takes
@@ -415,6 +415,7 @@ class Speculator:
         self._answer = self._answers.value
         self._credit = math.inf
         self._saved_for = 0.0
+        self._n_trial_steps = 0
         self._n_steps = 0
         self._n_steps_reviewed = 0
         self._since_review = 0.0
@@ -469,7 +470,7 @@ class Speculator:
         """Choose anew if it is time to; whether the choice is another one now."""
         n_new = self._n_steps - self._n_steps_reviewed
         if self.choice.trial is not None:
-            enough = n_new >= self._trial_steps(len(self.choice.on_trial))
+            enough = n_new >= self._n_trial_steps
         else:
             seconds = self._SECONDS[not self.choice.depth]
             enough = n_new >= self._STEPS and self._since_review >= seconds
@@ -664,6 +665,8 @@ class Speculator:
             return choice
         # Who has little to catch up with loses least.
         adaptive = sorted((s for s in sequences if s.wish.adaptive), key=lambda s: s.habit.behind)
+        least, most = self._TRIAL_STEPS
+        n_each = math.ceil(min(max(self._TRIAL_SECONDS / now.seconds, least), most))
         best = loses = 0.0
         trial: tuple[int, list[Drafter]] | None = None
         too_dear: list[float] = []
@@ -676,14 +679,13 @@ class Speculator:
             changed = other * better_if_good.get(then.depth, 0.0)
             for n in {min(self._TRIED_WITH, len(adaptive)), len(adaptive)}:
                 subjects = adaptive[:n]
-                n_steps = n * self._trial_steps(n)
-                doubt = self._doubt_of_gains(then, now, n_steps)
+                doubt = self._doubt_of_gains(then, now, n * n_each)
                 if len(subjects) == len(adaptive):  # then it shows what such steps take
                     doubt = math.hypot(doubt, self._doubt_of_costs(then, now))
                 found = lasts * (_hope(better, doubt) + changed)
                 if found <= best + self._PLANS:
                     continue
-                lost = self._loss(then.depth, now, subjects)
+                lost = self._loss(then.depth, now, subjects, n_each)
                 if found - lost <= best:
                     continue
                 if lost > self._credit:
@@ -694,16 +696,13 @@ class Speculator:
             self._saved_for = min(too_dear, default=self._saved_for)
             return choice
         self._saved_for = 0.0
+        self._n_trial_steps = n_each
         self._credit -= loses
         self._next_trial = self._n_steps + self._pause
         self._pause = min(2 * self._pause, self._PAUSES[1])
         depth, tried = trial
         on_trial = frozenset(s.request_id for s in tried)
         return msgspec.structs.replace(choice, trial=depth, on_trial=on_trial)
-
-    def _trial_steps(self, n_subjects: int) -> int:
-        """Steps of a trial, so that some drafts are seen; while one runs another has begun."""
-        return 2 if n_subjects > 1 else 3
 
     def _better_if_good(self, present: int, sequences: Items[Drafter]) -> dict[int, float]:
         """By depth, how much better than the present one it would be, as a logarithm, if the drafts
@@ -722,12 +721,12 @@ class Speculator:
                 found[depth] = max(0.0, math.log(speed / usual))
         return found
 
-    def _loss(self, depth: int, now: _Outlook, subjects: Items[Drafter]) -> float:
-        """Seconds that a trial is expected to lose."""
+    def _loss(self, depth: int, now: _Outlook, subjects: Items[Drafter], n_steps: int) -> float:
+        """Seconds that a trial of so many steps is expected to lose."""
         ahead = _Ahead([s.habit for s in subjects])
         then, usual = (self._outlook(d, ahead.n, [ahead.all(d)]) for d in (depth, now.depth))
         lost = then.seconds - usual.seconds - (then.tokens - usual.tokens) / now.speed
-        lost *= self._trial_steps(len(subjects))
+        lost *= n_steps
         if not now.depth:
             lost += self.costs.drafting(1, sum(s.habit.behind for s in subjects))
         return max(lost, 0.0) + self._PLANS

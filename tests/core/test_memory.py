@@ -100,6 +100,20 @@ def test_what_short_requests_did_is_learnt_from() -> None:
     assert record.scheduler._speculator.new_habit(1).gained[0] < 0.2
 
 
+def test_results_of_a_trial_come_at_once_and_nothing_waits_for_them() -> None:
+    """Once those on trial have ended, results come together again."""
+    backend = ScriptedBackend(lambda _: "x" * 200, n_seq=2, n_ctx=64)
+    record = Recorder(backend)
+    tried = record.add([65], max_tokens=2, followed=False)
+    record.add([66], max_tokens=60, depth=0, ignore_eos=True, followed=False)
+    speculator = record.scheduler._speculator
+    speculator.choice = replace(speculator.choice, trial=2, on_trial=frozenset({tried}))
+    record.run()
+    followed = [plan.followed for plan in record.plans if plan.entries]
+    assert (followed[0], followed[-1]) == (True, False)
+    assert {plan.run_ahead for plan in record.plans if plan.entries} == {4096}
+
+
 # ------------------------------------------------------------------------ short of cells
 
 
@@ -287,19 +301,6 @@ def test_cells_that_never_run_short_are_not_counted() -> None:
     assert len(record.plans) == 2, "the request, and its release"
 
 
-def test_a_trial_runs_few_steps_ahead_and_nothing_else_does() -> None:
-    """Once those on trial have ended, who goes on is not held up."""
-    backend = ScriptedBackend(lambda _: "x" * 200, n_seq=2, n_ctx=64)
-    record = Recorder(backend)
-    tried = record.add([65], max_tokens=2)
-    record.add([66], max_tokens=60, depth=0, ignore_eos=True)
-    speculator = record.scheduler._speculator
-    speculator.choice = replace(speculator.choice, trial=2, on_trial=frozenset({tried}))
-    assert record.plan().run_ahead == 8
-    record.run()
-    assert [plan.run_ahead for plan in record.plans if plan.entries] == [8, 4096]
-
-
 @settings(max_examples=300)
 @given(data=st.data())
 def test_no_executor_begins_more_steps_than_were_reckoned_with(data: st.DataObject) -> None:
@@ -373,7 +374,7 @@ def scattered(*, lag: int = 0, n_draft_max: int = 3, **scheduler: Any) -> Record
     record = Recorder(backend, **{"consecutive_ids": True} | scheduler)
     for number in range(16):
         n_tokens = 5 if number % 5 else 100
-        record.add(unlike(number, 20), max_tokens=n_tokens, ignore_eos=True)
+        record.add(unlike(number, 20), depth=n_draft_max, max_tokens=n_tokens, ignore_eos=True)
     return record
 
 
