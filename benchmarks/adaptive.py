@@ -41,14 +41,13 @@ from msgspec import Struct
 import mtpbatch
 from benchmarks import command_line
 from benchmarks.report import ADAPTIVE, Depth, spread, table
-from benchmarks.workload import N_CTX, PROMPTS
+from benchmarks.workload import N_CTX, PROMPTS, REFRAIN
 
 _ROOT = Path(__file__).resolve().parent.parent
 
 Text: TypeAlias = Literal["repetitive", "prose", "sampled", "poor", "mixed"]
 TEXTS: tuple[Text, ...] = ("repetitive", "prose", "sampled", "poor", "mixed")
 
-_REFRAIN = "And the LORD spake unto Moses, saying, Speak unto the children of Israel. "
 _TEMPERATURES = {"repetitive": 0.0, "prose": 0.0, "sampled": 1.0, "poor": 2.0}
 _SHARE = (0.5, 1.5, 0.75, 1.25, 1.0)  # of the usual length, one request after another
 
@@ -136,7 +135,7 @@ class Requests:
         """One request, to its end."""
         n, self.n = self.n, self.n + 1
         text = TEXTS[n % 4] if self._text == "mixed" else self._text
-        prompt = 3 * _REFRAIN if text == "repetitive" else PROMPTS[n % len(PROMPTS)]
+        prompt = 3 * REFRAIN if text == "repetitive" else PROMPTS[n % len(PROMPTS)]
         await self._engine.generate(
             prompt,
             max_tokens=int(self._tokens * _SHARE[n % len(_SHARE)]),

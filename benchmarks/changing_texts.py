@@ -8,8 +8,7 @@ that repeat themselves. Before it drafts, the MTP head has to take in what it ha
 a trial is the dearer the longer prompts are. Tokens per second have the prompt's time in them.
 
 In each round each depth has an engine of its own, one after another, another one first each time.
-Ratios are those of a round.
-Keep the machine quiet.
+Ratios are those of a round. Keep the machine quiet.
 """
 
 from __future__ import annotations
@@ -27,9 +26,8 @@ from msgspec import Struct
 import mtpbatch
 from benchmarks import command_line
 from benchmarks.report import ADAPTIVE, Depth, spread, table
-from benchmarks.workload import PROMPTS
+from benchmarks.workload import PROMPTS, REFRAIN
 
-_REFRAIN = "And the LORD spake unto Moses, saying, Speak unto the children of Israel. "
 _DEPTHS: tuple[Depth, ...] = (0, 3, ADAPTIVE)
 _TOGETHER = 6  # good texts in a row of the table
 
@@ -65,7 +63,7 @@ async def answers(model: Path, depth: Depth, threads: int, work: Work) -> list[A
         speculation=depth,
     ) as engine:
         poor = await engine.tokenize(" ".join(PROMPTS) * (2 + work.n_prompt // 100))
-        good = await engine.tokenize(_REFRAIN * (4 + work.n_prompt // 10))
+        good = await engine.tokenize(REFRAIN * (4 + work.n_prompt // 10))
         return [
             await _answer(
                 engine, (good if n >= work.n_poor else poor)[n:][: work.n_prompt], n, work

@@ -36,6 +36,9 @@ PROMPTS = (
     "        if not line:\n            continue\n        key, value = ",
 )
 
+REFRAIN = "And the LORD spake unto Moses, saying, Speak unto the children of Israel. "
+"""What a text that repeats itself repeats."""
+
 
 class Answer(Struct, frozen=True):
     """What one request came to."""

@@ -468,7 +468,7 @@ def test_trials_end_after_a_few_steps_though_results_are_reported_rarely() -> No
         )
         for speculation in (0, "auto")
     )
-    assert adaptive.drafted > 150  # those of the beginning, and some trials
+    assert adaptive.drafted > 200  # some 150 at the beginning, then those of trials
     assert adaptive.throughput > 0.985 * undrafted.throughput
 
 
