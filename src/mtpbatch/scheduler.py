@@ -228,6 +228,8 @@ class Scheduler:
         One plan is made ahead of the one whose results are awaited, not more: later ones would
         know too little, and a request that comes meanwhile would wait behind them.
         """
+        # In this order: the review chooses depths, the look at who is next sets some aside, and
+        # the cells note what the plan that stands may take. None need be asked after a yes.
         if self._n_ahead == _MAX_AHEAD or not (
             self._speculator.review(self._running.values())
             or self._prompting
@@ -304,8 +306,7 @@ class Scheduler:
             terms,
             number=self._n_plans,
             run_ahead=self._cells.plan(running, _RUN_AHEAD),
-            # Trials end by their results, which else come together.
-            followed=self._n_followed > 0 or self._speculator.choice.trial is not None,
+            followed=self._results_come_singly,
             keep_prompts=self._speculator.choice.keep_prompts
             or any(s.save_points or s.wish.always for s, _ in chunks),
             save=save,
@@ -540,13 +541,18 @@ class Scheduler:
         return sum(not flight.stepped for flight in self._in_flight)
 
     @property
+    def _results_come_singly(self) -> bool:
+        """Whether each is told at once: somebody follows, or a trial is on, which ends by them."""
+        return self._n_followed > 0 or self._speculator.choice.trial is not None
+
+    @property
     def _followed_in_vain(self) -> bool:
         """Whether the plan that stands reports every step though nobody is left to follow."""
         return bool(
             self._running
             and self._in_flight
             and self._in_flight[-1].plan.followed
-            and not self._n_followed
+            and not self._results_come_singly
         )
 
     @property

@@ -7,6 +7,7 @@ not there. What it answers depends on every token of a prompt, so that a wrong p
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -104,13 +105,14 @@ def test_results_of_a_trial_come_at_once_and_nothing_waits_for_them() -> None:
     """Once those on trial have ended, results come together again."""
     backend = ScriptedBackend(lambda _: "x" * 200, n_seq=2, n_ctx=64)
     record = Recorder(backend)
-    tried = record.add([65], max_tokens=2, followed=False)
+    tried = record.add([65], max_tokens=20, followed=False)
     record.add([66], max_tokens=60, depth=0, ignore_eos=True, followed=False)
     speculator = record.scheduler._speculator
     speculator.choice = replace(speculator.choice, trial=2, on_trial=frozenset({tried}))
     record.run()
     followed = [plan.followed for plan in record.plans if plan.entries]
     assert (followed[0], followed[-1]) == (True, False)
+    assert all(one != next_ for one, next_ in pairwise(followed)), "each trial has one plan"
     assert {plan.run_ahead for plan in record.plans if plan.entries} == {4096}
 
 
