@@ -84,18 +84,29 @@ class Client:
 
     def texts(self) -> tuple[list[str], set[int], bool]:
         """What it has been told of each answer, whose time was over, and whether an error ended
-        that."""
-        texts, cut = [""] * self.n, set()
+        that. Each answer that no error ends has ended once, and nothing of it comes after that."""
+        texts, cut, ended = [""] * self.n, set(), [False] * self.n
         told = self.events() if self.streams else [json.loads(self.answer)]
         for choice in [choice for one in told for choice in one.get("choices", ())]:
-            texts[choice["index"]] += choice["text"]
+            i = choice["index"]
+            assert not ended[i], "an answer goes on after its end"
+            texts[i] += choice["text"]
+            ended[i] = choice["finish_reason"] is not None
             if choice["stop_reason"] == "timeout":
-                cut.add(choice["index"])
-        return texts, cut, any("error" in one for one in told)
+                cut.add(i)
+        failed = any("error" in one for one in told)
+        assert failed or all(ended), "an answer has no end"
+        return texts, cut, failed
 
     def events(self) -> list[dict[str, Any]]:
-        lines = [line.removeprefix("data: ") for line in self.answer.decode().split("\n\n")]
-        return [json.loads(data) for data in lines if data and data != "[DONE]"]
+        """Those of a stream. The last one says that all went well, or what did not."""
+        *data, rest = self.answer.decode().split("\n\n")
+        assert not rest, "an event is cut off"
+        all_went_well = data[-1] == "data: [DONE]"
+        told = [json.loads(one.removeprefix("data: ")) for one in data[: len(data) - all_went_well]]
+        failures = ["error" in one for one in told]
+        assert failures.count(True) == failures[-1:].count(True) == (not all_went_well)
+        return told
 
 
 class ServerMachine(RuleBasedStateMachine):

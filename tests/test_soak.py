@@ -111,7 +111,7 @@ def test_nothing_is_lost_under_load(demo_f32_path: Path) -> None:
 def test_too_few_cancellations_and_time_outs_are_reported(
     demo_f32_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody gives a request up. Of 60 both may be missing, of 300 not."""
+    """Nobody gives a request up. Of 60 both may be missing, of 300 not; one warms up."""
     monkeypatch.setattr(Generation, "cancel", lambda self: None)
     monkeypatch.setattr(soak, "MOST_TOKENS", 1)
 
@@ -123,8 +123,8 @@ def test_too_few_cancellations_and_time_outs_are_reported(
     )
     part = anyio.run(load, demo_f32_path, 300)
     assert part.violations == (
-        "only 0 of 300 ended by abort",
-        "only 0 of 300 ended by timeout",
+        "only 0 of 301 ended by abort",
+        "only 0 of 301 ended by timeout",
     )
 
 
@@ -134,16 +134,50 @@ def test_a_wrong_answer_under_load_is_reported(
 ) -> None:
     check = soak.Load.check
 
-    def other(self: soak.Load, *args: Any) -> None:
+    async def other(self: soak.Load, *args: Any) -> None:
         question, done, params = args
         wrong = tuple(token ^ 1 for token in done.token_ids)
-        check(self, question, msgspec.structs.replace(done, token_ids=wrong), params)
+        text = await self.engine.detokenize(wrong)
+        wrongly = msgspec.structs.replace(done, token_ids=wrong, text=text)
+        await check(self, question, wrongly, params)
 
     monkeypatch.setattr(soak.Load, "check", other)
     monkeypatch.setattr(soak, "MOST_TOKENS", 2)
     part = anyio.run(load, demo_f32_path, 20)
     assert not part.passed
     assert any("none of the best two" in words for words in part.violations)
+
+
+@pytest.mark.usefixtures("_short")
+def test_a_text_that_is_not_that_of_its_tokens_is_reported(
+    demo_f32_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check = soak.Load.check
+
+    async def shorter(self: soak.Load, *args: Any) -> None:
+        question, done, params = args
+        cut = msgspec.structs.replace(done, text=done.text[:-1])
+        await check(self, question, cut, params)
+
+    monkeypatch.setattr(soak.Load, "check", shorter)
+    monkeypatch.setattr(soak, "MOST_TOKENS", 2)
+    part = anyio.run(load, demo_f32_path, 20)
+    assert any("is not what" in words for words in part.violations)
+
+
+def test_cells_that_nobody_gives_back_are_reported(demo_path: Path) -> None:
+    """To find them missing requests need cells, not only books."""
+
+    async def violations(n_missing: int) -> list[str]:
+        async with Engine.open(
+            demo_path, n_seq=4, n_ctx=soak.N_CTX, n_cells=soak.N_CELLS - n_missing
+        ) as engine:
+            engine._scheduler._cells._n_cells = soak.N_CELLS
+            return await soak.cells_missing(engine)
+
+    assert anyio.run(violations, 0) == []
+    (violation,) = anyio.run(violations, soak.N_CTX)
+    assert violation.startswith("the cells do not suffice any more: DecodeError")
 
 
 def test_only_near_ties_are_left_to_rounding(
