@@ -5,7 +5,8 @@
 Each model is cut off, or has one bit turned over, at so many places: half of them in the
 header, where there is most to get wrong, half anywhere. Every file is loaded and generates a few
 tokens, as by `mtpbatch.probe_model`. It works, is refused with an error, ends the process, or
-takes too long. The last two are what the process is there for; FOLDER is for files that did it.
+takes too long. The last two are what the process is there for; FOLDER is for files that did it, and
+the status is then 1.
 
 Without models: the demo model and a random tiny one.
 """
@@ -163,6 +164,7 @@ def main() -> None:
     parser.add_argument("--timeout", type=float, default=60.0, help="seconds for each file")
     parser.add_argument("--keep", type=Path, help="folder for files that end the process")
     asked = parser.parse_args()
+    n_findings = 0
     with tempfile.TemporaryDirectory() as scratch:
         folder = asked.keep or Path(scratch)
         folder.mkdir(parents=True, exist_ok=True)
@@ -176,6 +178,8 @@ def main() -> None:
                 if result.outcome in ("died", "late"):
                     print(f"  {result.damage}: {result.words}", flush=True)
             print("  " + ", ".join(f"{n} {outcome}" for outcome, n in counts.items()), flush=True)
+            n_findings += counts["died"] + counts["late"]
+    sys.exit(n_findings > 0)
 
 
 def tiny_model(folder: Path) -> Path:

@@ -812,8 +812,8 @@ async def idle_connections(model: Path, wanted: int, seed: int, clock: Clock) ->
         async with serving(app, send_buffer=SYSTEM_KEEPS) as url:
             port = int(url.rpartition(":")[2])
             await one_round(port, "idle connections")
-            for seconds in (gaps, whole):
-                seconds["idle connections"].clear()  # as it was the first of all
+            for found in (gaps, whole):
+                found["idle connections"].clear()  # as it was the first of all
             chance = random.Random(seed)
             while done < wanted and not clock.is_over:
                 for kind in chance.sample([*kinds], len(kinds)):

@@ -127,7 +127,7 @@ MAY_IMPORT |= {
     "server/config": set(),
     "server/errors": {"restarts", "exceptions"},
     "server/limits": {"server", "types", "exceptions"},
-    "server/protocol": {"types", "exceptions"},
+    "server/protocol": {"chat", "types", "exceptions"},
     "server/openapi": {"server"},
     "server/endpoint": {"server", "engine", "_log", "exceptions"},
     "server/generating": {"server", "generation", "types", "exceptions"},

@@ -74,6 +74,18 @@ def test_these_are_all_operations(address: str) -> None:
     }
 
 
+def with_integers(value: Any) -> Any:
+    """To a schema 3.0 is an integer; it is refused, though nobody writes one so."""
+    match value:
+        case float() if value.is_integer():
+            return int(value)
+        case list():
+            return [with_integers(item) for item in value]
+        case dict():
+            return {key: with_integers(item) for key, item in value.items()}
+    return value
+
+
 @pytest.mark.parametrize(("path", "method", "mode"), SENT)
 def test_the_description_holds_whatever_is_sent(
     address: str, path: str, method: str, mode: GenerationMode
@@ -82,13 +94,19 @@ def test_the_description_holds_whatever_is_sent(
     schema = schemathesis.openapi.from_url(f"http://{address}/openapi.json")
     operation = schema[path][method]
 
+    statuses = set()
+
     @SOME
     @given(operation.as_strategy(generation_mode=mode))
     def send(case: schemathesis.Case[Any]) -> None:
+        case.body = with_integers(case.body)
         # Not all that a value must be is in its schema, such as which tokens there are.
-        case.call_and_validate(timeout=60, excluded_checks=[positive_data_acceptance])
+        response = case.call_and_validate(timeout=60, excluded_checks=[positive_data_acceptance])
+        statuses.add(response.status_code)
 
     send()
+    if mode is GenerationMode.POSITIVE and path in POSTS and SOME.max_examples > 100:
+        assert 200 in statuses, "of few there may be none that is answered"
 
 
 @pytest.mark.parametrize(

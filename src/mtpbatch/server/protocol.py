@@ -6,10 +6,11 @@ well, unless leaving it out changes no answer, as with ``user``.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal, TypeAlias, get_args
 
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from mtpbatch.chat.messages import Role
 from mtpbatch.exceptions import InvalidParameterError
 from mtpbatch.types import MAX_BIAS, MAX_LOGPROBS, MAX_PRIORITY, Speculation
 
@@ -126,10 +127,16 @@ class Generating(_Asked, kw_only=True, forbid_unknown_fields=True, frozen=True):
     reuse_prefix: bool | None = None
 
 
+_OF_ONE_KIND: Final = {"anyOf": [{"items": {"type": k}} for k in ("string", "integer", "array")]}
+Prompts: TypeAlias = Annotated[
+    list[str | TokenId | list[TokenId]], Meta(min_length=1, extra_json_schema=_OF_ONE_KIND)
+]
+
+
 class CompletionRequest(Generating, kw_only=True, forbid_unknown_fields=True, frozen=True):
     """``POST /v1/completions``."""
 
-    prompt: str | Annotated[list[str | TokenId | list[TokenId]], Meta(min_length=1)]
+    prompt: str | Prompts
     """A text, texts, a list of token ids, or lists of these."""
     max_tokens: Annotated[int, Meta(ge=0)] | None = None
     """16 unless it is given. 0, with ``echo`` only: the prompt alone."""
@@ -154,17 +161,46 @@ class NamedTool(Struct, kw_only=True, forbid_unknown_fields=True, frozen=True):
     type: Literal["function"] = "function"
 
 
+# The engine checks both, and gives keys on that only some templates know. Clients that are made of
+# the description are to know what has to be there all the same.
+_TEXT_PART: Final = {
+    "type": "object",
+    "required": ["text"],
+    "properties": {"text": {"type": "string"}, "type": {"const": "text"}},
+}
+_CONTENT: Final = {"anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_PART}]}
+_MESSAGE: Final = {
+    "required": ["role"],
+    "properties": {"role": {"enum": [*get_args(Role)]}},
+    "anyOf": [
+        {"properties": {"role": {"const": "assistant"}}},
+        {"required": ["content"], "properties": {"content": _CONTENT}},
+    ],
+}
+_FUNCTION: Final = {
+    "type": "object",
+    "required": ["name"],
+    "properties": {"name": {"type": "string"}},
+}
+_TOOL: Final = {
+    "required": ["function"],
+    "properties": {"function": _FUNCTION, "type": {"const": "function"}},
+}
+Message: TypeAlias = Annotated[dict[str, Any], Meta(extra_json_schema=_MESSAGE)]
+Tool: TypeAlias = Annotated[dict[str, Any], Meta(extra_json_schema=_TOOL)]
+
+
 class ChatRequest(Generating, kw_only=True, forbid_unknown_fields=True, frozen=True):
     """``POST /v1/chat/completions``."""
 
-    messages: Annotated[list[dict[str, Any]], Meta(min_length=1)]
+    messages: Annotated[list[Message], Meta(min_length=1)]
     max_tokens: Annotated[int, Meta(ge=1)] | None = None
     """As many as the context has room for, unless it is given."""
     max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
     """OpenAI's newer name of ``max_tokens``."""
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=MAX_LOGPROBS)] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = None
     """False: of the calls in an answer the first one is given."""
@@ -181,7 +217,7 @@ class ChatRequest(Generating, kw_only=True, forbid_unknown_fields=True, frozen=T
 class EmbeddingRequest(_Asked, kw_only=True, forbid_unknown_fields=True, frozen=True):
     """``POST /v1/embeddings``."""
 
-    input: str | Annotated[list[str | TokenId | list[TokenId]], Meta(min_length=1)]
+    input: str | Prompts
     """A text, texts, a list of token ids, or lists of these."""
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = None
