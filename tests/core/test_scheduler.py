@@ -106,19 +106,30 @@ class SchedulerMachine(RuleBasedStateMachine):
         prompt_logprobs=st.sampled_from([None, None, 0, 2]),
     )
     def add(self, n_prompt: int, first: int, depth: int | None, **params: Any) -> None:
-        request_id = f"r{len(self.sequences)}"
         params["stop"] = tuple(params["stop"])
         params["stop_token_ids"] = tuple(params["stop_token_ids"])
-        sequence = make_sequence(
-            self.backend,
-            request_id,
-            [first, *range(97, 96 + n_prompt)],
-            depth=None if depth is None else min(depth, self.backend.facts.n_draft_max),
-            **params,
-        )
+        depth = None if depth is None else min(depth, self.backend.facts.n_draft_max)
+        self.submit([first, *range(97, 96 + n_prompt)], depth=depth, **params)
+
+    @rule(first=st.sampled_from([65, 66]), n_turns=st.integers(2, 4))
+    def converse(self, first: int, n_turns: int) -> None:
+        """Each turn begins with all that was said before, of which something may be kept."""
+        said = [first, *range(97, 103)]
+        for _ in range(n_turns):
+            request_id = self.submit(said, max_tokens=3, ignore_eos=True)
+            self.go_on(5)
+            end = self.last_events.get(request_id)
+            if end is None or end.completion is None:
+                return
+            said += [*end.completion.token_ids, 110]
+
+    def submit(self, prompt: list[int], **params: Any) -> str:
+        request_id = f"r{len(self.sequences)}"
+        sequence = make_sequence(self.backend, request_id, prompt, **params)
         self.sequences[request_id] = sequence
         self.scheduler.add(sequence)
         self.timeouts.add(request_id, sequence.params, sequence.submitted)
+        return request_id
 
     @rule(n_steps=st.integers(2, 6))
     def crowd_and_leave_a_gap(self, n_steps: int) -> None:
@@ -175,12 +186,24 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.backend.cancel(self.sequences[request_id].ticket)
             self.cancelled.append(request_id)
 
+    @rule(seconds=st.sampled_from([0.5, 5.0, 30.0]))
+    def time_passes(self, seconds: float) -> None:
+        """So much that who has little priority is older than others who come after that."""
+        self.backend.clock.advance(seconds)
+
     @rule()
     def schedule(self) -> None:
         waiting = self.waiting()
+        running = [*self.scheduler._running]
         plan = self.scheduler.schedule(self.backend.clock())
         if plan is not None:
             moved = moves(plan)
+            kept = [name for name in running if name in self.scheduler._running]
+            paused = [name for name in running if name not in kept]
+            assert sorted(running, key=self.due) == [
+                *sorted(kept, key=self.due),
+                *sorted(paused, key=self.due),
+            ], "who is due last pauses"
             assert not moved or self.facts.consecutive_ids
             assert not (moved and waiting), "who waits comes between"
             assert all(new < len(plan.entries) <= old for old, new in moved.items())
