@@ -7,8 +7,9 @@
 the end, leaks: memory that our code or what it called has taken and nobody can give back. `thread`
 finds data races. By default the tests are those in `tests/native` and `tests/truth`.
 
-It needs GCC on Linux and the packages of `mtpbatch[dev]` in the environment that runs it,
-in which nothing is changed: the build goes into an environment of its own that finds the others'
+It needs GCC on Linux, and the packages of `mtpbatch[dev]` with cffi, cmake, ninja and
+scikit-build-core (nothing is built in isolation) in the environment that runs it, which it
+leaves as it is: the build goes into an environment of its own that finds the others'
 packages, llama-cpp-python's too. So llama.cpp is not built anew, and neither it nor Python is
 instrumented. `tools/sanitizers/` says what is therefore not reported.
 """
