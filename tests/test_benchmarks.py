@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
 import sys
 import time
 from functools import partial
@@ -138,6 +139,40 @@ def test_every_study_of_the_simulator_runs(
         simulate.main([*command, "--plots", str(tmp_path)])
         assert capsys.readouterr().out == text, "the same figures every time"
     assert sorted(path.stem for path in tmp_path.iterdir()) == plots
+
+
+def test_each_kind_of_text_is_played_by_the_simulator(capsys: pytest.CaptureFixture[str]) -> None:
+    from benchmarks import simulate
+
+    simulate.main(["texts", "--clients", "1", "--turns", "1"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert len(rows) == 2 + len(("repetitive", "prose", "sampled", "poor", "mixed"))
+
+
+def tables(*command: str) -> list[str]:
+    """The rows that a benchmark prints, heads among them."""
+    done = subprocess.run(
+        [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return [line for line in done.stdout.splitlines() if line.startswith("| ")]
+
+
+def test_the_adaptive_depth_is_measured_beside_others() -> None:
+    work = ["--texts", "poor", "--concurrency", "2", "--depths", "0", "--rounds", "1"]
+    work += ["--turns", "1", "--least", "2", "--tokens", "4", "--stage", "0.05", "--threads", "1"]
+    _, _, steady, _, _, ramp, wave = tables("benchmarks.adaptive", str(DEMO), *work)
+    assert steady.startswith("| poor | 2 | ")
+    assert ramp.startswith("| 1 to 2 to 1 | ")
+    assert wave.startswith("| 2 and 2 in turn | ")
+
+
+@pytest.mark.parametrize(
+    ("promise", "n_rows"), [("smooth", 1), ("churn", 2), ("overcommit", 2), ("predict", 5)]
+)
+def test_the_schedulers_promises_are_measured(promise: str, n_rows: int) -> None:
+    """But for the prefix cache, whose 64 long prompts take too long for a test."""
+    found = tables("benchmarks.scheduling", promise, str(DEMO), "--rounds", "1", "--threads", "1")
+    assert len(found) == 2 + n_rows
 
 
 def test_the_scheduler_is_measured_with_and_without_a_queue() -> None:
