@@ -419,7 +419,7 @@ def main() -> None:
         if options.json:
             options.json.write_text(json.dumps({"conditions": facts, "figures": figures}, indent=1))
         comparison = Comparison(outcomes)
-        sections = [f"## {model.name}", comparison.steady()]
+        sections = [f"{model.name}:", comparison.steady()]
         if options.stage:
             sections.append(comparison.changing())
         if options.parts:

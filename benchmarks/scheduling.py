@@ -70,20 +70,19 @@ async def _one_smooth(engine: mtpbatch.Engine) -> tuple[float, float, float, flo
     times: list[list[float]] = [[] for _ in range(15)]
     begun = anyio.Event()
 
-    async def follow(number: int, scope: anyio.CancelScope) -> None:
+    async def follow(number: int) -> None:
         async with engine.stream(
-            PROMPTS[number % len(PROMPTS)], max_tokens=N_CTX, ignore_eos=True
+            PROMPTS[number % len(PROMPTS)], max_tokens=N_LONG, ignore_eos=True
         ) as deltas:
             async for delta in deltas:
                 if delta.token_ids:
                     times[number].append(time.perf_counter())
                 if all(len(of_one) >= 12 for of_one in times):
                     begun.set()
-        scope.cancel()
 
     async with anyio.create_task_group() as group:
         for number in range(len(times)):
-            group.start_soon(follow, number, group.cancel_scope)
+            group.start_soon(follow, number)
         await begun.wait()
         prompt = await long_prompt(engine, N_LONG)
         begin = time.perf_counter()
@@ -148,6 +147,8 @@ async def _four(engine: mtpbatch.Engine, n_others: int) -> float:
             group.start_soon(measured, number, ended, group.cancel_scope)
             for n in range(number * n_others // 4, (number + 1) * n_others // 4):
                 group.start_soon(other, n)
+    if not speeds:
+        raise RuntimeError("the four ended before the others had")
     return 4 * speeds[0]
 
 

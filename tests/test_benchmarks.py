@@ -13,6 +13,7 @@ from pathlib import Path
 import anyio
 import pytest
 
+import measure_page
 import mtpbatch
 from mtpbatch.loadtest import mock
 from mtpbatch.loadtest.mock import Pace
@@ -152,7 +153,7 @@ def test_each_kind_of_text_is_played_by_the_simulator(capsys: pytest.CaptureFixt
 def tables(*command: str) -> list[str]:
     """The rows that a benchmark prints, heads among them."""
     done = subprocess.run(
-        [sys.executable, "-m", *command], cwd=ROOT, capture_output=True, text=True, check=True
+        [sys.executable, "-m", *command], cwd=ROOT, stdout=subprocess.PIPE, text=True, check=True
     )
     return [line for line in done.stdout.splitlines() if line.startswith("| ")]
 
@@ -173,6 +174,66 @@ def test_the_schedulers_promises_are_measured(promise: str, n_rows: int) -> None
     """But for the prefix cache, whose 64 long prompts take too long for a test."""
     found = tables("benchmarks.scheduling", promise, str(DEMO), "--rounds", "1", "--threads", "1")
     assert len(found) == 2 + n_rows
+
+
+PAGE = """\
+```sh title="several"
+pip install '.[bench]'
+python -m benchmarks.simulate million --requests 20 --depths 0
+python -m benchmarks.simulate texts --clients 1 --turns 1
+```
+
+<!-- printed -->
+
+measured before
+
+<!-- end -->
+
+| a table | of nobody's |
+
+<!-- printed -->
+<!-- end -->
+
+The rest.
+"""
+
+
+def test_what_a_command_prints_goes_into_its_place_in_the_page(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(PAGE, encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["measure_page", str(page), "texts"])
+    measure_page.main()
+    measure_page.main()
+    text = page.read_text(encoding="utf-8")
+    before, after = PAGE.split("<!-- printed -->\n<!-- end -->\n")
+    printed = text.removeprefix(before + "<!-- printed -->\n\n| text | 1 clients |\n")
+    assert printed.removesuffix("\n\n<!-- end -->\n" + after).count("\n") == 5
+    assert len(printed) < len(text) - len(before), "all before the place is as it was"
+    assert text.endswith(after)
+
+    monkeypatch.setattr(sys, "argv", ["measure_page", str(page)])
+    measure_page.main()
+    text = page.read_text(encoding="utf-8")
+    assert "measured before" not in text
+    assert "| 0 | 20 |" in text
+
+
+def test_a_page_with_no_place_for_an_output_is_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = tmp_path / "page.md"
+    page.write_text(PAGE.replace("<!-- end -->", "", 1), encoding="utf-8")
+    monkeypatch.setattr(sys, "argv", ["measure_page", str(page)])
+    with pytest.raises(SystemExit):
+        measure_page.main()
+    assert "2 benchmarks are followed by 1 places" in capsys.readouterr().err
+
+
+def test_every_measurement_of_the_scheduler_has_its_place() -> None:
+    text = (ROOT / "docs" / "scheduling.md").read_text(encoding="utf-8")
+    assert len(measure_page.places(text)) == text.count("<!-- printed -->") > 0
 
 
 def test_the_scheduler_is_measured_with_and_without_a_queue() -> None:

@@ -382,15 +382,15 @@ class Load:
         if fate < 0.05:
             params["timeout"] = self.chance.uniform(0.0, 0.5)
         generation = self.engine.submit(question.prompt, **params)
-        if 0.05 <= fate < 0.35:
-            n_left = self.chance.randrange(params["max_tokens"])
-            if n_left:
-                async for delta in generation:
-                    n_left -= len(delta.token_ids)
-                    if n_left <= 0:
-                        break
-            generation.cancel()
         try:
+            if 0.05 <= fate < 0.35:
+                n_left = self.chance.randrange(params["max_tokens"])
+                if n_left:
+                    async for delta in generation:
+                        n_left -= len(delta.token_ids)
+                        if n_left <= 0:
+                            break
+                generation.cancel()
             await self.check(question, await generation, params)
         except MtpBatchError as error:
             self.violations.append(repr(error))
