@@ -370,28 +370,30 @@ Sampler::Sampler(const mtpbatch_sampling & params)
     if (params.temperature < MIN_TEMPERATURE || params.top_k == 1) {
         return;
     }
+    // Owned before there is room for it in the chain, which there may not be.
+    const auto add = [&](llama_sampler * sampler) { chain_.push_back(SamplerPointer(sampler)); };
     // The order of llama.cpp's own tools: cut the tail on the model's distribution, then heat it.
     if (top_k_ > 0) {
-        chain_.emplace_back(llama_sampler_init_top_k(top_k_));
+        add(llama_sampler_init_top_k(top_k_));
     }
     if (typical_p_ < 1) {
-        chain_.emplace_back(llama_sampler_init_typical(typical_p_, 1));
+        add(llama_sampler_init_typical(typical_p_, 1));
     }
     if (top_p_ < 1) {
-        chain_.emplace_back(llama_sampler_init_top_p(top_p_, 1));
+        add(llama_sampler_init_top_p(top_p_, 1));
     }
     if (min_p_ > 0) {
-        chain_.emplace_back(llama_sampler_init_min_p(min_p_, 1));
+        add(llama_sampler_init_min_p(min_p_, 1));
     }
     if (params.xtc_probability > 0) {
         // Not the seed of the draws, which would depend on what XTC did before.
         const uint32_t seed = fixed(params.seed ^ XTC_SEED);
-        chain_.emplace_back(llama_sampler_init_xtc(params.xtc_probability, params.xtc_threshold, 1, seed));
+        add(llama_sampler_init_xtc(params.xtc_probability, params.xtc_threshold, 1, seed));
     }
     // An infinite one would make impossible tokens possible.
     temperature_ = std::min(params.temperature, std::numeric_limits<float>::max());
-    chain_.emplace_back(llama_sampler_init_temp(temperature_));
-    chain_.emplace_back(llama_sampler_init_dist(fixed(params.seed)));
+    add(llama_sampler_init_temp(temperature_));
+    add(llama_sampler_init_dist(fixed(params.seed)));
 }
 
 void Sampler::preselect(const float * logits, int32_t n_vocab, Candidates & candidates) const {
