@@ -172,6 +172,8 @@ class EngineMachine(RuleBasedStateMachine):
         self.violations: list[str] = []
         self.ledger = Ledger()
         self.asked: list[Asked] = []
+        self.endangered: set[int] = set()  # who was there while something was to go wrong
+        self.given_up: set[int] = set()
         self.may_end = may_end
         self.enders: list[asyncio.Task[None]] = []  # of drain and aclose
         self.loops = [self.new_loop() for _ in range(N_LOOPS)]
@@ -285,6 +287,7 @@ class EngineMachine(RuleBasedStateMachine):
         asked = self.someone(data)
         if asked is None:
             return
+        self.given_up.add(asked.number)
         if how != "its task" and asked.generation is not None:
             asked.generation.cancel()
         if how != "cancel":
@@ -295,8 +298,10 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def cancel_again(self, data: st.DataObject) -> None:
         """Also what has ended, or was cancelled before, or belongs to a loop that is gone."""
-        generations = [asked.generation for asked in self.asked if asked.generation is not None]
-        data.draw(st.sampled_from(generations)).cancel()
+        asked = data.draw(st.sampled_from([asked for asked in self.asked if asked.generation]))
+        self.given_up.add(asked.number)
+        assert asked.generation is not None
+        asked.generation.cancel()
 
     # ------------------------------------------------------------------ turns and time
 
@@ -415,6 +420,8 @@ class EngineMachine(RuleBasedStateMachine):
             return
         assert not self.violations
         live, ends = self.live(), self.ledger.ends
+        if self.backend.will_fail or self.garbage.is_coming or self.engine._death is not None:
+            self.endangered |= live
         assert all(n == 1 for n in ends.values()), "exactly one last event"
         assert not live & ends.keys()
         for asked in self.asked:
@@ -512,7 +519,15 @@ class EngineMachine(RuleBasedStateMachine):
         if completion is None:  # found wanting when it was prepared
             assert isinstance(error, InvalidParameterError | EngineOverloaded)
             return
-        assert error is None or isinstance(error, ENDS)
+        if error is not None:
+            assert isinstance(error, ENDS)
+            scripted = params.regex is not None and isinstance(error, GrammarError)
+            assert scripted or asked.number in self.endangered, "nothing was done to it"
+        if completion.finish_reason == "abort":
+            gone = not self.alive(asked) or self.enders
+            assert gone or asked.number in self.given_up, "nobody gave it up"
+        if completion.finish_reason == "timeout":
+            assert params.timeout is not None or params.queue_timeout is not None
         if not completion.prompt_token_ids:
             assert completion.finish_reason in ("abort", "timeout", "error")  # not prepared by then
             return

@@ -36,6 +36,11 @@ class LockstepBackend(ScriptedBackend):
         self._goes: SimpleQueue[None] = SimpleQueue()
 
     @property
+    def will_fail(self) -> bool:
+        """Whether a step is to fail that has not come yet."""
+        return bool(self._errors)
+
+    @property
     def at_rest(self) -> bool:
         """Whether the engine has found nothing to do, and has not been told of anything since."""
         return self._idle and self.offered is None
@@ -139,6 +144,11 @@ class Garbage:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         self._coming: deque[str] = deque()
+
+    @property
+    def is_coming(self) -> bool:
+        """Whether some has not come yet."""
+        return bool(self._coming)
 
     def add(self, kind: str) -> None:
         """One more, in place of the next result that gives somebody something."""

@@ -43,6 +43,7 @@ class Client:
         self.headers: dict[bytes, bytes] = {}
         self.answer = b""
         self.ended = False
+        self.endangered = False  # whether it was there while something was to go wrong
         self.violations: list[str] = []
         self._sent = False
         self.task: asyncio.Task[None]
@@ -128,7 +129,6 @@ class ServerMachine(RuleBasedStateMachine):
             **model,
         )
         self.clients: list[Client] = []
-        self.harmed = False  # whether something was done that may cost a client its answer
         self.may_end = may_end
         self.enders: list[asyncio.Task[None]] = []
         self.violations: list[str] = []
@@ -149,6 +149,11 @@ class ServerMachine(RuleBasedStateMachine):
         self.backend.turn()
         assert len(self.engine._intake.live) <= n_asked, "who is gone has nothing in the engine"
         assert self.engine._intake.until_timeout() != 0.0, "nobody outlasts its time"
+
+    def endanger(self) -> None:
+        """What is done may cost whoever is there their answers."""
+        for client in self.present():
+            client.endangered = True
 
     def present(self) -> list[Client]:
         return [client for client in self.clients if not client.task.done()]
@@ -228,7 +233,6 @@ class ServerMachine(RuleBasedStateMachine):
     @precondition(lambda self: bool(self.present()))
     @rule(how=st.sampled_from(["fail", "die"]))
     def fail_a_step(self, how: str) -> None:
-        self.harmed = True
         if how == "fail":
             self.backend.fail_step(self.backend.n_steps)
         else:
@@ -237,13 +241,13 @@ class ServerMachine(RuleBasedStateMachine):
     @precondition(lambda self: bool(self.present()))
     @rule(kind=st.sampled_from(Garbage.KINDS))
     def garble_a_result(self, kind: str) -> None:
-        self.harmed = True
         self.garbage.add(kind)
 
     @precondition(lambda self: self.may_end)
     @rule(how=st.sampled_from(["drain", "drain now", "close", "crash"]))
     def end_engine(self, how: str) -> None:
-        self.harmed |= how != "drain"
+        if how != "drain":
+            self.endanger()
         if how == "crash":
             self.backend.fail_step(self.backend.n_steps, RuntimeError("scripted crash"))
             return
@@ -262,6 +266,8 @@ class ServerMachine(RuleBasedStateMachine):
         if not hasattr(self, "engine"):
             return
         assert not self.violations
+        if self.backend.will_fail or self.garbage.is_coming or self.engine._death is not None:
+            self.endanger()
         if self.engine._gate.failure is None:
             self.engine._scheduler.check_integrity()
         if self.backend.at_rest and self.engine._death is None:
@@ -304,12 +310,16 @@ class ServerMachine(RuleBasedStateMachine):
     def check_answer(self, client: Client) -> None:
         if client.left.is_set() and not client.ended:
             return
-        allowed = {200, 400, 429, 503} | ({500} if self.harmed else set())
+        allowed = {200, 400} | ({500, 503} if client.endangered else set())
+        allowed |= {503} if self.engine.closed or self.enders else set()
+        allowed |= {429} if self.backend.config.max_waiting is not None else set()
         assert client.status in allowed
         if client.status != 200:
             assert json.loads(client.answer)["error"]["message"]
             assert (client.status == 429) <= (int(client.headers.get(b"retry-after", 0)) > 0)
-            if client.status == 400 and not (self.harmed and b"by its grammar" in client.answer):
+            if client.status == 400 and not (
+                client.endangered and b"by its grammar" in client.answer
+            ):
                 # more answers at once than there is ever room for
                 assert client.n > self.backend.config.n_seq
             return
@@ -319,7 +329,7 @@ class ServerMachine(RuleBasedStateMachine):
         )
         _, right, _ = undrafted(self.backend, truth)
         texts, cut, failed = client.texts()
-        assert self.harmed or not failed
+        assert client.endangered or not failed
         assert client.may_be_cut or not cut
         for i, text in enumerate(texts):
             if failed or i in cut:

@@ -6,9 +6,13 @@ latency on a quiet machine: not here.
 
 from __future__ import annotations
 
+import asyncio
 import ctypes
 import random
+import socket
+import struct
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +27,7 @@ import loops
 import soak
 from mtpbatch import Engine, Generation
 from mtpbatch.native import Context, Model, MtpSession
+from patience import until
 
 
 def clock() -> soak.Clock:
@@ -134,12 +139,12 @@ def test_a_wrong_answer_under_load_is_reported(
 ) -> None:
     check = soak.Load.check
 
-    async def other(self: soak.Load, *args: Any) -> None:
+    async def other(self: soak.Load, *args: Any, cancelled: bool) -> None:
         question, done, params = args
         wrong = tuple(token ^ 1 for token in done.token_ids)
         text = await self.engine.detokenize(wrong)
         wrongly = msgspec.structs.replace(done, token_ids=wrong, text=text)
-        await check(self, question, wrongly, params)
+        await check(self, question, wrongly, params, cancelled=cancelled)
 
     monkeypatch.setattr(soak.Load, "check", other)
     monkeypatch.setattr(soak, "MOST_TOKENS", 2)
@@ -154,15 +159,32 @@ def test_a_text_that_is_not_that_of_its_tokens_is_reported(
 ) -> None:
     check = soak.Load.check
 
-    async def shorter(self: soak.Load, *args: Any) -> None:
+    async def shorter(self: soak.Load, *args: Any, cancelled: bool) -> None:
         question, done, params = args
         cut = msgspec.structs.replace(done, text=done.text[:-1])
-        await check(self, question, cut, params)
+        await check(self, question, cut, params, cancelled=cancelled)
 
     monkeypatch.setattr(soak.Load, "check", shorter)
     monkeypatch.setattr(soak, "MOST_TOKENS", 2)
     part = anyio.run(load, demo_f32_path, 20)
     assert any("is not what" in words for words in part.violations)
+
+
+@pytest.mark.usefixtures("_short")
+def test_requests_that_end_though_nobody_gave_them_up_are_reported(
+    demo_f32_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit = Engine.submit
+
+    def given_up(self: Engine, prompt: Any, **params: Any) -> Generation:
+        generation = submit(self, prompt, **params)
+        generation.cancel()
+        return generation
+
+    monkeypatch.setattr(Engine, "submit", given_up)
+    part = anyio.run(load, demo_f32_path, 20)
+    n_given_up = sum("ended by abort for" in words for words in part.violations)
+    assert 0 < n_given_up < 20, "but for those that were to be cancelled"
 
 
 def test_cells_that_nobody_gives_back_are_reported(demo_path: Path) -> None:
@@ -283,7 +305,9 @@ def test_an_engine_that_forgets_what_nobody_reads_is_reported(
             self._deltas.popleft()
 
     monkeypatch.setattr(Generation, "_receive", receive_and_forget)
-    (violation,) = anyio.run(slow_readers, demo_path).violations
+    *lost, violation = anyio.run(slow_readers, demo_path).violations
+    assert len(lost) == 2 * 16, "of each round, the first one too"
+    assert all("not all of it was found" in words for words in lost)
     assert violation.startswith("of 100 tokens so few waited for their readers")
 
 
@@ -312,6 +336,31 @@ def test_idle_connections_are_left_open_and_hold_up_nobody(
     for kind in ("prompt readers", "unread streams", "idle connections"):
         assert float(part.figures[f"p99 with {kind}, ms"]) > 0
     assert part.figures["streams for which the server waits"] == 8
+
+
+def test_connections_that_were_closed_or_reset_are_told_from_open_ones() -> None:
+    async def tell() -> list[bool]:
+        writers: list[asyncio.StreamWriter] = []
+        server = await asyncio.start_server(lambda _, writer: writers.append(writer), "127.0.0.1")
+        async with server:
+            port = server.sockets[0].getsockname()[1]
+            clients = [await asyncio.open_connection("127.0.0.1", port) for _ in range(3)]
+            await until(lambda: len(writers) == 3)
+            writers[1].close()
+            at_once = struct.pack("ii", 1, 0)  # without an end of the stream
+            connection = writers[2].get_extra_info("socket")
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, at_once)
+            writers[2].transport.abort()
+            await until(lambda: soak.is_over(clients[1][0]) and soak.is_over(clients[2][0]))
+            assert not clients[2][0].at_eof()
+            told = [soak.is_over(reader) for reader, _ in clients]
+            for writer in (*writers, *(writer for _, writer in clients)):
+                writer.close()
+                with suppress(ConnectionResetError):
+                    await writer.wait_closed()
+        return told
+
+    assert asyncio.run(tell()) == [False, True, True]
 
 
 @pytest.mark.usefixtures("_busy")

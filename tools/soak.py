@@ -391,12 +391,17 @@ class Load:
                         if n_left <= 0:
                             break
                 generation.cancel()
-            await self.check(question, await generation, params)
+            await self.check(question, await generation, params, cancelled=0.05 <= fate < 0.35)
         except MtpBatchError as error:
             self.violations.append(repr(error))
 
-    async def check(self, question: Question, done: Completion, params: dict[str, Any]) -> None:
+    async def check(
+        self, question: Question, done: Completion, params: dict[str, Any], *, cancelled: bool
+    ) -> None:
         self.ends[done.finish_reason] += 1
+        allowed = {"length", "abort" if cancelled else "timeout" if "timeout" in params else ""}
+        if done.finish_reason not in allowed:
+            self.violations.append(f"{done.request_id} ended by {done.finish_reason} for {params}")
         answer = done.token_ids
         if done.finish_reason == "length" and len(answer) != params["max_tokens"]:
             self.violations.append(f"{done.request_id}: {len(answer)} tokens for {params}")
@@ -574,10 +579,11 @@ async def openings(model: Path, wanted: int, seed: int, clock: Clock) -> Part:
 # --------------------------------------------------------------------------- slow readers
 
 
-async def read(generation: Generation, pause: float) -> list[float]:
-    """When each piece came."""
+async def read(generation: Generation, pause: float, taken: list[int]) -> list[float]:
+    """When each piece came. Its tokens go to those ``taken``."""
     times = []
-    async for _ in generation:
+    async for delta in generation:
+        taken += delta.token_ids
         times.append(time.monotonic())
         if pause:
             await asyncio.sleep(pause)
@@ -595,6 +601,7 @@ async def slow_readers(model: Path, wanted: int, seed: int, clock: Clock) -> Par
     kinds = ("no reader", "slow readers")
     gaps: dict[str, list[float]] = {kind: [] for kind in kinds}
     whole: dict[str, list[float]] = {kind: [] for kind in kinds}
+    violations: list[str] = []
     done = 0
     unread = {"slow": 100, "never": 100}  # tokens, the least of all rounds
     params: dict[str, Any] = {"max_tokens": 100, "ignore_eos": True, "speculation": 2}
@@ -605,17 +612,21 @@ async def slow_readers(model: Path, wanted: int, seed: int, clock: Clock) -> Par
             begin = time.monotonic()
             others = [engine.submit([20 + i] * 5, **params) for i in range(16)]
             these = [engine.submit([36 + i] * 5, followed=are_slow, **params) for i in range(16)]
+            taken: dict[Generation, list[int]] = {one: [] for one in these}
             slow, never = these[:8], these[8:]
             async with asyncio.TaskGroup() as group:
-                prompt = [group.create_task(read(generation, 0)) for generation in others]
-                late = [group.create_task(read(g, PAUSE)) for g in slow if are_slow]
+                prompt = [group.create_task(read(generation, 0, [])) for generation in others]
+                late = [group.create_task(read(one, PAUSE, taken[one])) for one in slow if are_slow]
                 await asyncio.gather(*others, *these)
                 for task in late:
                     task.cancel()
             if are_slow:
                 for who, readers in (("slow", slow), ("never", never)):
-                    left = [[len(delta.token_ids) async for delta in one] for one in readers]
-                    unread[who] = min(unread[who], *map(sum, left))
+                    for reader in readers:
+                        left = [token async for delta in reader for token in delta.token_ids]
+                        unread[who] = min(unread[who], len(left))
+                        if (*taken[reader], *left) != (await reader).token_ids:
+                            violations.append(f"{reader}, read {who}: not all of it was found")
             return [[at - begin for at in task.result()] for task in prompt]
 
         await one_round(True)
@@ -626,7 +637,8 @@ async def slow_readers(model: Path, wanted: int, seed: int, clock: Clock) -> Par
                     gaps[kind] += between(times)
                     whole[kind].append(times[-1])
             done += 1
-    figures, violations = compared(gaps)
+    figures, held_up = compared(gaps)
+    violations += held_up
     figures |= of_whole_answers(whole)
     for who, n in unread.items():
         figures[f"tokens that wait for who reads: {who}"] = n
@@ -753,6 +765,11 @@ def allow_files(n: int) -> None:
             raise SystemExit(f"{n} files have to be open at once, of {most}: ulimit -Hn") from None
 
 
+def is_over(reader: asyncio.StreamReader) -> bool:
+    """Whether a connection was closed, or reset."""
+    return reader.at_eof() or reader.exception() is not None
+
+
 async def idle_connections(model: Path, wanted: int, seed: int, clock: Clock) -> Part:
     """Whoever does not read what it asked for, or says nothing, holds up nobody: three kinds of
     rounds, in turn.
@@ -793,13 +810,13 @@ async def idle_connections(model: Path, wanted: int, seed: int, clock: Clock) ->
             silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(n_idle)]
             unread = [await Stream.ask(port, i, is_large=True) for i in range(n_unread)]
             prompt = [
-                asyncio.create_task(read(engine.submit(**Stream.asked(i, is_large=True)), 0))
+                asyncio.create_task(read(engine.submit(**Stream.asked(i, is_large=True)), 0, []))
                 for i in range(n_unread, UNREAD)
             ]
             streams = [await Stream.ask(port, i, is_large=False) for i in range(UNREAD, 24)]
             try:
                 await asyncio.gather(*(follow(stream, kind) for stream in streams))
-                n_closed += sum(reader.at_eof() for reader, _ in silent)
+                n_closed += sum(is_over(reader) for reader, _ in silent)
             finally:
                 for task in prompt:
                     task.cancel()

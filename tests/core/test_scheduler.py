@@ -85,6 +85,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.last_events: dict[str, Event] = {}
         self.texts: dict[str, str] = {}
         self.cancelled: list[str] = []
+        self.harmed = False  # whether a step is to fail, or has failed
         self.timeouts = Timeouts()
 
     @rule(
@@ -223,7 +224,11 @@ class SchedulerMachine(RuleBasedStateMachine):
     def step(self) -> None:
         if self.backend.facts.n_cells < self.backend.facts.n_seq * self.backend.facts.n_ctx:
             self.schedule()  # what is taken in lets more steps begin
-        self.take(step(self.scheduler, self.backend))
+        events = step(self.scheduler, self.backend)
+        for event in events:
+            given_up = event.completion and event.completion.finish_reason not in ("stop", "length")
+            assert not given_up, "nobody gave it up"
+        self.take(events)
 
     @rule(n_steps=st.integers(1, 6))
     def go_on(self, n_steps: int) -> None:
@@ -239,12 +244,18 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     def step_that_fails(self) -> None:
+        """Who only waited waits on."""
+        self.schedule()
+        self.harmed = True
         self.backend.fail_step(self.backend.n_steps)
+        waiting = {*self.waiting()}
         self.step()
+        assert not waiting & self.last_events.keys()
 
     @rule()
     def executor_dies(self) -> None:
         """Who ran or was parked ends; who only waited waits on, and the ids are free again."""
+        self.harmed = True
         self.backend.die_in_step(self.backend.n_steps)
         try:
             self.step()
@@ -282,6 +293,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 text = self.texts.get(event.request_id, "") + event.delta.text
                 self.texts[event.request_id] = text
             if event.error is not None:
+                assert self.harmed, "nothing was done to it"
                 if not isinstance(event.error, NativeDiedError):
                     assert isinstance(event.error, DecodeError)
                     assert isinstance(event.error.__cause__, DecodeError)
