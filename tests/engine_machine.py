@@ -174,6 +174,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.asked: list[Asked] = []
         self.endangered: set[int] = set()  # who was there while something was to go wrong
         self.given_up: set[int] = set()
+        self.cut_off = False  # whether the engine was told to end whoever is there
         self.may_end = may_end
         self.enders: list[asyncio.Task[None]] = []  # of drain and aclose
         self.loops = [self.new_loop() for _ in range(N_LOOPS)]
@@ -394,6 +395,7 @@ class EngineMachine(RuleBasedStateMachine):
             except EngineDeadError:
                 assert self.over
 
+        self.cut_off |= timeout == 0
         self.enders.append(self.loops[loop].create_task(drain()))
         let_run(self.loops[loop])
         if timeout == 0:
@@ -403,6 +405,7 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(loop=st.integers(0, N_LOOPS - 1), leave_behind=st.booleans())
     def close(self, loop: int, leave_behind: bool) -> None:
         """Closing waits for the native call, or does not; loops and rules go on meanwhile."""
+        self.cut_off = True
         timeout = 0.0 if leave_behind else 3600.0
         self.enders.append(self.loops[loop].create_task(self.engine.aclose(timeout)))
         let_run(self.loops[loop])
@@ -524,7 +527,7 @@ class EngineMachine(RuleBasedStateMachine):
             scripted = params.regex is not None and isinstance(error, GrammarError)
             assert scripted or asked.number in self.endangered, "nothing was done to it"
         if completion.finish_reason == "abort":
-            gone = not self.alive(asked) or self.enders
+            gone = not self.alive(asked) or self.cut_off
             assert gone or asked.number in self.given_up, "nobody gave it up"
         if completion.finish_reason == "timeout":
             assert params.timeout is not None or params.queue_timeout is not None

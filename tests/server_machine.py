@@ -119,6 +119,8 @@ class ServerMachine(RuleBasedStateMachine):
         max_waiting=st.sampled_from([0, 2, None]),
         on_full=st.sampled_from(["wait", "reject"]),
         n_cells=st.sampled_from([None, 40]),
+        n_draft_max=st.integers(0, 3),
+        acceptance=st.sampled_from([0.0, 0.6, 1.0]),
         may_end=st.sampled_from([False, False, True]),
     )
     def open(self, n_seq: int, n_cells: int | None, may_end: bool, **model: Any) -> None:
@@ -295,6 +297,11 @@ class ServerMachine(RuleBasedStateMachine):
         self.run()
         assert not self.present()
         assert not self.engine._intake.live
+        if not self.engine.closed:
+            assert not self.backend.active, "the executor was told of every release"
+            assert not self.backend.parked, "and of every parked request that ended"
+            assert self.backend.snapshots == set(self.engine._scheduler._snapshots._cached)
+            assert self.engine.stats().kv_cells_used == 0
 
     def teardown(self) -> None:
         if not hasattr(self, "engine"):

@@ -20,7 +20,7 @@ import fuzz_gguf
 import mtpbatch
 from mtpbatch import SamplingParams
 from mtpbatch.chat.template import ChatTemplate
-from mtpbatch.exceptions import InvalidRequestError, MtpBatchError
+from mtpbatch.exceptions import GrammarError, InvalidRequestError
 from random_schemas import random_schema
 
 Call = Callable[[mtpbatch.Engine], Awaitable[object]]
@@ -254,7 +254,7 @@ def _keeps_to(run: Run, **form: Any) -> object:
     async def generate(engine: mtpbatch.Engine) -> object:
         try:
             return await engine.generate("ab", max_tokens=8, **form)
-        except MtpBatchError as error:
+        except (InvalidRequestError, GrammarError) as error:
             return error
 
     return run(generate)

@@ -254,7 +254,12 @@ async def small(model: str) -> None:
                 arm(NEW, nth)
                 answers = await question.ask(engine)
                 fired = disarm(NEW)
-                check(answers, right, or_dead=True)
+                n_failed = check(answers, right, or_dead=True)
+                assert fired or not n_failed
+                answers = await question.ask(engine)  # of which it may hear that it has ended
+                if not engine.closed:
+                    all_right(answers, right)
+                    assert engine.stats().kv_cells_used == 0
                 nth += 1
             n_dead += engine.closed
     print(f"{nth} faults, of which {n_dead} ended the engine")

@@ -215,7 +215,8 @@ async def all_of(client: anyio.abc.ByteStream) -> tuple[bytes, Any]:
 
 
 async def test_a_body_that_does_not_come_is_408_and_the_connection_is_closed() -> None:
-    async with scripted(ScriptedBackend(), body_timeout=0.1) as (_, http):
+    # Long enough for a body that is sent at once, on a busy machine too.
+    async with scripted(ScriptedBackend(), body_timeout=1.0) as (_, http):
         port = http.base_url.port
         assert port is not None
         async with await anyio.connect_tcp("127.0.0.1", port) as client:
