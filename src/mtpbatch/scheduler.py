@@ -664,7 +664,7 @@ class Scheduler:
         stored = self._prefix.longest(request_id) if sequence.scores_prompt else hit
         points = self._save_points(request_id, stored.n_tokens)
         self._expect(request_id, points)
-        habit = self._speculator.new_habit(len(sequence.prompt) - hit.n_tokens)
+        habit = self._speculator.new_habit(sequence.wish, len(sequence.prompt) - hit.n_tokens)
         sequence.admit(seq_id, habit, now, cached_tokens=hit.n_tokens, save_points=points)
         if hit.snapshot:
             self._snapshots.use(hit.snapshot)
@@ -919,7 +919,7 @@ class Scheduler:
             self._forgotten.append(sequence.ticket)
             self._snapshots.drop(parked.snapshot)
         elif request_id in self._running:
-            self._speculator.learn(sequence.habit, len(sequence.token_ids))
+            self._speculator.learn(sequence)
             self._save_at_end(sequence)
             self._released.append(_id(sequence))
             self._stop_running(sequence)

@@ -361,13 +361,13 @@ class Speculator:
 
     State: what :meth:`observe` learns from results: ``costs``, ``calibration``, ``everybody``'s
     habit, and ``_n_lengths``, how many lengths drafts have in a step, that of none included, by the
-    greatest of them; ``_prompts`` and ``_answers``, how long these are of requests that begin and
-    end, and ``_answer``, how long answers are with those under way; ``_n_begun`` requests since any
-    were seen to draft deeper. And what :meth:`review` decides: the ``choice`` in force;
-    ``_credit``, seconds that trials may still lose, and ``_saved_for``, what the cheapest one loses
-    that is worth it and takes more; ``_n_trial_steps``, of the present trial; ``_load``, about as
-    many sequences as have run since the step ``_load_since``; ``_next_trial``, the step before
-    which there is none, and ``_pause``, the steps from that one to the next; of very many
+    greatest of them; ``_prompts`` and ``_answers``, how long these are of adaptive requests that
+    begin and end, and ``_answer``, how long answers are with those under way; ``_n_begun`` of such
+    requests since any were seen to draft deeper. And what :meth:`review` decides: the ``choice`` in
+    force; ``_credit``, seconds that trials may still lose, and ``_saved_for``, what the cheapest
+    one loses that is worth it and takes more; ``_n_trial_steps``, of the present trial; ``_load``,
+    about as many sequences as have run since the step ``_load_since``; ``_next_trial``, the step
+    before which there is none, and ``_pause``, the steps from that one to the next; of very many
     sequences, whose turn it is (``_next_in_turn``).
     """
 
@@ -427,12 +427,16 @@ class Speculator:
         self._n_begun = 0
         self._pause = self._PAUSES[0]
 
-    def new_habit(self, n_prompt: int) -> Habit:
-        """For a sequence that begins, with so many tokens of a prompt to be computed."""
-        self._n_begun += 1
-        self._prompts.take(n_prompt)
-        # Deeper drafts of it are not seen.
-        self.everybody.fade(self.choice.depth, 1 / max(1, self._n_reviewed))
+    def new_habit(self, wish: DraftWish, n_prompt: int) -> Habit:
+        """For a sequence that begins, with so many tokens of a prompt to be computed.
+
+        Who never drafts says nothing of those that do.
+        """
+        if wish.adaptive:
+            self._n_begun += 1
+            self._prompts.take(n_prompt)
+            # Deeper drafts of it are not seen.
+            self.everybody.fade(self.choice.depth, 1 / max(1, self._n_reviewed))
         return self.everybody.copy(self._OWN_MEMORY, n_prompt)
 
     def wish_for(self, sequence: Drafter) -> DraftWish:
@@ -461,10 +465,11 @@ class Speculator:
         self._since_review += seconds
         self._n_steps += 1
 
-    def learn(self, habit: Habit, n_generated: int) -> None:
-        """Take in the last steps of a sequence that has ended, with so many tokens."""
-        self.everybody.follow([habit])
-        self._answers.take(max(1, n_generated))
+    def learn(self, ended: Drafter) -> None:
+        """Take in the last steps of a sequence that has ended."""
+        self.everybody.follow([ended.habit])
+        if ended.wish.adaptive:
+            self._answers.take(max(1, len(ended.token_ids)))
 
     def review(self, sequences: Collection[Drafter]) -> bool:
         """Choose anew if it is time to; whether the choice is another one now."""
@@ -493,8 +498,8 @@ class Speculator:
             return True
         self._take_in(sequences)
         # That answers have become longer is seen before these have ended.
-        n_tokens = sum([len(sequence.token_ids) for sequence in sequences])
-        self._answer = self._answers.raised_by(len(sequences), n_tokens)
+        lengths = [len(sequence.token_ids) for sequence in sequences if sequence.wish.adaptive]
+        self._answer = self._answers.raised_by(len(lengths), sum(lengths))
         if not (self.costs.step and self.costs.target.known):  # nothing but prompts was timed yet
             return False
         new_load = not 0.5 <= len(sequences) / max(1, self._load) <= 2

@@ -18,6 +18,7 @@ from msgspec.structs import replace
 from mtpbatch.exceptions import InternalError, InvalidParameterError
 from mtpbatch.memory import Cells, Snapshots
 from mtpbatch.scheduler import Event, Scheduler
+from mtpbatch.speculation import DraftWish
 from mtpbatch.testing import ScriptedBackend, open_scripted_engine
 from mtpbatch.types import EngineConfig, Plan
 from scheduling import completions, make_sequence, moves, run_step, run_to_end, step
@@ -98,7 +99,8 @@ def test_what_short_requests_did_is_learnt_from() -> None:
     record = Recorder(backend)
     for number in range(60):
         record.run_one([65 + number % 20], max_tokens=4, ignore_eos=True, depth=2, followed=False)
-    assert record.scheduler._speculator.new_habit(1).gained[0] < 0.2
+    habit = record.scheduler._speculator.new_habit(DraftWish(3, adaptive=True), 1)
+    assert habit.gained[0] < 0.2
 
 
 def test_results_of_a_trial_come_at_once_and_nothing_waits_for_them() -> None:

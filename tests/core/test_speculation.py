@@ -276,14 +276,17 @@ def test_where_rows_are_cheap_it_drafts_as_deep_as_it_can() -> None:
     assert per_step > 0.95 * deepest
 
 
+ADAPTIVE = DraftWish(3, adaptive=True)
+
+
 class Drafting:
     """A sequence, as far as speculation looks at it."""
 
-    def __init__(self, request_id: str, wish: DraftWish, habit: Habit) -> None:
+    def __init__(self, request_id: str, wish: DraftWish, habit: Habit, n_tokens: int = 0) -> None:
         self.request_id = request_id
         self.wish = wish
         self.habit = habit
-        self.token_ids: list[int] = []
+        self.token_ids = [0] * n_tokens
 
 
 def step(rows: int, *, drafts: int = 0) -> StepResult:
@@ -296,8 +299,7 @@ def step(rows: int, *, drafts: int = 0) -> StepResult:
 def test_who_drafts_badly_is_left_out_while_others_draft() -> None:
     speculator = Speculator(facts(3))
     good, bad = (
-        Drafting(name, DraftWish(3, adaptive=True), speculator.new_habit(10))
-        for name in ("good", "bad")
+        Drafting(name, ADAPTIVE, speculator.new_habit(ADAPTIVE, 10)) for name in ("good", "bad")
     )
     for turn in range(400):
         wishes = [speculator.wish_for(s).limit for s in (good, bad)]
@@ -329,11 +331,31 @@ def test_of_very_many_each_is_looked_at_in_turn() -> None:
 def test_what_a_request_did_counts_though_it_ended_before_a_review() -> None:
     speculator = Speculator(facts(1))
     for _ in range(200):
-        habit = speculator.new_habit(10)
+        habit = speculator.new_habit(ADAPTIVE, 10)
         for _ in range(5):
             habit.note(1, 1, 0)
-        speculator.learn(habit, 20)
-    assert speculator.new_habit(10).gained[0] < 0.1
+        speculator.learn(Drafting("short", ADAPTIVE, habit, 20))
+    assert speculator.new_habit(ADAPTIVE, 10).gained[0] < 0.1
+
+
+def test_who_never_drafts_says_nothing_of_how_deep_others_should() -> None:
+    """Long prompts with answers of a token, say, between requests that drafts are good for."""
+    never = DraftWish(0, adaptive=False)
+
+    def choices(*, beside: bool) -> list[Choice]:
+        crowd = Crowd(lambda _: 3, depth=3, n_prompt=50)
+        chosen = []
+        for _ in range(12):
+            if beside:
+                habit = crowd.speculator.new_habit(never, 2000)
+                crowd.speculator.learn(Drafting("other", never, habit, 1))
+            chosen += crowd.run(1, 15)
+            crowd.end()
+        return chosen
+
+    alone = choices(beside=False)
+    assert alone[-1].depth == 3
+    assert choices(beside=True) == alone
 
 
 def test_time_between_steps_says_nothing_of_how_deep_to_draft() -> None:
@@ -365,7 +387,8 @@ def test_steps_during_which_requests_are_taken_in_do_not_count() -> None:
 def test_fixed_wishes_are_left_alone() -> None:
     speculator = Speculator(facts(3))
     fixed = [
-        Drafting(str(n), DraftWish(n, adaptive=False), speculator.new_habit(1)) for n in (0, 2)
+        Drafting(str(wish.limit), wish, speculator.new_habit(wish, 1))
+        for wish in (DraftWish(0, adaptive=False), DraftWish(2, adaptive=False))
     ]
     for _ in range(50):
         speculator.observe(step(4), [1, 0, 1, 0], 0)
@@ -375,10 +398,10 @@ def test_fixed_wishes_are_left_alone() -> None:
 
 def test_before_anything_was_timed_it_drafts_as_deep_as_it_can() -> None:
     speculator = Speculator(facts(3))
-    [new] = [Drafting("new", DraftWish(3, adaptive=True), speculator.new_habit(10))]
+    new = Drafting("new", ADAPTIVE, speculator.new_habit(ADAPTIVE, 10))
     speculator.observe(StepResult(1, (), 10, 1, 0, 0, 0.0, 0.0, 0.1, 0.0), [0, 0, 0, 0], 10)
     assert not speculator.review([new])
-    assert speculator.wish_for(new) == DraftWish(3, adaptive=True)
+    assert speculator.wish_for(new) == ADAPTIVE
 
 
 def test_chunks_of_prompts_follow_from_what_a_step_and_a_row_take() -> None:
@@ -401,7 +424,7 @@ def test_reviews_survive_whatever_steps_take(data: st.DataObject) -> None:
     for turn in range(data.draw(st.integers(1, 40))):
         if data.draw(st.booleans()) or not running:
             wish = DraftWish(data.draw(st.integers(0, 3)), adaptive=data.draw(st.booleans()))
-            running.append(Drafting(str(turn), wish, speculator.new_habit(5)))
+            running.append(Drafting(str(turn), wish, speculator.new_habit(wish, 5)))
         elif data.draw(st.booleans()):
             running.pop()
         lengths = [0] * 4
@@ -466,7 +489,7 @@ class Crowd:
         for number in range(len(self.sequences), n):
             plain = number < self._n_plain
             wish = DraftWish(0 if plain else self._depth, adaptive=not plain)
-            habit = self.speculator.new_habit(self._n_prompt)
+            habit = self.speculator.new_habit(wish, self._n_prompt)
             self.sequences.append(Drafting(str(number), wish, habit))
         del self.sequences[n:]
         choice = self.speculator.choice
@@ -501,7 +524,7 @@ class Crowd:
     def end(self) -> None:
         """All requests end."""
         for sequence in self.sequences:
-            self.speculator.learn(sequence.habit, len(sequence.token_ids))
+            self.speculator.learn(sequence)
         self.sequences.clear()
 
     def run(self, n: int, n_steps: int) -> list[Choice]:
