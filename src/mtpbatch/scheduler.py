@@ -668,9 +668,6 @@ class Scheduler:
         sequence.admit(seq_id, habit, now, cached_tokens=hit.n_tokens, save_points=points)
         if hit.snapshot:
             self._snapshots.use(hit.snapshot)
-        if self._reuses(sequence) and not sequence.scores_prompt:
-            self._prefix_queries += len(sequence.prompt)
-            self._prefix_hits += hit.n_tokens
         admit.append(self._admission(sequence, hit.snapshot))
 
     def _pause_until_cells_suffice(self) -> None:
@@ -721,9 +718,6 @@ class Scheduler:
     def _start_again(self, sequence: Sequence) -> None:
         """Admit it another time: nothing is known to have come of it. What comes is void."""
         self._released.append(_id(sequence))
-        if self._reuses(sequence) and not sequence.scores_prompt:
-            self._prefix_queries -= len(sequence.prompt)
-            self._prefix_hits -= sequence.cached_tokens
         self._stop_running(sequence)
         self._void(sequence)
         sequence.start_again()
@@ -914,6 +908,11 @@ class Scheduler:
         self._finished[completion.finish_reason] += 1
         request_id = sequence.request_id
         parked = self._parked.pop(request_id, None)
+        begun = parked is not None or request_id in self._running
+        if begun and self._reuses(sequence) and not sequence.scores_prompt:
+            # Not when it began: it may have begun in vain, and totals only grow.
+            self._prefix_queries += len(sequence.prompt)
+            self._prefix_hits += sequence.cached_tokens
         if parked is not None:
             self._waiting.remove(request_id)
             self._forgotten.append(sequence.ticket)

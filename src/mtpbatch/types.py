@@ -849,7 +849,7 @@ class EngineStats(Struct, frozen=True, kw_only=True):
     generated_tokens: int
     """Tokens of answers, accepted drafts included."""
     prefix_queries: int
-    """Prompt tokens of requests that were admitted and may reuse what was computed earlier."""
+    """Prompt tokens of requests that began, have ended and may reuse what was computed earlier."""
     prefix_hits: int
     """Of those, how many did not have to be computed."""
     preemptions: int

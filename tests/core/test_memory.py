@@ -35,11 +35,13 @@ class Recorder:
         self.backend = backend
         self.scheduler = Scheduler(replace(backend.facts, **facts), snapshot_bytes)
         self.plans: list[Plan] = []
+        self.n_queried: list[int] = []  # tokens of prompts, by then
         self._schedule = self.scheduler.schedule
         self.scheduler.schedule = self._record  # type: ignore[method-assign]
         self._names = iter(range(10**6))
 
     def _record(self, now: float) -> Plan | None:
+        self.n_queried.append(self.scheduler.stats.prefix_queries)
         plan = self._schedule(now)
         if plan is not None:
             self.plans.append(plan)
@@ -746,6 +748,7 @@ def test_a_prefix_that_cannot_be_restored_is_computed(sharing: Recorder) -> None
     assert first in sharing.all("drop"), "nobody else tries it"
     stats = sharing.scheduler.stats
     assert stats.prefix_queries == sum(map(len, prompts)), "what was in vain is not counted"
+    assert sharing.n_queried == sorted(sharing.n_queried), "nor taken back"
     assert stats.prompt_tokens == stats.prefix_queries - stats.prefix_hits
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import itertools
+import operator
 import random
 import sys
 from typing import Any
@@ -43,6 +44,11 @@ from scheduling import (
     run_to_end,
     step,
     undrafted,
+)
+
+TOTALS = (
+    *("prompt_tokens", "generated_tokens", "prefix_queries", "prefix_hits", "preemptions"),
+    *("steps", "drafted", "accepted"),
 )
 
 
@@ -85,6 +91,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.last_events: dict[str, Event] = {}
         self.texts: dict[str, str] = {}
         self.cancelled: list[str] = []
+        self.totals = [0] * len(TOTALS)
         self.harmed = False  # whether a step is to fail, or has failed
         self.timeouts = Timeouts()
 
@@ -351,6 +358,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert stats.running + stats.free_sequences == stats.n_seq
             assert sum(stats.finished.values()) == len(self.last_events)
             assert 0 <= stats.kv_cells_used <= stats.n_cells
+            totals = [getattr(stats, name) for name in TOTALS]
+            assert all(map(operator.le, self.totals, totals)), "totals only grow"
+            self.totals = totals
 
     def teardown(self) -> None:
         if not hasattr(self, "scheduler"):
