@@ -62,7 +62,7 @@ def main() -> None:
     options = parser.parse_args()
     try:
         commands = list(places(options.page.read_text(encoding="utf-8")))
-    except ValueError as problem:
+    except (OSError, ValueError) as problem:
         parser.error(f"{options.page}: {problem}")
     chosen = [
         command

@@ -382,8 +382,9 @@ class Load:
         if fate < 0.05:
             params["timeout"] = self.chance.uniform(0.0, 0.5)
         generation = self.engine.submit(question.prompt, **params)
+        cancelled = 0.05 <= fate < 0.35
         try:
-            if 0.05 <= fate < 0.35:
+            if cancelled:
                 n_left = self.chance.randrange(params["max_tokens"])
                 if n_left:
                     async for delta in generation:
@@ -391,7 +392,7 @@ class Load:
                         if n_left <= 0:
                             break
                 generation.cancel()
-            await self.check(question, await generation, params, cancelled=0.05 <= fate < 0.35)
+            await self.check(question, await generation, params, cancelled=cancelled)
         except MtpBatchError as error:
             self.violations.append(repr(error))
 

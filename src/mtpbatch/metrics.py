@@ -332,7 +332,7 @@ _FIGURES: Final = (
     _Figure(
         CounterMetricFamily,
         "prefix_cache_queries",
-        "Prompt tokens of requests that may reuse what was computed earlier.",
+        "Prompt tokens of requests that have ended and may reuse what was computed earlier.",
         lambda s: s.stats.prefix_queries,
     ),
     _Figure(

@@ -430,7 +430,7 @@ class Speculator:
     def new_habit(self, wish: DraftWish, n_prompt: int) -> Habit:
         """For a sequence that begins, with so many tokens of a prompt to be computed.
 
-        Who never drafts says nothing of those that do.
+        One whose depth is fixed, at none perhaps, says nothing of how long the others are.
         """
         if wish.adaptive:
             self._n_begun += 1
